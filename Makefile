@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each does its own set-up: it needs Python >= 3.10 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Spinning OpenMP threads on a busy small machine are several times slower than waiting ones.
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv venv-dev test lint types clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,ui,deepspeed]'
+	@touch $@
+
+venv: $(VENV)/.installed  ## make .venv with what the program needs
+
+venv-dev: $(VENV)/.installed-dev  ## the same, with what tests and lint need
+
+lint: venv-dev  ## ruff and the import rule
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: venv-dev  ## mypy
+	$(BIN)/mypy
+
+test: lint types  ## lint, types and tests
+	$(BIN)/python -m pytest
+
+clean:  ## remove what runs left behind (not .venv, not checkpoints)
+	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,187 @@
+"""Typed configuration: dataclasses in code, YAML as their written form.
+
+Each room defines its own dataclasses beside what they configure; this module only knows how to read, check, override and write
+them. An unknown key is an error that names the nearest valid one, a value of the wrong type is an error that names the key.
+
+    cfg = load(TrainConfig, "conf/mini/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
+
+A YAML file may start from another with ``base: other.yaml`` (relative to itself); mappings merge, everything else replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key and what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-6`` as a number, as people write it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping, following ``base:``. Raises ConfigError for a missing file, broken YAML or another top level."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"config file not found: {path}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at top level, found {type(data).__name__}")
+    base = data.pop("base", None)
+    if base is not None:
+        data = merge(read_yaml(path.parent / str(base)), data)
+    return data
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` updated by ``over``: mappings merge key by key, any other value replaces."""
+    out = dict(base)
+    for key, value in over.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=1", "c=x"]`` as a nested mapping; values are read as YAML."""
+    out: dict[str, Any] = {}
+    for item in overrides:
+        key, sep, text = item.partition("=")
+        if not sep or not key.strip():
+            raise ConfigError(f"override {item!r} is not of the form key=value (for example optim.lr=1e-4)")
+        nested: Any = yaml.load(text, Loader=_Loader)
+        for part in reversed(key.strip().split(".")):
+            nested = {part: nested}
+        out = merge(out, nested)
+    return out
+
+
+def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
+    """Read ``cls`` (a dataclass) from a YAML file and ``key=value`` overrides; both optional."""
+    data = read_yaml(path) if path is not None else {}
+    return from_dict(cls, merge(data, parse_overrides(overrides)), where=str(path) if path is not None else "overrides")
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Build dataclass ``cls`` from plain data, checking every key and type."""
+    return typing.cast(T, _build(cls, data, where, ""))
+
+
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Plain data that YAML can write and `from_dict` reads back equal."""
+    return typing.cast("dict[str, Any]", _plain(cfg))
+
+
+def to_yaml(cfg: Any) -> str:
+    """The config as YAML text, keys in the order of the dataclass."""
+    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: {prefix or 'top level'} must be a mapping, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"valid keys here: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {name}; {hint}")
+        kwargs[key] = _convert(hints[key], value, where, name)
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: missing key(s) {', '.join(prefix + m for m in missing)}")
+    try:
+        return cls(**kwargs)
+    except ConfigError:
+        raise
+    except ValueError as error:  # a dataclass's own __post_init__ check
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in (a for a in args if a is not type(None)):
+            try:
+                return _convert(option, value, where, name)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where}: {name} must be one of {', '.join(map(repr, args))}, found {value!r}")
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where, name + ".")
+    if origin in (list, tuple):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where}: {name} must be a list, found {value!r}")
+        if origin is tuple and args and args[-1] is not Ellipsis:
+            if len(value) != len(args):
+                raise ConfigError(f"{where}: {name} must have {len(args)} values, found {value!r}")
+            return tuple(_convert(a, v, where, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+        inner = args[0] if args else Any
+        return origin(_convert(inner, v, where, f"{name}[{i}]") for i, v in enumerate(value))
+    if origin is dict or hint is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {name} must be a mapping, found {value!r}")
+        inner = args[1] if args else Any
+        return {str(k): _convert(inner, v, where, f"{name}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(hint, type):
+        if isinstance(value, hint) and not (hint in (int, float) and isinstance(value, bool)):
+            return value
+        raise ConfigError(f"{where}: {name} must be {hint.__name__}, found {value!r}")
+    raise AssertionError(f"config field {name} has a type this reader does not know: {hint}")

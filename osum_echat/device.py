@@ -1,0 +1,198 @@
+"""Devices: cuda, npu (Ascend) or cpu. The only file that knows accelerators.
+
+Everything else asks here for a device, a dtype, autocast, seeding, synchronisation, memory figures and the collectives back end.
+`torch_npu` is imported here alone, and only when an NPU is asked for or when nothing else is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import random
+import resource
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+KINDS = ("cuda", "npu", "cpu")
+_BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+
+
+def _accelerator(kind: str) -> ModuleType | None:
+    """The torch module that drives ``kind`` (`torch.cuda`, `torch.npu`), or None for cpu."""
+    if kind == "cpu":
+        return None
+    if kind == "npu" and not hasattr(torch, "npu") and importlib.util.find_spec("torch_npu") is not None:
+        importlib.import_module("torch_npu")  # registers torch.npu
+    return getattr(torch, kind, None)
+
+
+def available(kind: str) -> bool:
+    """Whether a device of this kind can be used now."""
+    if kind == "cpu":
+        return True
+    module = _accelerator(kind)
+    return bool(module is not None and module.is_available())
+
+
+def resolve(name: str = "auto", local_rank: int | None = None) -> torch.device:
+    """The device for ``name``: auto, cpu, cuda, npu, or one with an index (cuda:1).
+
+    Without an index, ``local_rank`` (default: torchrun's LOCAL_RANK, else 0) chooses the card.
+    Raises ValueError for an unknown name or a device that is not there.
+    """
+    if name == "auto":
+        name = next(kind for kind in KINDS if available(kind))
+    kind, _, index = name.partition(":")
+    if kind not in KINDS or (index and not index.isdigit()):
+        raise ValueError(f"unknown device {name!r}: use auto, {', '.join(KINDS)}, or one with an index such as cuda:0")
+    if not available(kind):
+        raise ValueError(f"device {name!r} is not available on this machine; use --device cpu or auto")
+    if kind == "cpu":
+        return torch.device("cpu")
+    rank = int(index) if index else int(os.environ.get("LOCAL_RANK", "0")) if local_rank is None else local_rank
+    return torch.device(kind, rank)
+
+
+def activate(device: torch.device) -> None:
+    """Make ``device`` the current one of this process (needed once per rank before collectives)."""
+    module = _accelerator(device.type)
+    if module is not None:
+        module.set_device(device)
+
+
+def dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for ``name``: float32, bfloat16, float16 or auto (bfloat16 on accelerators, float32 on CPU)."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    table = {
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+    }
+    if name not in table:
+        raise ValueError(f"unknown dtype {name!r}: use auto, float32, bfloat16 or float16")
+    return table[name]
+
+
+def autocast(device: torch.device, to: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to ``to`` on ``device``; does nothing for None or float32."""
+    if to is None or to == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type=device.type, dtype=to)
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries still read the global state
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """All random states that a restart must restore (Python, NumPy, torch CPU and this device)."""
+    module = _accelerator(device.type)
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002
+        "torch": torch.get_rng_state(),
+        "device": module.get_rng_state(device) if module is not None else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore what `rng_state` returned."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    module = _accelerator(device.type)
+    if module is not None and state.get("device") is not None:
+        module.set_rng_state(state["device"], device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished what was queued."""
+    module = _accelerator(device.type)
+    if module is not None:
+        module.synchronize(device)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give cached device memory back."""
+    module = _accelerator(device.type)
+    if module is not None:
+        module.empty_cache()
+
+
+def memory_allocated(device: torch.device) -> int:
+    """Bytes in use now: device memory, or this process's resident set on CPU."""
+    module = _accelerator(device.type)
+    if module is not None:
+        return int(module.memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest number of bytes in use so far: device memory since `reset_peak_memory`, or peak resident set on CPU."""
+    module = _accelerator(device.type)
+    if module is not None:
+        return int(module.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak (has no effect on CPU, where the operating system keeps the process's peak)."""
+    module = _accelerator(device.type)
+    if module is not None:
+        module.reset_peak_memory_stats(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of the device (of the machine, on CPU)."""
+    module = _accelerator(device.type)
+    if module is not None:
+        return int(module.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def collectives_backend(device: torch.device) -> str:
+    """The torch.distributed back end that belongs to the device: nccl, hccl or gloo."""
+    return _BACKENDS[device.type]
+
+
+def deepspeed_accelerator(device: torch.device) -> str:
+    """DeepSpeed's name of the device, for DS_ACCELERATOR."""
+    return device.type
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run a block with ``count`` intra-op CPU threads (None: leave as it is)."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def describe(device: torch.device) -> str:
+    """One line for the start of a run: name, memory, threads."""
+    gib = total_memory(device) / 2**30
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads, {gib:.0f} GiB)"
+    module = _accelerator(device.type)
+    assert module is not None
+    return f"{device} ({module.get_device_name(device)}, {gib:.0f} GiB)"
