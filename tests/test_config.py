@@ -1,0 +1,116 @@
+"""Typed configuration: unknown keys are named, overrides are typed, what is written is read back equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from osum_echat.config import ConfigError, from_dict, load, merge, read_yaml, to_dict, to_yaml
+
+
+@dataclass
+class Optim:
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.99)
+    kind: Literal["adamw", "sgd"] = "adamw"
+
+
+@dataclass
+class Run:
+    name: str
+    steps: int = 10
+    optim: Optim = field(default_factory=Optim)
+    rooms: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    limit: int | None = None
+    folder: Path = Path("out")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError("steps must be at least 1")
+
+
+def test_unknown_key_names_the_nearest_valid_one():
+    with pytest.raises(ConfigError, match=r"unknown key optim\.lrr; did you mean optim\.lr\?"):
+        from_dict(Run, {"name": "a", "optim": {"lrr": 1.0}}, where="x.yaml")
+
+
+def test_missing_key_is_named():
+    with pytest.raises(ConfigError, match="missing key.*name"):
+        from_dict(Run, {})
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"name": 3}, "name must be str"),
+        ({"name": "a", "steps": 1.5}, "steps must be int"),
+        ({"name": "a", "steps": True}, "steps must be int"),
+        ({"name": "a", "optim": {"betas": [0.9]}}, "optim.betas must have 2 values"),
+        ({"name": "a", "optim": {"kind": "adam"}}, "must be one of 'adamw', 'sgd'"),
+        ({"name": "a", "optim": 3}, "must be a mapping"),
+        ({"name": "a", "notes": "text"}, "notes must be a list"),
+        ({"name": "a", "steps": 0}, "steps must be at least 1"),
+    ],
+)
+def test_wrong_values_are_named(data, words):
+    with pytest.raises(ConfigError, match=words):
+        from_dict(Run, data)
+
+
+def test_overrides_reach_nested_keys_and_are_typed(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: a\noptim: {lr: 1}\n", encoding="utf-8")
+    run = load(Run, path, ["optim.lr=3e-4", "optim.betas=[0.8, 0.9]", "limit=null", "rooms.llm=1e-5", "folder=x/y"])
+    assert run.optim.lr == 3e-4 and run.optim.betas == (0.8, 0.9)
+    assert run.limit is None and run.rooms == {"llm": 1e-5} and run.folder == Path("x/y")
+
+
+def test_override_without_equals_sign_is_refused():
+    with pytest.raises(ConfigError, match="key=value"):
+        load(Run, None, ["steps"])
+
+
+def test_base_file_is_merged(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: a\nsteps: 3\noptim: {lr: 0.1, kind: sgd}\n", encoding="utf-8")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 0.2}\n", encoding="utf-8")
+    run = load(Run, tmp_path / "run.yaml")
+    assert run.steps == 3 and run.optim == Optim(lr=0.2, kind="sgd")
+
+
+def test_broken_or_missing_files_are_clear_errors(tmp_path):
+    with pytest.raises(ConfigError, match="not found"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        read_yaml(tmp_path / "list.yaml")
+
+
+@given(
+    st.builds(
+        Run,
+        name=st.text(max_size=8),
+        steps=st.integers(1, 10**6),
+        optim=st.builds(Optim, lr=st.floats(1e-12, 1e3)),
+        rooms=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.floats(0, 1), max_size=3),
+        notes=st.lists(st.text(max_size=5), max_size=3),
+        limit=st.none() | st.integers(0, 9),
+    )
+)
+def test_what_is_written_is_read_back_equal(run):
+    import yaml
+
+    assert from_dict(Run, to_dict(run)) == run
+    assert from_dict(Run, yaml.safe_load(to_yaml(run))) == run
+
+
+def test_merge_keeps_what_is_not_named():
+    assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}}) == {"a": {"b": 9, "c": 2}, "d": 3}
