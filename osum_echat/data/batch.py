@@ -1,0 +1,165 @@
+"""What training gets: examples packed side by side, with their recordings padded into one feature tensor.
+
+An `Example` is one sample after tokenising and feature extraction; `collate` packs a list of them. A sample's arrays are not changed by
+its neighbours: positions, documents and masks are per sample, so its loss does not depend on what it was batched with.
+
+Shapes: N recordings of the batch, T frames (of `feats_NTF`) or positions (of `rows`), F mel bins, B batch rows, D samples (documents).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from osum_echat.dialogue.layout import IGNORE, Row
+from osum_echat.dialogue.packing import PackedRows, pack
+
+TAGS = ("age", "gender", "emotion", "event", "style")
+
+
+@dataclass
+class Example:
+    """One sample, ready to be packed.
+
+    Attributes:
+        key: the record's key (with ``#turn`` appended where a dialogue was expanded into several samples).
+        task: the record's task string, as it is after processing.
+        row: flat ids, positions and targets.
+        feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them.
+        transcripts: what is said in each recording, "" where the record does not say.
+        tags: labels of the user's recording, without angle brackets: a subset of `TAGS`.
+        text: the decoded label, for people to read.
+        stream: mixing stream that the sample came from (s2t, t2s, s2s, t2t; "" outside a mix).
+    """
+
+    key: str
+    task: str
+    row: Row
+    feats: list[Tensor] = field(default_factory=list)
+    transcripts: list[str] = field(default_factory=list)
+    tags: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        assert len(self.transcripts) in (0, len(self.feats)), f"{self.key}: a transcript for each recording, or none"
+
+    @property
+    def positions(self) -> int:
+        return len(self.row)
+
+    @property
+    def frames(self) -> int:
+        return sum(int(f.shape[0]) for f in self.feats)
+
+
+@dataclass
+class Batch:
+    """D samples in B rows.
+
+    Attributes:
+        rows: the packed ids and masks; ``rows.documents_BT`` numbers samples 0..D-1 in the order of ``keys``.
+        feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings.
+        feats_lengths_N: frames of each recording. ``rows.audio_index_BT`` counts the audio positions of recording 0, then 1, ...
+        keys, tasks, streams, texts: one a sample (length D).
+        tags: one mapping a sample; see `tag_ids`.
+        transcripts: one a recording (length N), "" where unknown: the target of a CTC loss.
+        sample_N: the sample that each recording belongs to.
+        state: where the loader stood after this batch, when it was asked to say (see `data.loader`); not for the model.
+    """
+
+    rows: PackedRows
+    feats_NTF: Tensor
+    feats_lengths_N: Tensor
+    keys: list[str]
+    tasks: list[str]
+    transcripts: list[str] = field(default_factory=list)
+    tags: list[dict[str, str]] = field(default_factory=list)
+    sample_N: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    texts: list[str] = field(default_factory=list)
+    streams: list[str] = field(default_factory=list)
+    state: Any = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.rows.targets_BT != IGNORE).sum())
+
+    @property
+    def num_positions(self) -> int:
+        return self.rows.ids_BT.numel()
+
+    def tag_ids(self, name: str, classes: Sequence[str] | Mapping[str, int]) -> Tensor:
+        """Class number of tag ``name`` for each sample, `IGNORE` where the record has none or one that is not in ``classes``: [D]."""
+        table = classes if isinstance(classes, Mapping) else {label: i for i, label in enumerate(classes)}
+        return torch.tensor([table.get(tags.get(name, ""), IGNORE) for tags in self.tags], dtype=torch.long)
+
+    def last_recording(self) -> Tensor:
+        """Index of each sample's last recording (the user's current turn), -1 for a sample without: [D]."""
+        out = torch.full((len(self),), -1, dtype=torch.long)
+        for n, sample in enumerate(self.sample_N.tolist()):
+            out[sample] = n
+        return out
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on ``device``."""
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("feats_NTF", "feats_lengths_N", "sample_N")
+        }
+        return Batch(**{**vars(self), **tensors, "rows": self.rows.to(device)})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (used by torch's DataLoader when ``pin_memory`` is on)."""
+        rows = PackedRows(**{name: tensor.pin_memory() for name, tensor in vars(self.rows).items()})
+        tensors = {name: getattr(self, name).pin_memory() for name in ("feats_NTF", "feats_lengths_N", "sample_N")}
+        return Batch(**{**vars(self), **tensors, "rows": rows})
+
+
+def pad_features(feats: Sequence[Tensor], num_mels: int) -> tuple[Tensor, Tensor]:
+    """Recordings [frames, F] of different length as ([N, T, F] zero-padded, lengths [N])."""
+    lengths = [int(f.shape[0]) for f in feats]
+    out_NTF = torch.zeros(len(feats), max(lengths, default=0), num_mels)
+    for i, feat in enumerate(feats):
+        assert feat.shape[1] == num_mels, f"a recording has {feat.shape[1]} mel bins, expected {num_mels}"
+        out_NTF[i, : lengths[i]] = feat
+    return out_NTF, torch.tensor(lengths, dtype=torch.long)
+
+
+def collate(
+    examples: Iterable[Example],
+    num_mels: int,
+    plan: Sequence[Sequence[int]] | None = None,
+    multiple_of: int = 1,
+) -> Batch:
+    """Pack examples into a batch.
+
+    Args:
+        num_mels: F of the features (needed when no example has a recording).
+        plan: which examples stand in which row of the batch (see `dialogue.packing.pack`); default one a row.
+        multiple_of: the row length is rounded up to a multiple of this.
+
+    Raises:
+        ValueError: for an empty list.
+    """
+    items = list(examples)
+    if not items:
+        raise ValueError("a batch needs at least one example")
+    feats_NTF, lengths_N = pad_features([f for e in items for f in e.feats], num_mels)
+    return Batch(
+        rows=pack([e.row for e in items], plan, multiple_of),
+        feats_NTF=feats_NTF,
+        feats_lengths_N=lengths_N,
+        keys=[e.key for e in items],
+        tasks=[e.task for e in items],
+        transcripts=[t for e in items for t in (e.transcripts or [""] * len(e.feats))],
+        tags=[dict(e.tags) for e in items],
+        sample_N=torch.tensor([d for d, e in enumerate(items) for _ in e.feats], dtype=torch.long),
+        texts=[e.text for e in items],
+        streams=[e.stream for e in items],
+    )
