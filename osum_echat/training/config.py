@@ -1,0 +1,186 @@
+"""What a training run is, as one typed config. YAML files in ``conf/`` are its written form.
+
+Defaults are those the published checkpoints were trained with (AdamW .9/.99, eps 1e-6, weight decay .01, ``warmuplr`` over 2000 steps,
+clipping at 5, 8 accumulated micro-batches); what a small run changes stands in its own file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["understanding", "generation", "empathy"]
+EngineName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
+Precision = Literal["fp32", "autocast", "bf16", "fp16"]
+
+
+@dataclass
+class InitConfig:
+    """What the weights start from. Later entries override earlier ones.
+
+    Attributes:
+        checkpoint: a checkpoint folder, ``.pt`` or ``.safetensors`` (every form that `model.checkpoint.load_model` reads), or a training
+            folder of the stage before. None: a new model from ``model``.
+        whisper: Whisper weights for the encoder (hub name such as ``openai/whisper-medium`` or a local folder).
+        llm: causal LM weights and tokenizer (hub name such as ``Qwen/Qwen2.5-3B-Instruct`` or a local folder).
+        tokenizer: tokenizer folder of a model from scratch, when not that of ``llm``.
+    """
+
+    checkpoint: str | None = None
+    whisper: str | None = None
+    llm: str | None = None
+    tokenizer: str | None = None
+
+
+@dataclass
+class RoomRates:
+    """Learning rate of each room. None: what the stage says, at ``optim.lr``; 0: frozen.
+
+    ``heads`` are the CTC and tag heads of the adapter; ``llm`` includes the tied text table; ``speech`` is the speech embedding and head.
+    """
+
+    encoder: float | None = None
+    adapter: float | None = None
+    heads: float | None = None
+    llm: float | None = None
+    lora: float | None = None
+    speech: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, rate in vars(self).items():
+            if rate is not None and rate < 0:
+                raise ValueError(f"{name} must be a learning rate >= 0 (0 freezes the room), found {rate}")
+
+
+@dataclass
+class LoraSettings:
+    """Low-rank adapters on the LLM (peft). ``rank`` 0: none. The default targets leave ``up_proj`` out, as the published config does."""
+
+    rank: int = 0
+    alpha: int = 32
+    dropout: float = 0.1
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser, schedule and clipping. ``schedule`` see `schedule.factor`; ``total_steps`` None: the run's expected steps."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    schedule: Literal["warmuplr", "linear", "cosine", "constant"] = "warmuplr"
+    warmup_steps: int = 2000
+    total_steps: int | None = None
+    final_factor: float = 0.0
+    clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.warmup_steps < 0 or self.clip < 0:
+            raise ValueError("lr must be positive, warmup_steps and clip >= 0 (clip 0: no clipping)")
+
+
+@dataclass
+class LossConfig:
+    """Weights of the parts of the loss. ``stream``: extra weight of the targets of a mixing stream (s2t, t2s, s2s, t2t)."""
+
+    lm: float = 1.0
+    ctc: float = 0.0
+    tags: float = 0.0
+    stream: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class EngineConfig:
+    """How the model is spread over processes.
+
+    Attributes:
+        name: ``auto`` = ddp under torchrun, else single.
+        deepspeed_config: JSON for ``deepspeed`` (its numbers must agree with this file; ``"auto"`` there takes ours).
+        reshard_after_forward: FSDP: free gathered weights after forward (less memory, one more gather).
+        cpu_offload: FSDP: keep weight shards and optimiser states in host memory.
+        timeout_minutes: collectives that take longer fail.
+    """
+
+    name: EngineName = "auto"
+    deepspeed_config: str | None = None
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    timeout_minutes: float = 30.0
+
+
+@dataclass
+class SafetyConfig:
+    """What happens when something goes wrong.
+
+    Attributes:
+        max_bad_steps: stop after this many steps in a row with a non-finite loss or gradient.
+        watchdog_seconds: say which rank is silent, and where, after this long without a step; 0: no watchdog.
+        watchdog_abort: also end the process then (a job scheduler can restart it), after writing all stacks.
+        try_largest_batch: run the largest batch that the data config allows forward and backward before step 1.
+    """
+
+    max_bad_steps: int = 5
+    watchdog_seconds: float = 600.0
+    watchdog_abort: bool = False
+    try_largest_batch: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """One training run (see the sections above).
+
+    Attributes:
+        stage: decides which rooms train by default (`stages.STAGES`).
+        out: folder of this run: checkpoints, metrics.jsonl, TensorBoard, curves.
+        init, model: what the weights start from; ``model`` is a model config (file, or mapping) and is needed only for a start from scratch.
+        data: the loader's config (`data.config.DataConfig` as plain data); validation: the same for held-out lists.
+        precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
+            optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
+        accumulation: micro-batches a step on each rank. The update is the mean over all targets of all of them.
+        checkpoint_activations: recompute each block in backward instead of storing it.
+        max_steps, max_epochs, max_minutes: whichever comes first ends the run.
+        save_every, keep: optimiser steps between checkpoints; how many are kept.
+        save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by fingerprint.
+        input_noise: share of speech codes in the *inputs* replaced by random codes (targets stay).
+    """
+
+    stage: Stage = "understanding"
+    out: str = "out/train"
+    init: InitConfig = field(default_factory=InitConfig)
+    model: Any = None
+    data: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, Any] | None = None
+    rooms: RoomRates = field(default_factory=RoomRates)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+    device: str = "auto"
+    precision: Precision = "bf16"
+    attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = "auto"
+    accumulation: int = 8
+    checkpoint_activations: bool = True
+    max_steps: int | None = None
+    max_epochs: int | None = 1
+    max_minutes: float | None = None
+    expected_steps: int | None = None
+    save_every: int = 1250
+    keep: int = 3
+    save_frozen: bool = False
+    log_every: int = 10
+    validate_every: int = 1250
+    validate_batches: int | None = None
+    input_noise: float = 0.0
+    seed: int = 777
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.accumulation < 1 or self.save_every < 1 or self.keep < 1 or self.log_every < 1:
+            raise ValueError("accumulation, save_every, keep and log_every must be at least 1")
+        if not 0 <= self.input_noise < 1:
+            raise ValueError(f"input_noise is a share of codes in [0, 1), found {self.input_noise}")
+        if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:
+            raise ValueError("state when to stop: max_steps, max_epochs or max_minutes")
