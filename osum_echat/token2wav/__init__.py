@@ -1,0 +1,1 @@
+"""Speech tokens to samples: flow matching and a HiFT vocoder in the voice of a prompt recording, offline or as a stream."""

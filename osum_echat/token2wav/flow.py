@@ -1,0 +1,167 @@
+"""Flow matching from speech tokens to log-mel: condition, ODE, classifier-free guidance.
+
+Parameter names are those of the released ``flow.pt``, so its state dict loads as it is and a trained one can be saved the same way.
+
+Shapes: B batch, N reply tokens, P prompt tokens, L = P + N, T mel frames (prompt and reply), M mel bins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osum_echat.token2wav.config import FlowConfig, SolverConfig
+from osum_echat.token2wav.encoder import LengthRegulator, TokenEncoder, stretch, stretch_reply
+from osum_echat.token2wav.estimator import Estimator, Padding
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the ODE is conditioned on, for one row: ``mu_TM`` tokens at mel rate, ``spk_M`` speaker, ``cond_TM`` prompt mel."""
+
+    mu_TM: Tensor
+    spk_M: Tensor
+    cond_TM: Tensor
+    prompt_frames: int
+
+    @property
+    def frames(self) -> int:
+        return self.mu_TM.shape[0]
+
+
+def time_grid(steps: int, schedule: str = "cosine") -> list[float]:
+    """Times 0 .. 1 of the Euler solver, steps + 1 values. "cosine" starts slowly, "linear" is even."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, found {steps}")
+    if schedule == "cosine":
+        return [1.0 - math.cos(k / steps * 0.5 * math.pi) for k in range(steps + 1)]
+    if schedule == "linear":
+        return [k / steps for k in range(steps + 1)]
+    raise ValueError(f"schedule must be cosine or linear, found {schedule!r}")
+
+
+class FlowDecoder(nn.Module):
+    """Holder of the estimator under its released name, and the ODE around it."""
+
+    def __init__(self, mel_bins: int, config: FlowConfig) -> None:
+        super().__init__()
+        self.config: SolverConfig = config.solver
+        self.estimator = Estimator(mel_bins, config.estimator)
+
+    def solve(
+        self,
+        noise_BTM: Tensor,
+        mu_BTM: Tensor,
+        spk_BM: Tensor,
+        cond_BTM: Tensor,
+        padding: Padding | None = None,
+        steps: int = 10,
+        guidance: float | None = None,
+        schedule: str | None = None,
+    ) -> Tensor:
+        """Noise to mel by Euler steps, [B, T, M].
+
+        Each step takes (1 + g) * v(condition) - g * v(nothing), with ``guidance`` g (default: the directory's); g = 0 skips the
+        unconditional half. ``schedule`` is named in `time_grid`.
+        """
+        guidance = self.config.inference_cfg_rate if guidance is None else guidance
+        grid = time_grid(steps, schedule or self.config.t_scheduler)
+        times_S = torch.tensor(grid[:-1], device=noise_BTM.device)
+        embedded_SE = self.estimator.time_mlp(times_S)
+        x_BTM = noise_BTM.clone()
+        batch, _, bins = x_BTM.shape
+        guided = guidance != 0.0
+        rows = 2 * batch if guided else batch
+        inputs = x_BTM.new_zeros(rows, x_BTM.shape[1], 4 * bins)  # the unconditional rows keep their zeros
+        inputs[:batch, :, bins:] = torch.cat((mu_BTM, spk_BM[:, None].expand_as(mu_BTM), cond_BTM), dim=-1)
+        if padding is not None and guided:
+            padding = Padding(padding.mask_BT1.repeat(2, 1, 1), padding.statistics)
+        for step in range(steps):
+            inputs.view(-1, batch, *inputs.shape[1:])[..., :bins] = x_BTM
+            v = self.estimator.velocity(inputs, embedded_SE[step : step + 1], padding)
+            if guided:
+                v = (1.0 + guidance) * v[:batch] - guidance * v[batch:]
+            x_BTM = x_BTM + (grid[step + 1] - grid[step]) * v
+        return x_BTM
+
+
+class FlowModel(nn.Module):
+    """Tokens to mel, released parameter names."""
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        bins = config.output_size
+        self.input_embedding = nn.Embedding(config.vocab_size, config.input_size)
+        self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, bins)
+        self.encoder = TokenEncoder(config.input_size, config.encoder)
+        self.encoder_proj = nn.Linear(config.encoder.output_size, bins)
+        self.length_regulator = LengthRegulator(bins, config.regulator_blocks, config.regulator_groups)
+        self.decoder = FlowDecoder(bins, config)
+
+    def check_tokens(self, tokens_N: Tensor) -> None:
+        """Raise ValueError for ids outside the codebook, naming the first one."""
+        outside = ((tokens_N < 0) | (tokens_N >= self.config.vocab_size)).nonzero()
+        if len(outside):
+            at = int(outside[0, -1])
+            raise ValueError(
+                f"speech token {int(tokens_N[..., at].flatten()[0])} at position {at} is outside 0..{self.config.vocab_size - 1}; "
+                "remove end-of-speech and other special ids before synthesis"
+            )
+
+    def speaker(self, embedding_BS: Tensor) -> Tensor:
+        """A speaker embedding (any length) to what the estimator reads, [B, M]."""
+        return self.spk_embed_affine_layer(F.normalize(embedding_BS, dim=1))
+
+    def encode(self, tokens_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        """Tokens to hidden states at token rate, [B, L, M]; ``mask_BL`` True for real tokens."""
+        x_BLI = self.input_embedding(tokens_BL)
+        if mask_BL is not None:
+            x_BLI = x_BLI * mask_BL[..., None]
+        return self.encoder_proj(self.encoder(x_BLI, mask_BL))
+
+    def condition(self, tokens_N: Tensor, prompt_tokens_P: Tensor, prompt_mel_TM: Tensor, spk_M: Tensor) -> Condition:
+        """The condition of one reply after one prompt (both prompt parts may be empty). Checks the ids."""
+        self.check_tokens(tokens_N)
+        h_1LM = self.encode(torch.cat((prompt_tokens_P, tokens_N))[None])
+        prompt, count = h_1LM[:, : len(prompt_tokens_P)], len(prompt_mel_TM)
+        stretched = stretch_reply(h_1LM[:, len(prompt_tokens_P) :], self.config.input_frame_rate)
+        if len(prompt_tokens_P):
+            stretched = torch.cat((stretch(prompt, count), stretched), dim=1)
+        mu_TM = self.length_regulator(stretched)[0]
+        cond_TM = torch.zeros_like(mu_TM)
+        cond_TM[:count] = prompt_mel_TM
+        return Condition(mu_TM, spk_M, cond_TM, count)
+
+    def solve(
+        self,
+        conditions: Sequence[Condition],
+        noises: Sequence[Tensor],
+        steps: int = 10,
+        guidance: float | None = None,
+        schedule: str | None = None,
+    ) -> list[Tensor]:
+        """Mel of each row without its prompt, [T_i, M], float32. ``noises`` are [T_i, M], prompt frames included."""
+        lengths_B = torch.tensor([c.frames for c in conditions])
+        frames = int(lengths_B.max())
+
+        def padded(rows: Sequence[Tensor]) -> Tensor:
+            return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+        padding = Padding.of(lengths_B.to(noises[0].device), frames, noises[0].dtype)
+        mel_BTM = self.decoder.solve(
+            padded(noises),
+            padded([c.mu_TM for c in conditions]),
+            torch.stack([c.spk_M for c in conditions]),
+            padded([c.cond_TM for c in conditions]),
+            padding,
+            steps,
+            guidance,
+            schedule,
+        )
+        return [mel[c.prompt_frames : c.frames].float() for mel, c in zip(mel_BTM, conditions, strict=True)]

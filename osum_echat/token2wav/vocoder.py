@@ -1,0 +1,179 @@
+"""HiFT vocoder: log-mel to samples. A predicted pitch drives a sine source; two upsampling stages shape it; an inverse STFT ends it.
+
+Parameter names are those of the released ``hift.pt`` after weight norm is folded in (``weight`` instead of two parts); a trainer
+may put torch's parametrised weight norm back on. Random draws (phases, noise) are arguments, never taken inside.
+
+Shapes: B batch, T mel frames, M mel bins, C channels, S = 256 * T samples, H harmonics (fundamental included), W STFT frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osum_echat.token2wav.config import MEL_HOP, VocoderConfig
+
+
+class Snake(nn.Module):
+    """x + sin^2(alpha x) / alpha, alpha per channel (arXiv 2006.08195)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        alpha = self.alpha[:, None]
+        return x_BCT + (1.0 / (alpha + 1e-9)) * torch.sin(x_BCT * alpha).square()
+
+
+class ResBlock(nn.Module):
+    """Dilated and plain convolutions in pairs, each behind a Snake, with a shortcut around every pair."""
+
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convs1 = nn.ModuleList(
+            nn.Conv1d(channels, channels, kernel, dilation=d, padding=(kernel - 1) * d // 2) for d in dilations
+        )
+        self.convs2 = nn.ModuleList(nn.Conv1d(channels, channels, kernel, padding=(kernel - 1) // 2) for _ in dilations)
+        self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
+        self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
+
+    def forward(self, x_BCT: Tensor) -> Tensor:
+        for snake1, conv1, snake2, conv2 in zip(self.activations1, self.convs1, self.activations2, self.convs2, strict=True):
+            x_BCT = x_BCT + conv2(snake2(conv1(snake1(x_BCT))))
+        return x_BCT
+
+
+class PitchPredictor(nn.Module):
+    """Mel to fundamental frequency in Hz, [B, T]; near zero where unvoiced."""
+
+    def __init__(self, mel_bins: int, channels: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(5):
+            layers += [nn.Conv1d(mel_bins if index == 0 else channels, channels, 3, padding=1), nn.ELU()]
+        self.condnet = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, 1)
+
+    def forward(self, mel_BMT: Tensor) -> Tensor:
+        return self.classifier(self.condnet(mel_BMT).transpose(1, 2)).squeeze(-1).abs()
+
+
+class SineSource(nn.Module):
+    """Sines at the harmonics of f0 where voiced, noise where not, mixed into one excitation signal."""
+
+    def __init__(self, config: VocoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
+
+    def cycles(self, f0_BT: Tensor, start_B1H: Tensor | None = None) -> Tensor:
+        """Accumulated cycles (turns) of every harmonic after each sample, [B, S, H], float32.
+
+        A turn is kept modulo 1 after the sum, not during it: the published sum runs over the whole signal in float32 and its
+        rounding is part of what golden numbers recorded. ``start_B1H`` continues an earlier signal.
+        """
+        harmonic_H = torch.arange(1, self.config.nb_harmonics + 2, device=f0_BT.device, dtype=torch.float32)
+        step_BSH = f0_BT.repeat_interleave(MEL_HOP, dim=1)[..., None] * harmonic_H / self.config.sample_rate
+        turns = torch.cumsum(step_BSH, dim=1)
+        return turns if start_B1H is None else turns + start_B1H
+
+    def forward(self, f0_BT: Tensor, phase_BH: Tensor, noise_BSH: Tensor, turns_BSH: Tensor | None = None) -> Tensor:
+        """Excitation [B, 1, S]. ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal."""
+        config = self.config
+        turns_BSH = self.cycles(f0_BT) if turns_BSH is None else turns_BSH
+        phase = torch.cat((torch.zeros_like(phase_BH[:, :1]), phase_BH[:, 1:]), dim=1)[:, None]
+        sine = config.nsf_alpha * torch.sin(2.0 * math.pi * (turns_BSH % 1) + phase)
+        voiced_BS1 = (f0_BT > config.nsf_voiced_threshold).repeat_interleave(MEL_HOP, dim=1)[..., None].to(sine.dtype)
+        amplitude = voiced_BS1 * config.nsf_sigma + (1.0 - voiced_BS1) * (config.nsf_alpha / 3.0)
+        return torch.tanh(self.l_linear(sine * voiced_BS1 + amplitude * noise_BSH)).transpose(1, 2)
+
+
+class Vocoder(nn.Module):
+    """Log-mel to samples."""
+
+    window: Tensor
+
+    def __init__(self, config: VocoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.m_source = SineSource(config)
+        self.f0_predictor = PitchPredictor(config.in_channels, config.f0_channels)
+        self.conv_pre = nn.Conv1d(config.in_channels, config.base_channels, 7, padding=3)
+        self.ups = nn.ModuleList()
+        self.source_downs = nn.ModuleList()
+        self.source_resblocks = nn.ModuleList()
+        self.resblocks = nn.ModuleList()
+
+        below = [math.prod(config.upsample_rates[i + 1 :]) for i in range(len(config.upsample_rates))]
+        channels = config.base_channels
+        for index, (rate, kernel) in enumerate(zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)):
+            self.ups.append(nn.ConvTranspose1d(channels, channels // 2, kernel, stride=rate, padding=(kernel - rate) // 2))
+            channels //= 2
+            down = below[index]  # from the STFT's frame rate down to this stage's
+            if down == 1:
+                self.source_downs.append(nn.Conv1d(config.istft_n_fft + 2, channels, 1))
+            else:
+                self.source_downs.append(nn.Conv1d(config.istft_n_fft + 2, channels, 2 * down, stride=down, padding=down // 2))
+            self.source_resblocks.append(
+                ResBlock(channels, config.source_resblock_kernel_sizes[index], config.source_resblock_dilation_sizes[index])
+            )
+            for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
+                self.resblocks.append(ResBlock(channels, size, dilations))
+        self.conv_post = nn.Conv1d(channels, config.istft_n_fft + 2, 7, padding=3)
+        self.register_buffer("window", torch.hann_window(config.istft_n_fft), persistent=False)
+
+    def f0(self, mel_BMT: Tensor) -> Tensor:
+        """Fundamental frequency in Hz per frame, [B, T]."""
+        return self.f0_predictor(mel_BMT)
+
+    def source(self, f0_BT: Tensor, phase_BH: Tensor, noise_BSH: Tensor) -> Tensor:
+        """Excitation [B, 1, S] for `decode`; see `SineSource`."""
+        return self.m_source(f0_BT, phase_BH, noise_BSH)
+
+    def spectrum(self, source_B1S: Tensor) -> Tensor:
+        """Real and imaginary parts of the excitation's STFT, [B, n_fft + 2, W]."""
+        complex_BFW = torch.stft(
+            source_B1S[:, 0],
+            self.config.istft_n_fft,
+            self.config.istft_hop,
+            window=self.window.to(source_B1S.dtype),
+            return_complex=True,
+        )
+        return torch.cat((complex_BFW.real, complex_BFW.imag), dim=1)
+
+    def decode(self, mel_BMT: Tensor, source_B1S: Tensor) -> Tensor:
+        """Samples [B, S] in -0.99 .. 0.99 from a mel and its excitation."""
+        return self.to_wave(self.shape(mel_BMT, self.spectrum(source_B1S)))
+
+    def shape(self, mel_BMT: Tensor, spectrum_BFW: Tensor) -> Tensor:
+        """The network proper: mel and excitation spectrum to the output's log magnitude and phase, [B, n_fft + 2, W]."""
+        config = self.config
+        kinds = len(config.resblock_kernel_sizes)
+        x = self.conv_pre(mel_BMT)
+        for stage, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, config.lrelu_slope))
+            if stage == len(self.ups) - 1:
+                x = F.pad(x, (1, 0), mode="reflect")  # the centred STFT has one frame more than hops
+            x = x + self.source_resblocks[stage](self.source_downs[stage](spectrum_BFW))
+            mixed = self.resblocks[stage * kinds](x)
+            for block in list(self.resblocks)[stage * kinds + 1 : (stage + 1) * kinds]:
+                mixed = mixed + block(x)
+            x = mixed / kinds
+        return self.conv_post(F.leaky_relu(x))  # torch's default slope here, not the configured one
+
+    def to_wave(self, shaped_BFW: Tensor) -> Tensor:
+        """Inverse STFT of exp(first half) and the sine of the second half as phase, clipped; [B, S]."""
+        n_fft, half = self.config.istft_n_fft, self.config.istft_n_fft // 2 + 1
+        magnitude = torch.exp(shaped_BFW[:, :half].float()).clamp(max=100.0)
+        phase = torch.sin(shaped_BFW[:, half:].float())
+        wave = torch.istft(torch.polar(magnitude, phase), n_fft, self.config.istft_hop, window=self.window.float())
+        return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
+
+    def forward(self, mel_BMT: Tensor, phase_BH: Tensor, noise_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        """Samples [B, S] and the excitation [B, 1, S] that they were made from."""
+        source_B1S = self.source(self.f0(mel_BMT), phase_BH, noise_BSH)
+        return self.decode(mel_BMT, source_B1S), source_B1S
