@@ -1,0 +1,130 @@
+"""Opening what a list names: local paths or fsspec URLs, and lists whose relative paths do not fit where they lie.
+
+Lists are written on one machine and read on another. A relative path is tried as written (from the working directory, as the published
+lists mean it), then from the list's own folder, then with leading folders taken off, looked up in the list's folder and up to three
+folders above it. Whatever was assumed is said once per rewrite in a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+log = logging.getLogger(__name__)
+
+_BUFFER = 1 << 18
+_LEVELS_UP = 3
+
+
+def is_url(path: str) -> bool:
+    """Whether ``path`` names a remote (or otherwise fsspec-only) place, such as ``s3://``, ``https://`` or ``memory://``."""
+    return "://" in path
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Open for reading; ``.gz`` and other known compressions are unpacked on the way. Raises OSError."""
+    if is_url(path) or Path(path).suffix in (".gz", ".bz2", ".xz", ".zst"):
+        opened: Any = fsspec.open(path, "rb", compression="infer").open()
+        return opened
+    return open(path, "rb", buffering=_BUFFER)
+
+
+def exists(path: str) -> bool:
+    if not is_url(path):
+        return os.path.exists(path)
+    fs, inner = fsspec.core.url_to_fs(path)
+    return bool(fs.exists(inner))
+
+
+def read_bytes(path: str) -> bytes:
+    with open_binary(path) as stream:
+        return stream.read()
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a small text file (UTF-8, a byte order mark allowed), blank ones and ``#`` comments left out.
+
+    Raises:
+        ValueError: when the file is not there or is not text; the message names the file.
+    """
+    try:
+        text = io.TextIOWrapper(io.BytesIO(read_bytes(path)), encoding="utf-8-sig").read()
+    except FileNotFoundError as error:
+        raise ValueError(f"list not found: {path} (seen from {os.getcwd()})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def folder(path: str) -> str:
+    """The folder of a path or URL, without a trailing slash."""
+    head, _, _ = path.rpartition("/")
+    return head if is_url(path) else (os.path.dirname(path) or ".")
+
+
+def join(base: str, name: str) -> str:
+    return f"{base.rstrip('/')}/{name}" if is_url(base) else os.path.join(base, name)
+
+
+class Resolver:
+    """Finds files named by one list; remembers the first rewrite that worked, so that a million lines cost one search.
+
+    Args:
+        list_path: the list that names the files.
+    """
+
+    def __init__(self, list_path: str) -> None:
+        self.list_path = list_path
+        self._rewrites: list[tuple[str, str]] = []  # (prefix as written, prefix that exists)
+
+    def __call__(self, name: str) -> str:
+        """The path to open for ``name``.
+
+        Raises:
+            FileNotFoundError: nothing fits; the message says what was tried.
+        """
+        if is_url(name):
+            return name
+        for old, new in self._rewrites:
+            if name.startswith(old):
+                candidate = new + name[len(old) :]
+                if exists(candidate):
+                    return candidate
+        if exists(name):
+            return name
+        found = self._search(name)
+        if found is None:
+            raise FileNotFoundError(
+                f"{name} (named by {self.list_path}) does not exist: looked from {os.getcwd()}, in the list's folder and {_LEVELS_UP} above"
+            )
+        self._remember(name, found)
+        return found
+
+    def _search(self, name: str) -> str | None:
+        here = folder(self.list_path)
+        if not is_url(here):
+            here = os.path.abspath(here)
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        anchors = [here]
+        for _ in range(_LEVELS_UP):
+            anchors.append(folder(anchors[-1]))
+        for skip in range(len(parts)):
+            for anchor in anchors:
+                candidate = join(anchor, "/".join(parts[skip:]))
+                if exists(candidate):
+                    return candidate
+        return None
+
+    def _remember(self, name: str, found: str) -> None:
+        common = os.path.commonprefix([name[::-1], found[::-1]])[::-1]
+        common = common[common.find("/") :] if "/" in common else "/" + os.path.basename(name)
+        old, new = name[: len(name) - len(common) + 1], found[: len(found) - len(common) + 1]
+        if old and not any(old == seen for seen, _ in self._rewrites):
+            self._rewrites.append((old, new))
+        log.warning("%s names %s, which is not there; assumed %s (%r is read as %r)", self.list_path, name, found, old, new)
