@@ -1,0 +1,151 @@
+"""The LLM with ears and a mouth: unified ids in, hidden states out, a text head and a speech head.
+
+The LLM is any transformers causal LM, used through its public interface: embeddings in, a ready 4D mask, a cache. Its token table and LM head
+serve the text ids; a table and a head of our own serve speech codes and the audio markers (`dialogue.vocabulary`).
+
+B batch rows, T positions, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osum_echat.dialogue.packing import PAD_DOCUMENT
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.model.config import LlmConfig
+
+# Heads that change logits after the linear layer; the chunked loss and the two-head decoding work on the linear layer itself.
+_UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def build_llm(config: LlmConfig) -> Any:
+    """A transformers causal LM with fresh weights (or weights on the meta device, in a context that makes such).
+
+    Raises:
+        ValueError: for an LLM whose logits are not a plain linear layer of its hidden states, or with sliding-window layers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    data = config.transformers_config()
+    model_type = data.pop("model_type")
+    data.pop("torch_dtype", None)  # weights decide their dtype, not the config
+    llm_config = AutoConfig.for_model(model_type, **data)
+    for name in _UNSUPPORTED:
+        if getattr(llm_config, name, None) not in (None, 1.0):
+            raise ValueError(f"this LLM uses {name}, which the heads here do not apply; use an LLM without it")
+    if "sliding_attention" in (getattr(llm_config, "layer_types", None) or []):
+        raise ValueError("this LLM has sliding-window layers, which packed rows do not support; set use_sliding_window: false")
+    return AutoModelForCausalLM.from_config(llm_config, attn_implementation=config.attention, dtype=torch.float32)
+
+
+def is_plain(documents_BT: Tensor, visible_BT: Tensor) -> bool:
+    """Whether each row is one document, all visible, padded at the right only: plain causal attention is then right without a mask."""
+    padding_BT = documents_BT == PAD_DOCUMENT
+    one_document = (documents_BT == documents_BT[:, :1]) | padding_BT
+    right_padded = padding_BT[:, 1:] | ~padding_BT[:, :-1]
+    return bool((one_document & (visible_BT | padding_BT)).all() & right_padded.all())
+
+
+def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
+    """Who may attend to whom, [B, 1, T, T] bool: earlier or same position, same document, visible key.
+
+    A masked position attends to the visible ones before it, not to itself. Padding attends to itself, so that no query is without a key.
+    """
+    length = documents_BT.shape[1]
+    index_T = torch.arange(length, device=documents_BT.device)
+    causal_TT = index_T[:, None] >= index_T[None, :]
+    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+    padding_BT = documents_BT == PAD_DOCUMENT
+    self_BTT = torch.diag_embed(padding_BT)
+    return ((same_BTT & causal_TT & visible_BT[:, None, :] & ~padding_BT[:, None, :]) | self_BTT)[:, None]
+
+
+class SpeechLM(nn.Module):
+    """LLM, speech table and speech head."""
+
+    def __init__(self, config: LlmConfig, vocabulary: Vocabulary, recompute: bool = False) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.llm = build_llm(config)
+        rows = self.llm.get_output_embeddings().weight.shape[0]
+        if rows != vocabulary.text_size:
+            raise ValueError(f"the LLM has {rows} text rows, vocabulary.text_size says {vocabulary.text_size}; make them equal")
+        self.width: int = self.llm.get_input_embeddings().weight.shape[1]
+        self.speech_embedding = nn.Embedding(vocabulary.speech_rows, self.width)
+        self.speech_head = nn.Linear(self.width, vocabulary.speech_classes)
+        scale = getattr(self.llm.config, "initializer_range", 0.02)  # like the text table, which stands in the same sequence
+        nn.init.normal_(self.speech_embedding.weight, std=scale)
+        nn.init.normal_(self.speech_head.weight, std=scale)
+        nn.init.zeros_(self.speech_head.bias)
+        if recompute:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def text_head(self) -> nn.Module:
+        return self.llm.get_output_embeddings()
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Embeddings of unified ids (text, speech codes, markers): [B, T] to [B, T, D]."""
+        size = self.vocabulary.text_size
+        text_BTD = self.llm.get_input_embeddings()(ids_BT.clamp(max=size - 1))
+        speech_BTD = self.speech_embedding((ids_BT - size).clamp(min=0))
+        return torch.where((ids_BT < size)[..., None], text_BTD, speech_BTD.to(text_BTD.dtype))
+
+    def hidden(
+        self,
+        inputs_BTD: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        visible_BT: Tensor | None = None,
+        *,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states after the final norm, [B, T, D].
+
+        Args:
+            inputs_BTD: input embeddings.
+            positions_BT: position numbers (default: 0, 1, 2 ... after what the cache holds).
+            documents_BT, visible_BT: of packed rows (see `dialogue.packing`); both or neither. Attention is causal inside each document.
+            cache: a transformers cache, extended in place.
+            attention_mask: instead of documents: a mask as transformers takes it (2D over cache and inputs, or 4D). None: plain causal.
+            kwargs: handed to the LLM.
+        """
+        if documents_BT is not None and visible_BT is not None:
+            assert cache is None and attention_mask is None, "packed rows are attended without a cache and bring their own mask"
+            if is_plain(documents_BT, visible_BT):
+                # Padding is at the right end, where causal attention does not look. Consecutive numbers also keep transformers from
+                # taking a jump in the position numbers for the border of a packed sequence.
+                positions_BT = torch.arange(inputs_BTD.shape[1], device=inputs_BTD.device)[None]
+            else:
+                attention_mask = self._as_backend_takes_it(packed_mask(documents_BT, visible_BT), inputs_BTD)
+        out = self.llm.get_decoder()(
+            inputs_embeds=inputs_BTD,
+            position_ids=positions_BT,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **kwargs,
+        )
+        return out.last_hidden_state
+
+    def text_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over the text ids: [..., D] to [..., V]."""
+        return self.text_head(hidden)
+
+    def speech_logits(self, hidden: Tensor) -> Tensor:
+        """Logits over speech codes and the delimiter: [..., D] to [..., S + 1]."""
+        return self.speech_head(hidden)
+
+    def _as_backend_takes_it(self, allowed_B1TT: Tensor, inputs_BTD: Tensor) -> Tensor:
+        """SDPA takes the boolean mask, eager attention adds a float one."""
+        if self.llm.config._attn_implementation != "eager":
+            return allowed_B1TT
+        device = inputs_BTD.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_BTD.dtype
+        bias = torch.zeros(allowed_B1TT.shape, dtype=dtype, device=inputs_BTD.device)
+        return bias.masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)
