@@ -14,7 +14,7 @@ from functools import cached_property
 OPEN = "<think>"
 CLOSE = "<think end>"
 # Generated text sometimes closes with what the system prompts call the mark.
-_CLOSE_VARIANTS = (CLOSE, "</think end>", "</think>")
+CLOSE_MARKS = (CLOSE, "</think end>", "</think>")
 FIELDS = ("transcript", "age", "gender", "emotion", "event", "reply_emotion")
 
 
@@ -112,7 +112,7 @@ class SplitReply:
 def split_think(text: str) -> SplitReply:
     """Separate think and reply. A closing mark without an opening one still separates; an unclosed think has no reply."""
     opened = text.lstrip().startswith(OPEN)
-    ends = [(at, mark) for mark in _CLOSE_VARIANTS if (at := text.rfind(mark)) >= 0]
+    ends = [(at, mark) for mark in CLOSE_MARKS if (at := text.rfind(mark)) >= 0]
     if ends:
         at, mark = max(ends)
         return SplitReply(text[:at].strip().removeprefix(OPEN), text[at + len(mark) :])
