@@ -172,10 +172,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
     """Read a model config in either written form; ``overrides`` are ``key=value`` of our form. Raises ConfigError."""
     path = Path(path)
     data = config_io.read_yaml(path)
-    if is_reference_form(data):
-        data = from_reference(data, path)
-    else:
-        data = _relative_to(data, path.parent)
+    data = from_reference(data, path) if is_reference_form(data) else _relative_to(data, path.parent)
     return config_io.from_dict(ModelConfig, config_io.merge(data, config_io.parse_overrides(overrides)), where=str(path))
 
 
