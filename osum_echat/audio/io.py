@@ -1,0 +1,209 @@
+"""Recordings in and out: any source to float samples, with errors a person can act on.
+
+`read` takes a path, bytes, an open file or ``(samples, rate)`` and returns samples in [-1, 1] as they are in the file; `to_mono_16k` is
+what every listener of the system uses. wav, flac, ogg, mp3 and the other formats of libsndfile are read.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+
+from osum_echat.audio.resample import resample
+
+SAMPLE_RATE = 16_000  # of everything the model hears
+MAX_SECONDS = 600.0
+MIN_SECONDS = 0.1  # a log-mel frame reflects 12.5 ms at both ends, and nobody says anything in less
+_PLAUSIBLE_RATES = (1_000, 768_000)
+
+Samples: TypeAlias = npt.NDArray[np.float32]
+Source: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | tuple[Any, int] | Audio"
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used. ``reason`` is a short name to count by: missing, not_audio, empty, not_finite, too_short, too_long, bad_input."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Audio:
+    """``samples`` [channels, n] float32, about [-1, 1]; ``rate`` in Hz."""
+
+    samples: Samples
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples.shape[1] / self.rate
+
+    def mono(self) -> Samples:
+        """Mean over channels, [n]."""
+        return self.samples[0] if len(self.samples) == 1 else self.samples.mean(axis=0)
+
+
+def read(
+    source: Source,
+    start: float | None = None,
+    end: float | None = None,
+    min_seconds: float = 0.0,
+    max_seconds: float = MAX_SECONDS,
+) -> Audio:
+    """Read ``source``, or its part from ``start`` to ``end`` seconds.
+
+    Args:
+        source: path, bytes of an audio file, file object, `Audio`, or (samples, rate): array [n], [channels, n] or [n, channels],
+            float in [-1, 1] or signed/unsigned integer of full scale.
+        min_seconds, max_seconds: what is shorter or longer is an error; the length is looked up before samples are read.
+
+    Raises:
+        AudioError: see its reasons.
+    """
+    if isinstance(source, Audio):
+        audio = _cut(source, start, end, max_seconds)
+    elif isinstance(source, tuple):
+        if len(source) != 2:
+            raise AudioError("bad_input", f"expected (samples, rate), found a tuple of {len(source)}")
+        audio = _cut(_from_array(*source), start, end, max_seconds)
+    else:
+        audio = _from_file(source, start, end, max_seconds)
+    if audio.samples.shape[1] == 0:
+        raise AudioError("empty", f"{_name(source)} has no samples")
+    if not np.isfinite(audio.samples).all():
+        raise AudioError("not_finite", f"{_name(source)} holds NaN or infinite samples")
+    if audio.seconds < min_seconds:
+        raise AudioError("too_short", f"{_name(source)} has {audio.seconds:.3f} s, at least {min_seconds:g} s are needed")
+    return audio
+
+
+def to_mono_16k(
+    source: Source,
+    start: float | None = None,
+    end: float | None = None,
+    min_seconds: float = MIN_SECONDS,
+    max_seconds: float = MAX_SECONDS,
+) -> Samples:
+    """`read`, mean over channels, resampled to 16 kHz: [n] float32. Raises AudioError."""
+    audio = read(source, start, end, min_seconds, max_seconds)
+    return resample(audio.mono(), audio.rate, SAMPLE_RATE)
+
+
+def write(path: str | os.PathLike[str], samples: npt.ArrayLike, rate: int) -> None:
+    """Write samples [n] or [channels, n] (clipped to [-1, 1]) in the format of the suffix, 16 bit for wav and flac.
+
+    The file appears under its name only when it is whole.
+    """
+    path = Path(path)
+    data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
+    if data.ndim != 2:
+        raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
+    kind = path.suffix.lstrip(".").upper() or "WAV"
+    if kind not in soundfile.available_formats():
+        raise AudioError("bad_input", f"cannot write {path.name}: use a suffix such as .wav, .flac, .ogg or .mp3")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            soundfile.write(file, np.clip(data, -1.0, 1.0).T, rate, format=kind)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def duration(source: str | os.PathLike[str] | bytes) -> float:
+    """Seconds of a file by its header alone. Raises AudioError."""
+    with _open(source) as file:
+        return file.frames / file.samplerate
+
+
+def _open(source: str | os.PathLike[str] | bytes | BinaryIO) -> soundfile.SoundFile:
+    if isinstance(source, (str, os.PathLike)):
+        if not os.path.isfile(source):
+            raise AudioError("missing", f"audio file not found: {os.fspath(source)}")
+        handle: Any = os.fspath(source)
+    else:
+        handle = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        return soundfile.SoundFile(handle)
+    except (soundfile.LibsndfileError, TypeError) as error:
+        reason = "empty" if source == b"" else "not_audio"
+        raise AudioError(reason, f"{_name(source)} is not audio that can be read (wav, flac, ogg, mp3): {error}") from error
+
+
+def _from_file(source: Any, start: float | None, end: float | None, max_seconds: float) -> Audio:
+    with _open(source) as file:
+        rate = file.samplerate
+        first, stop = _bounds(file.frames, rate, start, end, _name(source), max_seconds)
+        # 16-bit files are read as integers and scaled here: six times faster than libsndfile's own conversion, and equal.
+        narrow = file.subtype == "PCM_16"
+        try:
+            if first:
+                file.seek(first)
+            data = file.read(stop - first, dtype="int16" if narrow else "float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError("not_audio", f"{_name(source)} breaks off or is damaged: {error}") from error
+    samples = np.ascontiguousarray(data.T, dtype=np.float32)
+    if narrow:
+        samples *= np.float32(1 / 32768)
+    return Audio(samples, rate)
+
+
+def _from_array(samples: Any, rate: Any) -> Audio:
+    if not isinstance(rate, (int, np.integer)) or not _PLAUSIBLE_RATES[0] <= rate <= _PLAUSIBLE_RATES[1]:
+        raise AudioError("bad_input", f"expected (samples, rate) with a rate in Hz, found rate {rate!r}")
+    try:
+        data = np.asarray(samples)
+    except (TypeError, ValueError) as error:
+        raise AudioError("bad_input", f"samples are not an array of numbers: {error}") from error
+    if data.ndim == 1:
+        data = data[None]
+    elif data.ndim == 2 and data.shape[0] > data.shape[1] > 0:  # [n, channels], as some recorders give it
+        data = data.T
+    if data.ndim != 2:
+        raise AudioError("bad_input", f"samples must be [n], [channels, n] or [n, channels], found shape {data.shape}")
+    if data.dtype == np.uint8:
+        data = (data.astype(np.float32) - 128) / 128
+    elif np.issubdtype(data.dtype, np.signedinteger):
+        data = data.astype(np.float64) / -float(np.iinfo(data.dtype).min)
+    elif not np.issubdtype(data.dtype, np.floating):
+        raise AudioError("bad_input", f"samples must be float, signed integer or uint8, found {data.dtype}")
+    return Audio(np.ascontiguousarray(data, dtype=np.float32), int(rate))
+
+
+def _cut(audio: Audio, start: float | None, end: float | None, max_seconds: float) -> Audio:
+    first, stop = _bounds(audio.samples.shape[1], audio.rate, start, end, "the recording", max_seconds)
+    return Audio(audio.samples[:, first:stop], audio.rate)
+
+
+def _bounds(frames: int, rate: int, start: float | None, end: float | None, name: str, max_seconds: float) -> tuple[int, int]:
+    """First and last sample of the segment; checks order and length."""
+    first = round((start or 0.0) * rate)
+    stop = frames if end is None else min(frames, round(end * rate))
+    if (start is not None or end is not None) and not 0 <= first < stop:
+        raise AudioError("empty", f"{name} has {frames / rate:.2f} s, the segment {start} to {end} s is outside it")
+    if stop - first > max_seconds * rate:
+        seconds = (stop - first) / rate
+        raise AudioError("too_long", f"{name} has {seconds:.1f} s, at most {max_seconds:g} s are taken; cut it into parts")
+    return first, stop
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return os.fspath(source)
+    return f"{len(source)} bytes of audio" if isinstance(source, bytes) else "the recording"
+
+
+def join(parts: Sequence[npt.ArrayLike]) -> Samples:
+    """Sample arrays [n] one after another."""
+    return np.concatenate([np.asarray(p, dtype=np.float32) for p in parts]) if parts else np.zeros(0, dtype=np.float32)
