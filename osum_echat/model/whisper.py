@@ -4,7 +4,8 @@
     OpenAI file           tiny.en.pt, medium.pt ...: {"dims": ..., "model_state_dict": ...}
     CTranslate2 folder    model.bin (as in the faster-whisper packages): float32, float16, bfloat16 or int8 with scales
 
-Only data is read; nothing of the packages is executed. The position table is not stored: it is a formula, and checked against the file.
+Only data is read; nothing of the packages is executed. The position table is taken from the file as it is (checked against the formula):
+rounded to half precision, as CTranslate2 keeps it, it moves single outputs by up to 0.04.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def read_whisper(path: str | Path) -> tuple[EncoderConfig, State]:
     """The encoder of a Whisper checkpoint in any published form.
 
     Returns:
-        Its sizes and its weights (float32, names of `encoder.AudioEncoder` without the position table).
+        Its sizes and its weights (float32, names of `encoder.AudioEncoder`).
 
     Raises:
         ValueError: when the path is none of the known forms, or the file is not what its form promises.
@@ -88,7 +89,7 @@ def _finish(heads: int, state: State, positions: Tensor, path: Path) -> tuple[En
             f"{path}: its position table differs from Whisper's formula by {error:.3g}; this is not a Whisper encoder"
         )
     config = EncoderConfig(mels=mels, dim=dim, heads=heads, ffn=ffn, layers=layers, max_positions=int(positions.shape[0]))
-    return config, {name: tensor.float().contiguous() for name, tensor in state.items()}
+    return config, {name: tensor.float().contiguous() for name, tensor in {**state, "positions_SE": positions}.items()}
 
 
 # ---- Hugging Face, OpenAI --------------------------------------------------------------------------------------------------------
