@@ -1,12 +1,12 @@
 """Augmentation of samples (speed, noise, reverberation) and of log-mels (masked and swapped stretches).
 
-Every function takes its random generator, so a data pipeline that saves the generator's state repeats its augmentation to the bit.
+Every function takes its random generator, so a data pipeline that saves the generator's state repeats its augmentation to the bit. The
+defaults of the log-mel functions are those of the published configuration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,61 +14,6 @@ import numpy.typing as npt
 from osum_echat.audio.resample import resample
 
 Samples = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """What a training pipeline does to a recording; the defaults are those of the published configuration.
-
-    Attributes:
-        spec_augment, spec_substitute: mask and swap stretches of the log-mel.
-        speeds: factors to draw from; one value of 1.0 is no change.
-        noise_probability, noise_snr_db: mix in noise at a signal-to-noise ratio drawn from the range.
-        reverb_probability, reverb_seconds: convolve with a decaying room of a reverberation time drawn from the range.
-    """
-
-    spec_augment: bool = True
-    num_time_masks: int = 2
-    max_time_mask: int = 50
-    num_mel_masks: int = 2
-    max_mel_mask: int = 10
-    spec_substitute: bool = True
-    num_substitutes: int = 3
-    max_substitute: int = 30
-    speeds: list[float] = field(default_factory=lambda: [1.0])
-    noise_probability: float = 0.0
-    noise_snr_db: tuple[float, float] = (5.0, 25.0)
-    reverb_probability: float = 0.0
-    reverb_seconds: tuple[float, float] = (0.1, 0.5)
-
-    def __post_init__(self) -> None:
-        if not self.speeds or min(self.speeds) <= 0:
-            raise ValueError(f"speeds must be positive factors, found {self.speeds}")
-        for name in ("noise_probability", "reverb_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, found {getattr(self, name)}")
-
-
-def augment_samples(samples: Samples, rate: int, config: AugmentConfig, rng: np.random.Generator) -> Samples:
-    """The sample-level part of ``config``: speed, then reverberation, then noise."""
-    if list(config.speeds) != [1.0]:
-        samples = change_speed(samples, rate, float(rng.choice(np.asarray(config.speeds))))
-    if config.reverb_probability and rng.random() < config.reverb_probability:
-        samples = reverberate(samples, rate, rng.uniform(*config.reverb_seconds), rng)
-    if config.noise_probability and rng.random() < config.noise_probability:
-        samples = add_noise(samples, rng.uniform(*config.noise_snr_db), rng)
-    return samples
-
-
-def augment_features(feats_TF: Samples, config: AugmentConfig, rng: np.random.Generator) -> Samples:
-    """The log-mel part of ``config``; returns a new array when anything changes."""
-    if config.spec_augment:
-        feats_TF = spec_augment(
-            feats_TF, rng, config.num_time_masks, config.max_time_mask, config.num_mel_masks, config.max_mel_mask
-        )
-    if config.spec_substitute:
-        feats_TF = spec_substitute(feats_TF, rng, config.num_substitutes, config.max_substitute)
-    return feats_TF
 
 
 def change_speed(samples: Samples, rate: int, factor: float) -> Samples:

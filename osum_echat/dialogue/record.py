@@ -123,7 +123,7 @@ class Record:
             extra=extra,
             start=_seconds(data, "start", source, line, key),
             end=_seconds(data, "end", source, line, key),
-            **{name: text(name, None) for name in _TEXT_FIELDS},  # type: ignore[arg-type]
+            **{name: text(name, None) for name in _TEXT_FIELDS},
             history=_history(data, extra, source, line, key),
             source=source,
             line=line,
