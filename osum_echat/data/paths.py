@@ -122,9 +122,10 @@ class Resolver:
         return None
 
     def _remember(self, name: str, found: str) -> None:
-        common = os.path.commonprefix([name[::-1], found[::-1]])[::-1]
-        common = common[common.find("/") :] if "/" in common else "/" + os.path.basename(name)
-        old, new = name[: len(name) - len(common) + 1], found[: len(found) - len(common) + 1]
+        old, new = name, found
+        while "/" in old and "/" in new and old.rpartition("/")[2] == new.rpartition("/")[2]:  # parts at the end that both share
+            old, new = old.rpartition("/")[0], new.rpartition("/")[0]
+        old, new = (name, found) if not new else (f"{old}/" if old != name else old, f"{new}/" if new != found else new)
         if old and not any(old == seen for seen, _ in self._rewrites):
             self._rewrites.append((old, new))
         log.warning("%s names %s, which is not there; assumed %s (%r is read as %r)", self.list_path, name, found, old, new)

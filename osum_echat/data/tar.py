@@ -247,7 +247,7 @@ class TarWriter:
     """Writes samples; the same samples give the same bytes on every machine (no time, owner or mode of the day)."""
 
     def __init__(self, path: str) -> None:
-        self._tar = tarfile.open(path, "w", format=tarfile.GNU_FORMAT)
+        self._tar = tarfile.open(path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 - closed by close()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Append a sample; fields in the order of their names."""
