@@ -1,24 +1,19 @@
-"""How the trainings read audio: mono, at the tokenizer's or the vocoder's rate."""
+"""How flow and vocoder training read audio: mono, at the rate and with the mel of what they make."""
 
 from __future__ import annotations
 
 import numpy as np
-import soxr
+from torch import Tensor
 
-from osum_echat.audio import io
-from osum_echat.token2wav.config import SAMPLE_RATE
+from osum_echat.audio import features, io
+from osum_echat.audio.resample import resample
+from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE
 from osum_echat.token2wav.training.records import Utterance
 
 
-def load_16k(utterance: Utterance) -> np.ndarray:
-    """Samples at 16 kHz, [n] float32 in -1 .. 1."""
-    return np.asarray(io.to_mono_16k(io.read(utterance.wav)), dtype=np.float32)
-
-
-def load_22k(utterance: Utterance) -> np.ndarray:
-    """Samples at 22.05 kHz, [n] float32."""
+def load_22k(utterance: Utterance) -> tuple[np.ndarray, Tensor]:
+    """Samples at 22.05 kHz [256 T] float32 and log-mel [T, 80]; the samples that fill no mel frame are cut."""
     audio = io.read(utterance.wav)
-    mono = np.asarray(audio.samples, dtype=np.float32).mean(0)
-    if audio.rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, audio.rate, SAMPLE_RATE, quality="HQ")
-    return mono.astype(np.float32)
+    samples = resample(audio.mono(), audio.rate, SAMPLE_RATE)
+    mel_TM = features.mel_22k(samples)
+    return samples[: len(mel_TM) * MEL_HOP], mel_TM

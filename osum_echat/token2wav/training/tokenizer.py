@@ -140,7 +140,7 @@ class TokenizerRecipe:
         self.optimizers = {"all": adamw(self.modules.parameters(), cfg.optim)}
 
     def _item(self, utterance: Utterance) -> Item:
-        mel_TM = np.asarray(self.log_mel(io.to_mono_16k(io.read(utterance.wav))))
+        mel_TM = self.log_mel(io.to_mono_16k(utterance.wav)).numpy()
         return Item(
             mel_TM.astype(np.float16),
             self.symbols.phone_frames(utterance, -(-len(mel_TM) // 2)),

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from osum_echat import config, device
-from osum_echat.audio import features
-from osum_echat.token2wav.config import MEL_HOP, VocoderConfig
+from osum_echat.audio.features import mel_filter_bank
+from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.training.audio import load_22k
 from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
 from osum_echat.token2wav.training.loop import (
@@ -45,6 +45,7 @@ from osum_echat.token2wav.vocoder import Vocoder
 
 log = logging.getLogger(__name__)
 SILENCE = math.log(1e-5)
+MEL_N_FFT, MEL_MAX_HZ = 1024, 8000.0
 
 
 @dataclass
@@ -108,7 +109,7 @@ class VocoderRecipe:
             "critics": adamw(self.critics.parameters(), cfg.optim),
         }
         self.spectral_loss = SpectralLoss().to(self.device)
-        self.mel_loss = MelLoss(features.mel_filters_22k(), 1024, MEL_HOP).to(self.device)
+        self.mel_loss = MelLoss(self._filters(), MEL_N_FFT, MEL_HOP).to(self.device)
 
     def _start_pitch_near_speech(self) -> None:
         """Let the pitch predictor begin at 100 Hz with a range of tens of Hz: from its default, within 1 Hz of zero, the way is long."""
@@ -117,10 +118,11 @@ class VocoderRecipe:
             self.vocoder.f0_predictor.classifier.bias.fill_(100.0)
 
     def _clip(self, utterance: Utterance) -> Clip:
-        samples = load_22k(utterance)
-        mel_TM = np.asarray(features.mel_22k(samples))
-        frames = len(mel_TM)
-        return Clip(samples[: frames * MEL_HOP], mel_TM.astype(np.float16), fundamental(samples, frames))
+        samples, mel_TM = load_22k(utterance)
+        return Clip(samples, mel_TM.numpy().astype(np.float16), fundamental(samples, len(mel_TM)))
+
+    def _filters(self) -> Tensor:
+        return torch.from_numpy(mel_filter_bank(SAMPLE_RATE, MEL_N_FFT, self.cfg.model.in_channels, MEL_MAX_HZ).T)
 
     def _crop(self, clip: Clip, rng: np.random.Generator) -> Clip:
         """A random segment; shorter clips are padded with silence."""
@@ -161,7 +163,6 @@ class VocoderRecipe:
         clips = [self._crop(clip, rng) for clip in self.train.batch(self.batches(step))]
         batch = self._batch(clips, rng)
         made_BS = self._speak(batch)
-        parts: dict[str, float] = {}
         loss, parts = self._regression(batch, made_BS)
         if step >= self.cfg.adversarial_from:
             with device.autocast(self.device, self.dtype):
