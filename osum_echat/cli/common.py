@@ -1,0 +1,105 @@
+"""What the commands share: the arguments that choose a model, loading it, printing a reply, errors as one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osum_echat.pipeline import EChat, Reply
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "checkpoints" / "mini"
+
+
+class UserError(Exception):
+    """Something that the person at the keyboard can mend; printed as one line, exit code 1."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that runs a model."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--checkpoint", default="mini", help="mini (default), a checkpoint folder, a released .pt or .safetensors")
+    group.add_argument("--config", help="model config of a bare .pt or .safetensors (default: conf/ct_config.yaml)")
+    group.add_argument("--token2wav", help="a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own token2wav/)")
+    group.add_argument("--speaker", help="the reply's voice: a saved speaker (.safetensors) or a recording of 1 to 30 s")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu, or with an index: cuda:1")
+    group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
+    group.add_argument("--profile", help="prompt profile: as_trained, as_released or mini (default: the checkpoint's own)")
+    group.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+
+
+def find_checkpoint(name: str) -> Path:
+    """The path for ``--checkpoint``. Raises UserError when there is nothing."""
+    path = MINI if name == "mini" else Path(name).expanduser()
+    if path.exists():
+        return path
+    if name == "mini":
+        raise UserError(f"the mini model is not in this checkout ({MINI.relative_to(ROOT)}/ is missing): `make mini` trains it")
+    raise UserError(f"no such checkpoint: {name}")
+
+
+def load_echat(args: argparse.Namespace, speech: bool = True) -> EChat:
+    """The model that the arguments name; ``speech``: with token2wav, so that it can be heard."""
+    import torch
+
+    from osum_echat.pipeline import EChat
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    checkpoint = find_checkpoint(args.checkpoint)
+    config = args.config
+    if config is None and checkpoint.is_file():
+        config = ROOT / "conf" / "ct_config.yaml"
+    options: dict[str, Any] = {"token2wav": args.token2wav} if speech and args.token2wav else {}
+    if speech and args.speaker:
+        options["speaker"] = args.speaker
+    if args.profile:
+        options["profile"] = args.profile
+    return EChat.load(checkpoint, config=config, device=args.device, dtype=args.dtype, **options)
+
+
+def readable(reply: Reply, indent: str = "  ") -> str:
+    """A reply for a person: what was heard, how, what is answered."""
+    lines = []
+    think = reply.think
+    if think is not None:
+        known = {
+            "words": think.transcript,
+            "age": think.age,
+            "gender": think.gender,
+            "emotion": think.emotion,
+            "event": think.event,
+        }
+        found = ", ".join(f"{name}: {value}" for name, value in known.items() if value)
+        lines.append(f"thought   {found or think.raw}")
+    if reply.text:
+        lines.append(f"text      {reply.text}")
+    if reply.speech_tokens:
+        lines.append(f"speech    {len(reply.speech_tokens)} tokens, {len(reply.speech_tokens) / 25:.1f} s")
+    lines.append(f"finished  {reply.finish_reason}, {reply.timings.total:.2f} s")
+    return "\n".join(indent + line for line in lines)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on one line, as UTF-8."""
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def run(command: Callable[[], int]) -> int:
+    """Run a command; what a person can mend becomes one line on stderr and exit code 1, a pipe that closed early exit code 0."""
+    try:
+        return command()
+    except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,108 @@
+"""The seven modes on recordings of this repository: understand, chat, chat with a thought, speak, answer a text, talk, talk with a thought.
+
+Everything that is printed is computed by the model; what was really said and how is printed beside it, from the list of recordings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osum_echat.cli.common import ROOT, UserError, add_model_arguments, load_echat, readable, run
+from osum_echat.cli.infer import save_speech
+
+if TYPE_CHECKING:
+    from osum_echat.pipeline import EChat, Reply
+
+RECORDINGS = ROOT / "assets" / "demo" / "demo.jsonl"
+TAGS = ("age", "gender", "emotion", "event")
+SPOKEN_TEXT = "I am so glad to hear that."
+WRITTEN_TEXT = "I passed my exam today."
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording and, when it is one of ours, what was said and how."""
+
+    path: Path
+    words: str = ""
+    labels: str = ""
+
+
+def recordings(wav: str | None) -> list[Recording]:
+    """The file given, or those of the repository. Raises UserError when there is none."""
+    if wav:
+        if not Path(wav).is_file():
+            raise UserError(f"no such recording: {wav}")
+        return [Recording(Path(wav))]
+    if not RECORDINGS.is_file():
+        raise UserError(f"{RECORDINGS.relative_to(ROOT)} is missing; give a recording with WAV=me.wav")
+    out = []
+    for line in RECORDINGS.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        extra: dict[str, Any] = record.get("extra", {})
+        labels = ", ".join(f"{name}: {extra[name]}" for name in TAGS if extra.get(name))
+        out.append(Recording(RECORDINGS.parent / record["wav"], record["txt"], labels))
+    return out
+
+
+def modes(echat: EChat, wav: Path, seed: int) -> Iterator[tuple[str, Reply]]:
+    """Each mode's name and reply, computed as it is asked for."""
+    yield "understand (asr)", echat.understand(wav, "<TRANSCRIBE>", seed=seed)
+    yield "understand (emotion)", echat.understand(wav, "<EMOTION>", seed=seed)
+    yield "understand (age, gender)", echat.understand(wav, "<AGE> <GENDER>", seed=seed)
+    yield "chat (s2t_chat)", echat.chat(wav, seed=seed)
+    yield "think, chat (s2t_chat_think)", echat.chat(wav, think="language", seed=seed)
+    yield "talk (s2s)", echat.chat(wav, speak=True, seed=seed)
+    yield "think, talk (s2s_think)", echat.chat(wav, think="tag", speak=True, seed=seed)
+
+
+def texts(echat: EChat, seed: int) -> Iterator[tuple[str, Reply]]:
+    yield f"speak (tts): {SPOKEN_TEXT}", echat.speak(SPOKEN_TEXT, seed=seed)
+    yield f"answer a text (t2t): {WRITTEN_TEXT}", echat.chat(text=WRITTEN_TEXT, seed=seed)
+
+
+def show(name: str, reply: Reply, path: Path) -> Path | None:
+    print(f"\n  {name}")
+    print(readable(reply, indent="    "))
+    wav = save_speech(reply, path)
+    if wav:
+        print(f"    written   {wav}")
+    return wav
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wav", help="a recording of your own instead of ours")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out") / "demo", help="folder of the replies' speech (default: out/demo)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        inputs = recordings(args.wav)
+        start = time.perf_counter()
+        echat = load_echat(args)
+        print(f"model loaded in {time.perf_counter() - start:.1f} s")
+        written = []
+        for recording in inputs:
+            print(f"\n{recording.path.name}")
+            if recording.words:
+                print(f"  really said: {recording.words} ({recording.labels})")
+            for name, reply in modes(echat, recording.path, args.seed):
+                written.append(show(name, reply, args.out / f"{recording.path.stem}-{len(written)}.wav"))
+        print("\ntexts")
+        for name, reply in texts(echat, args.seed):
+            written.append(show(name, reply, args.out / f"text-{len(written)}.wav"))
+        spoken = [str(path) for path in written if path]
+        print(f"\n{len(spoken)} replies spoken, in {args.out}/")
+        return 0
+
+    return run(command)

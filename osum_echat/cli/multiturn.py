@@ -1,0 +1,53 @@
+"""A dialogue: several recordings in order, each answered in the light of what went before; one reply wav a round."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from osum_echat.cli.common import UserError, add_model_arguments, load_echat, print_json, readable, run
+from osum_echat.cli.infer import save_speech
+
+EXAMPLES = """examples:
+  infer_multiturn.py first.wav second.wav third.wav --out out/dialogue
+  infer_multiturn.py first.wav second.wav --think language --json
+"""
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("wavs", nargs="+", help="recordings, one a round")
+    parser.add_argument(
+        "--think", choices=["none", "tag", "language"], default="none", help="think before answering (default: none)"
+    )
+    parser.add_argument("--text-only", action="store_true", help="answer in text, without speech")
+    parser.add_argument("--turns", type=int, default=5, help="past turns that are kept (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path("out") / "dialogue", help="folder for round_1.wav, round_2.wav ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a round and nothing else")
+    add_model_arguments(parser)
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        missing = [wav for wav in args.wavs if not Path(wav).is_file()]
+        if missing:
+            raise UserError(f"no such recording: {', '.join(missing)}")
+        echat = load_echat(args, speech=not args.text_only)
+        session = echat.session(max_turns=args.turns)
+        for number, wav in enumerate(args.wavs, start=1):
+            think = None if args.think == "none" else args.think
+            reply = session.chat(wav, think=think, speak=not args.text_only, seed=args.seed)
+            path = save_speech(reply, args.out / f"round_{number}.wav")
+            if args.json:
+                print_json({"round": number, "heard": str(wav), **reply.as_json(), "wav": str(path) if path else None})
+            else:
+                print(f"round {number}: {wav}")
+                print(readable(reply))
+                if path:
+                    print(f"  written   {path}")
+        return 0
+
+    return run(command)
