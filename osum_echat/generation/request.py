@@ -1,0 +1,155 @@
+"""What is asked of the generator: a prompt, settings, a seed, and a way to stop it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from osum_echat.dialogue.interleave import split_words
+from osum_echat.dialogue.layout import Row, flatten
+from osum_echat.dialogue.prompts import Profile
+from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
+from osum_echat.dialogue.tokens import Tokenizer, encode
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.generation.cache import KeptCache
+from osum_echat.generation.config import GenerationConfig, Mode
+from osum_echat.model.echat import AudioFeatures, EChatModel
+
+
+@dataclass
+class Request:
+    """One row to decode.
+
+    Attributes:
+        output_type: kind of sequence, a key of `OUTPUTS`.
+        prompt: the flat prompt, up to where the assistant begins.
+        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots.
+        mode: sampling settings and the limit on generated ids.
+        seed: of this row's random numbers.
+        text_ids: for text to speech: the text to say, without its end.
+        words: for text to speech in the word form: the words to say.
+        plan: ids to take instead of what would be chosen, by step (0 is the first generated id); for comparisons.
+        past: cache of an earlier part of a dialogue; what it has in common with the prompt is not read again.
+        keep_cache: hand the cache back in `cache` when the row is done.
+        cancelled: set it to stop the row within one step.
+    """
+
+    output_type: str
+    prompt: Row
+    heard: tuple[AudioFeatures, ...] = ()
+    mode: Mode = field(default_factory=Mode)
+    seed: int = 0
+    text_ids: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
+    plan: Mapping[int, int] = field(default_factory=dict)
+    past: KeptCache | None = None
+    keep_cache: bool = False
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    cache: KeptCache | None = None
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+def listen(model: EChatModel, feats: Sequence[Tensor]) -> list[AudioFeatures]:
+    """Encode recordings (log-mel [T, F] each), one `AudioFeatures` per recording, in one batch.
+
+    Raises:
+        ValueError: for a recording that the encoder cannot take.
+    """
+    if not feats:
+        return []
+    device, dtype = model.device, model.dtype
+    lengths_N = torch.tensor([len(f) for f in feats], device=device)
+    feats_NTF = torch.nn.utils.rnn.pad_sequence([f.to(device=device, dtype=dtype) for f in feats], batch_first=True)
+    with torch.inference_mode():
+        return split_audio(model.encode_audio(feats_NTF, lengths_N))
+
+
+def split_audio(audio: AudioFeatures) -> list[AudioFeatures]:
+    """One `AudioFeatures` per recording."""
+    lengths = audio.lengths_N.tolist()
+    embeds, visible = audio.embeds_PD.split(lengths), audio.visible_P.split(lengths)
+    return [
+        AudioFeatures(
+            embeds[n],
+            audio.lengths_N[n : n + 1],
+            visible[n],
+            None if audio.tag_embeds_ND is None else audio.tag_embeds_ND[n : n + 1],
+            {name: logits[n : n + 1] for name, logits in audio.tag_logits.items()},
+            None if audio.ctc_log_probs_NPC is None else audio.ctc_log_probs_NPC[n : n + 1, : lengths[n]],
+        )
+        for n in range(len(lengths))
+    ]
+
+
+def join_audio(heard: Sequence[AudioFeatures]) -> AudioFeatures | None:
+    """The reverse of `split_audio`, of what the LLM needs; None without recordings."""
+    if not heard:
+        return None
+    tags = [h.tag_embeds_ND for h in heard if h.tag_embeds_ND is not None]
+    assert len(tags) in (0, len(heard)), "recordings with and without tag vectors cannot be joined"
+    return AudioFeatures(
+        torch.cat([h.embeds_PD for h in heard]),
+        torch.cat([h.lengths_N for h in heard]),
+        torch.cat([h.visible_P for h in heard]),
+        torch.cat(tags) if tags else None,
+    )
+
+
+def build_request(
+    output_type: str,
+    config: GenerationConfig,
+    tokenizer: Tokenizer,
+    vocab: Vocabulary,
+    *,
+    prompt_text: str = "",
+    say: str = "",
+    heard: Sequence[AudioFeatures] = (),
+    history: Sequence[PastTurn] = (),
+    profile: str | Profile | None = None,
+    seed: int = 0,
+    greedy: bool = False,
+) -> Request:
+    """A request of any kind of sequence.
+
+    Args:
+        prompt_text: the instruction (understanding) or the question (text2text).
+        say: the text to say (text to speech).
+        heard: recordings of past turns first, the current one last.
+        history: past turns, oldest first.
+        profile: other than the one of ``config``.
+
+    Raises:
+        ValueError: unknown output type, or what it needs is missing.
+    """
+    mode = config.mode(output_type)
+    output = OUTPUTS[output_type]
+    if output.spoken_text and not say.strip():
+        raise ValueError("there is no text to say; give at least one word")
+    if output_type == "text2text" and not prompt_text.strip():
+        raise ValueError("there is no question; give a text to answer")
+    text_ids = encode(tokenizer, say) if output.spoken_text else ()
+    sample = Sample(
+        output_type,
+        prompt_ids=encode(tokenizer, prompt_text) if prompt_text else (),
+        text_ids=text_ids,
+        history=tuple(history),
+    )
+    if len(heard) != sample.num_recordings:
+        raise ValueError(f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(heard)}")
+    layout = build_layout(sample, tokenizer, vocab, profile or config.profile, config.speech_form, prefix_only=True)
+    row = flatten(layout.prefix, [int(h.lengths_N[0]) for h in heard], layout.text_softmax)
+    return Request(
+        output_type,
+        row,
+        tuple(heard),
+        mode.greedy() if greedy else mode,
+        seed,
+        text_ids=text_ids,
+        words=tuple(split_words(say)) if output.spoken_text else (),
+    )
