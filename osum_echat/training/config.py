@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from osum_echat.config import ConfigError
+from osum_echat.data.config import DataConfig
+from osum_echat.model.config import LoraConfig
+
 Stage = Literal["understanding", "generation", "empathy"]
 EngineName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
 Precision = Literal["fp32", "autocast", "bf16", "fp16"]
@@ -50,16 +54,6 @@ class RoomRates:
         for name, rate in vars(self).items():
             if rate is not None and rate < 0:
                 raise ValueError(f"{name} must be a learning rate >= 0 (0 freezes the room), found {rate}")
-
-
-@dataclass
-class LoraSettings:
-    """Low-rank adapters on the LLM (peft). ``rank`` 0: none. The default targets leave ``up_proj`` out, as the published config does."""
-
-    rank: int = 0
-    alpha: int = 32
-    dropout: float = 0.1
-    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
 
 
 @dataclass
@@ -134,8 +128,10 @@ class TrainConfig:
     Attributes:
         stage: decides which rooms train by default (`stages.STAGES`).
         out: folder of this run: checkpoints, metrics.jsonl, TensorBoard, curves.
-        init, model: what the weights start from; ``model`` is a model config (file, or mapping) and is needed only for a start from scratch.
-        data: the loader's config (`data.config.DataConfig` as plain data); validation: the same for held-out lists.
+        init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
+        model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
+        data: the training lists and their batches; validation: the same for held-out lists, None: no validation.
+        rooms, lora: who trains, at which rate. LoRA freezes the LLM below it unless ``rooms.llm`` says otherwise.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
             optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
         accumulation: micro-batches a step on each rank. The update is the mean over all targets of all of them.
@@ -149,18 +145,18 @@ class TrainConfig:
     stage: Stage = "understanding"
     out: str = "out/train"
     init: InitConfig = field(default_factory=InitConfig)
-    model: Any = None
-    data: dict[str, Any] = field(default_factory=dict)
-    validation: dict[str, Any] | None = None
+    model: str | None = None
+    model_changes: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    validation: DataConfig | None = None
     rooms: RoomRates = field(default_factory=RoomRates)
-    lora: LoraSettings = field(default_factory=LoraSettings)
+    lora: LoraConfig | None = None
     optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
     device: str = "auto"
     precision: Precision = "bf16"
-    attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = "auto"
     accumulation: int = 8
     checkpoint_activations: bool = True
     max_steps: int | None = None
@@ -184,3 +180,6 @@ class TrainConfig:
             raise ValueError(f"input_noise is a share of codes in [0, 1), found {self.input_noise}")
         if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:
             raise ValueError("state when to stop: max_steps, max_epochs or max_minutes")
+
+
+__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "OptimConfig", "RoomRates", "SafetyConfig", "TrainConfig"]

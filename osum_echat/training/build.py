@@ -1,0 +1,117 @@
+"""From a config to a `Trainer`: model, engine, loaders, and a print of what was decided."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from osum_echat import config as config_io
+from osum_echat import device as devices
+from osum_echat.model.echat import EChatModel
+from osum_echat.training import distributed, engines, memory, stages
+from osum_echat.training.checkpoint import code_version, fingerprint
+from osum_echat.training.config import TrainConfig
+from osum_echat.training.loop import Loader, Trainer, Validator
+from osum_echat.training.objective import Objective
+from osum_echat.training.watchdog import Watchdog, shared_store
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    config: TrainConfig,
+    model: EChatModel,
+    tokenizer: Any,
+    loader: Loader,
+    validation: Loader | None = None,
+    validators: Mapping[str, Validator] | None = None,
+    bar: bool = True,
+    world: distributed.World | None = None,
+) -> Trainer:
+    """A trainer for a model and loaders that exist already.
+
+    Joins the process group when there is one to join, freezes rooms, spreads the model over the ranks, and tries the largest batch.
+    """
+    device = devices.resolve(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    name = engines.resolve_name(config, distributed.launched_by_torchrun())
+    engine_class = engines.create(name)
+    world = world or join(config)
+    groups = stages.assign(model, config)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if world.is_main:
+        log.info("%s", describe(config, name, world, device, model))
+        log.info("%s", stages.table(model, groups))
+    frozen_sums = fingerprint(model)
+    _set_dtypes(model, config, name)
+    model.to(device)
+    objective = Objective(model, config.loss, tokenizer, every_room=world.size > 1)
+    engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
+    if world.is_main:
+        log.info("%s", memory.estimate(groups, frozen, config, world.size, engine.shards_weights))
+    devices.seed_all(config.seed + 7919 * world.rank)
+    if config.safety.try_largest_batch:
+        line = memory.rehearse(engine, objective, config, device)
+        if world.is_main:
+            log.info("%s", line)
+    return Trainer(
+        config,
+        objective,
+        engine,
+        loader,
+        world,
+        device,
+        validation,
+        validators,
+        tokenizer,
+        expected_steps=config.expected_steps or config.max_steps,
+        watchdog=Watchdog(world, shared_store(world), config.safety.watchdog_seconds, config.safety.watchdog_abort),
+        facts={"frozen": frozen_sums, "model": config_io.to_dict(model.config)},
+        bar=bar,
+    )
+
+
+def join(config: TrainConfig) -> distributed.World:
+    """Join the process group that the config's engine needs."""
+    device = devices.resolve(config.device)
+    devices.activate(device)
+    name = engines.resolve_name(config, distributed.launched_by_torchrun())
+    return distributed.start(device, engines.create(name).needs_group, config.engine.timeout_minutes)
+
+
+def _set_dtypes(model: EChatModel, config: TrainConfig, engine: str) -> None:
+    """Precision ``bf16``: weights in bfloat16. FSDP keeps trained shards in float32 instead, as their own masters."""
+    if config.precision != "bf16":
+        model.float()
+        return
+    for param in model.parameters():
+        if engine != "fsdp" or not param.requires_grad:
+            param.data = param.data.to(torch.bfloat16)
+        else:
+            param.data = param.data.float()
+
+
+def describe(config: TrainConfig, engine: str, world: distributed.World, device: torch.device, model: EChatModel) -> str:
+    """What this run decided, a line each."""
+    llm = model.config.llm
+    mix = {name: stream.weight if stream.weight is not None else "by lines" for name, stream in config.data.streams.items()}
+    lines = {
+        "stage": config.stage,
+        "code": code_version(),
+        "device": f"{device}, {world.size} process(es), engine {engine}, {torch.get_num_threads()} threads",
+        "precision": f"{config.precision}, activation checkpointing {'on' if model.config.activation_checkpointing else 'off'}",
+        "attention": llm.attention,
+        "batch": f"{config.accumulation} micro-batches x {world.size} rank(s) of up to {config.data.batch.rows} x {config.data.batch.row_positions} positions",
+        "data mix": ", ".join(f"{k}: {v}" for k, v in mix.items()) or "given by the caller",
+        "expected steps": config.expected_steps
+        or config.max_steps
+        or f"unknown (until max_epochs={config.max_epochs}, max_minutes={config.max_minutes})",
+        "optimiser": f"AdamW {config.optim.betas} eps {config.optim.eps:g} wd {config.optim.weight_decay:g}, {config.optim.schedule}, "
+        f"warm-up {config.optim.warmup_steps}, clip {config.optim.clip:g}",
+        "output": config.out,
+    }
+    return "\n".join(f"{key:<16}{value}" for key, value in lines.items())

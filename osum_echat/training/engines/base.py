@@ -1,0 +1,160 @@
+"""What the loop asks of an engine, and the torch half that single, ddp and fsdp share.
+
+The loop gives every micro-batch a loss that is already divided by the number of targets of the *whole* step (all micro-batches, all
+ranks). Engines therefore sum gradients: over micro-batches by accumulation, over ranks by multiplying with the world size what the
+collectives average.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from osum_echat import device as devices
+from osum_echat.training.config import TrainConfig
+from osum_echat.training.distributed import World
+from osum_echat.training.optimizer import Group, Optimizer
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimiser step: the norm of all gradients before clipping, and whether the update was made."""
+
+    grad_norm: float
+    updated: bool
+
+
+class Engine(abc.ABC):
+    """Owns the module in its distributed form, the gradients and the optimiser.
+
+    Args:
+        module: the objective (model and loss) on ``device``, with ``requires_grad`` as the stage says.
+        groups: trainable parameters with their learning rates.
+        blocks: repeated layers, the units of sharding.
+    """
+
+    needs_group = True
+    shards_weights = False
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[Group],
+        blocks: Sequence[nn.Module],
+        config: TrainConfig,
+        world: World,
+        device: torch.device,
+    ):
+        self.module, self.groups, self.config, self.world, self.device = module, groups, config, world, device
+
+    @abc.abstractmethod
+    def forward(self, *args: Any) -> Any:
+        """Run the objective in the run's precision."""
+
+    @abc.abstractmethod
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate gradients; ``last``: of this step's micro-batches."""
+
+    @abc.abstractmethod
+    def step(self, lr_factor: float) -> StepResult:
+        """Clip and update, or drop the gradients when they are not finite (on all ranks alike)."""
+
+    @abc.abstractmethod
+    def rehearse(self, *args: Any) -> None:
+        """Forward and backward without any effect on weights, gradients or optimiser, to see whether memory suffices."""
+
+    @abc.abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write weights and optimiser into ``folder`` (all ranks call it)."""
+
+    @abc.abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same or another number of ranks."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """State that is neither weight nor optimiser (loss scale)."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore `extra_state`."""
+
+
+class TorchEngine(Engine):
+    """Single, ddp and fsdp: torch's optimiser, torch DCP for checkpoints."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[Group],
+        blocks: Sequence[nn.Module],
+        config: TrainConfig,
+        world: World,
+        device: torch.device,
+    ):
+        super().__init__(module, groups, blocks, config, world, device)
+        self.runner = self.distribute(module, blocks)
+        named = dict(module.named_parameters())  # fsdp replaces the parameters of a module
+        self.groups = [Group(g.room, g.lr, [(name, named[name]) for name, _ in g.named]) for g in groups]
+        self.optimizer = Optimizer(self.groups, config.optim, masters=config.precision == "bf16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.compute = {"autocast": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+
+    def distribute(self, module: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module:
+        """The module to call in forward."""
+        return module
+
+    def forward(self, *args: Any) -> Any:
+        with devices.autocast(self.device, self.compute):
+            return self.runner(*args)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        with self.sync(last):
+            self.scaler.scale(loss * self.world.size).backward()
+
+    def sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context in which gradients are exchanged only for the last micro-batch, where the technique has one."""
+        return contextlib.nullcontext()
+
+    def step(self, lr_factor: float) -> StepResult:
+        self.optimizer.fill_missing_gradients()
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer.inner)
+        limit = self.config.optim.clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, limit)
+        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if math.isfinite(value):
+            self.optimizer.step(lr_factor)
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return StepResult(value, math.isfinite(value))
+
+    def rehearse(self, *args: Any) -> None:
+        self.backward(self.forward(*args).loss, last=True)
+        self.optimizer.zero_grad()
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        weights = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad or self.config.save_frozen}
+        return {"model": weights, "optimizer": dict(self.optimizer.tensors())}
+
+    def save(self, folder: Path) -> None:
+        dcp.save(self._state(), checkpoint_id=str(folder / "dcp"))
+
+    def load(self, folder: Path) -> None:
+        dcp.load(self._state(), checkpoint_id=str(folder / "dcp"))
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.scaler.is_enabled() and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,106 @@
+"""Does it fit? The largest batch that the data config allows is run forward and backward before the first step.
+
+Running out of memory after a night because two long samples met is avoidable: the batch's size is bounded by the config, so the worst case
+can be built from nothing but that.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from osum_echat import device as devices
+from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.config import DataConfig
+from osum_echat.dialogue.layout import IGNORE, Row, audio_positions
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.training.config import ConfigError, TrainConfig
+from osum_echat.training.engines import Engine
+from osum_echat.training.objective import Objective
+from osum_echat.training.optimizer import Group
+
+GB = 2**30
+
+
+def largest_batch(data: DataConfig, vocabulary: Vocabulary, eos_id: int | None = None) -> Batch:
+    """Every row full, recordings as long as the limits allow, every position behind them a target over text and speech.
+
+    The worst of both kinds of cost: ``batch.rows`` rows of ``batch.row_positions`` positions, and ``batch.max_frames`` frames in all.
+    """
+    limits, rows = data.limits, data.batch
+    recordings = max(1, min(rows.max_frames // max(1, limits.max_frames), rows.rows))
+    frames = min(limits.max_frames, rows.max_frames // recordings, 8 * max(1, rows.row_positions // 2))
+    examples = []
+    for number in range(rows.rows):
+        length = rows.row_positions
+        audio = audio_positions(frames) if number < recordings else 0
+        ids_T = np.full(length, vocabulary.text_size, dtype=np.int64)  # speech codes: the larger softmax
+        targets_T = ids_T.copy()
+        ids_T[: audio + 2] = 0
+        targets_T[: audio + 2] = IGNORE
+        if audio:
+            ids_T[0], ids_T[audio + 1] = vocabulary.audio_begin, vocabulary.audio_end
+        row = Row(ids_T, np.arange(length), np.ones(length, dtype=np.bool_), targets_T, False, [(0, 1, audio)] if audio else [])
+        feats = [torch.zeros(frames, data.num_mels)] if audio else []
+        examples.append(Example(f"largest-{number}", "largest", row, feats, [""] * len(feats)))
+    return collate(examples, data.num_mels)
+
+
+def rehearse(engine: Engine, objective: Objective, config: TrainConfig, device: torch.device) -> str:
+    """Run the largest batch; a line about memory.
+
+    Raises:
+        ConfigError: when it does not fit, naming the settings to change.
+    """
+    batch = largest_batch(config.data, objective.model.vocabulary)
+    micro = objective.prepare(batch, device)
+    rng = devices.rng_state(device)
+    devices.reset_peak_memory(device)
+    shape = tuple(batch.rows.ids_BT.shape)
+    what = f"largest batch {shape[0]} x {shape[1]} positions, {tuple(batch.feats_NTF.shape)[:2]} frames"
+    try:
+        engine.rehearse(micro, dict(micro.counts))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+            raise
+        raise ConfigError(f"out of memory: {what} does not fit; {advice(config)}") from error
+    finally:
+        devices.set_rng_state(rng, device)
+    peak, total = devices.peak_memory(device), devices.total_memory(device)
+    devices.empty_cache(device)
+    line = f"{what}: peak {peak / GB:.2f} GB of {total / GB:.1f} GB"
+    if peak > total:
+        raise ConfigError(f"{line}; {advice(config)}")
+    return line
+
+
+def advice(config: TrainConfig) -> str:
+    """The settings that lower memory, the most harmless first."""
+    batch = config.data.batch
+    steps = []
+    if not config.checkpoint_activations:
+        steps.append("set checkpoint_activations: true")
+    if batch.rows > 1:
+        steps.append(f"lower data.batch.rows (now {batch.rows})")
+    steps.append(
+        f"lower data.batch.row_positions (now {batch.row_positions}) and data.limits.max_positions ({config.data.limits.max_positions})"
+    )
+    steps.append(f"lower data.batch.max_frames (now {batch.max_frames})")
+    if config.precision == "fp32":
+        steps.append("set precision: bf16")
+    if config.engine.name not in ("fsdp", "deepspeed"):
+        steps.append("use engine.name: fsdp on several devices, or train LoRA or the adapter only")
+    return "; ".join(steps)
+
+
+def estimate(groups: list[Group], frozen: int, config: TrainConfig, world_size: int, shards_weights: bool) -> str:
+    """Bytes that weights, gradients and optimiser take on each device, before activations.
+
+    Mixed precision with masters: 2 bytes weight + 2 gradient + 4 master + 8 Adam = 16 a trained parameter; float32: 4 + 4 + 8 = 16 as well.
+    """
+    trained = sum(group.size for group in groups)
+    low = config.precision == "bf16"
+    share = world_size if shards_weights else 1
+    parts = {"trained weights, gradients, Adam": 16 * trained / share, "frozen weights": (2 if low else 4) * frozen / share}
+    text = ", ".join(f"{name} {value / GB:.2f} GB" for name, value in parts.items())
+    return f"memory per device before activations: {text}; together {sum(parts.values()) / GB:.2f} GB"

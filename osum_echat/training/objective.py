@@ -1,0 +1,182 @@
+"""What a step minimises: the model's loss terms, weighted and divided by counts of the whole step.
+
+A micro-batch knows how much it holds of everything that is averaged (targets, CTC labels, known tags) before it is run. The loop adds these
+counts up over all micro-batches and ranks and hands the totals in, so the sum of all micro-batch losses is the mean over the step,
+whatever the split.
+
+D samples, N recordings, M targets, B rows, T positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osum_echat.data.batch import Batch
+from osum_echat.dialogue.layout import IGNORE
+from osum_echat.dialogue.packing import PackedRows
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.model.echat import EChatModel
+from osum_echat.training.config import LossConfig
+
+
+@dataclass
+class MicroBatch:
+    """A batch ready for the objective.
+
+    Attributes:
+        batch: on the device.
+        weights_D: weight of each sample's targets.
+        transcripts: text ids of each recording (with a CTC head), else None.
+        tags: label of each recording for each tag head (with tag heads), else None.
+        counts: what this micro-batch adds to each total, by name.
+    """
+
+    batch: Batch
+    weights_D: Tensor
+    transcripts: list[Tensor] | None = None
+    tags: dict[str, Tensor] | None = None
+    counts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """Of one micro-batch.
+
+    Attributes:
+        loss: its share of the step's loss, with gradients.
+        nll_D, targets_D: summed negative log-likelihood and number of targets of each sample, without gradients.
+        parts: the sums that belong to ``counts`` (lm weighted), without gradients.
+    """
+
+    loss: Tensor
+    nll_D: Tensor
+    targets_D: Tensor
+    parts: dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Model and loss in one module, which is what engines distribute.
+
+    Args:
+        tokenizer: anything with ``encode(text) -> ids``; needed with a CTC head.
+        every_room: run all trainable parts for every batch (several ranks must make the same calls).
+    """
+
+    def __init__(self, model: EChatModel, config: LossConfig, tokenizer: Any = None, every_room: bool = False):
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.every_room = every_room
+        self._tokenizer = [tokenizer]  # in a list: not a submodule, whatever it is
+
+    @property
+    def names(self) -> list[str]:
+        """The averaged quantities, in a fixed order."""
+        ctc = ["ctc"] if self.model.ctc is not None and self.config.ctc > 0 else []
+        tags = [f"tag.{name}" for name in self.model.config.adapter.tags] if self.config.tags > 0 else []
+        return ["lm", *ctc, *tags]
+
+    def prepare(self, batch: Batch, device: torch.device, input_noise: float = 0.0) -> MicroBatch:
+        """Labels for the extra heads, weights and counts; tensors go to ``device``."""
+        weights_D = torch.tensor([self.config.stream.get(stream, 1.0) for stream in batch.streams or [""] * len(batch)])
+        if input_noise > 0:
+            batch = replace(batch, rows=add_input_noise(batch.rows, self.model.vocabulary, input_noise))
+        documents_BT, targets_BT = batch.rows.documents_BT, batch.rows.targets_BT
+        supervised_BT = targets_BT != IGNORE
+        counts = {"lm": float(weights_D[documents_BT[supervised_BT]].double().sum())}
+        transcripts, tags = None, None
+        if "ctc" in self.names:
+            transcripts = [self._ids(text) for text in batch.transcripts]
+            counts["ctc"] = float(sum(len(t) for t in transcripts))
+        if self.config.tags > 0 and self.model.config.adapter.tags:
+            tags = recording_tags(batch, self.model.config.adapter.tags)
+            counts |= {f"tag.{name}": float((labels != IGNORE).sum()) for name, labels in tags.items()}
+            tags = {name: labels.to(device) for name, labels in tags.items()}
+        return MicroBatch(batch.to(device), weights_D.to(device), transcripts, tags, counts)
+
+    def _ids(self, text: str) -> Tensor:
+        tokenizer = self._tokenizer[0]
+        if tokenizer is None:
+            raise ValueError("a CTC loss needs the tokenizer, to turn transcripts into labels")
+        return torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.long)
+
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> Outcome:
+        """The micro-batch's share of the step's loss; ``totals``: counts summed over the step."""
+        batch = micro.batch
+        parts = self.model(
+            batch.rows,
+            batch.feats_NTF,
+            batch.feats_lengths_N,
+            transcripts=micro.transcripts,
+            tags=micro.tags,
+            every_room=self.every_room,
+        )
+        samples = len(micro.weights_D)
+        # One entry more than samples: a placeholder may hold none.
+        nll_D = parts.nll_M.new_zeros(samples + 1).index_add(0, parts.documents_M, parts.nll_M)[:samples]
+        sums = {"lm": (nll_D * micro.weights_D).sum()}
+        if "ctc" in self.names:
+            sums["ctc"] = parts.ctc_nll_N.sum()
+        for name, nll_N in parts.tag_nll_N.items():
+            sums[f"tag.{name}"] = nll_N.sum()
+        # Nothing may fall out of the graph on one rank alone, so empty sums take part too.
+        loss = sum(
+            (self._weight(name) / max(totals.get(name, 0.0), 1.0) * value for name, value in sums.items()), nll_D.new_zeros(())
+        )
+        ones_M = torch.ones_like(parts.nll_M)
+        targets_D = nll_D.new_zeros(samples + 1).index_add(0, parts.documents_M, ones_M)[:samples]
+        return Outcome(loss, nll_D.detach(), targets_D, {name: value.detach() for name, value in sums.items()})
+
+    def _weight(self, name: str) -> float:
+        return {"lm": self.config.lm, "ctc": self.config.ctc}.get(name, self.config.tags)
+
+
+def recording_tags(batch: Batch, classes: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Label numbers for each recording [N]: a sample's tags belong to its last recording, earlier turns have none. Case does not matter."""
+    folded = [{name: label.casefold() for name, label in tags.items()} for tags in batch.tags] or [{} for _ in batch.keys]
+    last_D = batch.last_recording()
+    out = {}
+    for name, labels in classes.items():
+        ids_D = replace(batch, tags=folded).tag_ids(name, {label.casefold(): i for i, label in enumerate(labels)})
+        out[name] = torch.full((len(batch.feats_lengths_N),), IGNORE, dtype=torch.long)
+        has = last_D >= 0
+        out[name][last_D[has]] = ids_D[has]
+    return out
+
+
+def add_input_noise(rows: PackedRows, vocabulary: Vocabulary, share: float) -> PackedRows:
+    """Rows with ``share`` of the speech codes in the inputs replaced by random ones; targets stay.
+
+    A model that is fed its own, imperfect codes at inference should have seen imperfect ones. Draws from torch's global generator.
+    """
+    ids_BT = rows.ids_BT
+    is_code_BT = (ids_BT >= vocabulary.text_size) & (ids_BT < vocabulary.speech_delimiter)
+    hit_BT = is_code_BT & (torch.rand(ids_BT.shape) < share)
+    random_BT = torch.randint_like(ids_BT, vocabulary.text_size, vocabulary.speech_delimiter)
+    return replace(rows, ids_BT=torch.where(hit_BT, random_BT, ids_BT))
+
+
+def placeholder(num_mels: int) -> Batch:
+    """A batch without any target: what a rank runs when others still have data and it has none."""
+    zeros = torch.zeros(1, 2, dtype=torch.long)
+    rows = PackedRows(
+        ids_BT=zeros,
+        positions_BT=torch.arange(2)[None],
+        documents_BT=zeros.clone(),
+        visible_BT=torch.ones(1, 2, dtype=torch.bool),
+        targets_BT=torch.full((1, 2), IGNORE),
+        text_softmax_BT=torch.ones(1, 2, dtype=torch.bool),
+        audio_index_BT=torch.full((1, 2), -1),
+    )
+    none = torch.zeros(0, dtype=torch.long)
+    return Batch(rows, torch.zeros(0, 0, num_mels), none, keys=[""], tasks=[""], tags=[{}], sample_N=none, streams=[""])
+
+
+def total_counts(table: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:
+    """Column sums of the ranks' counts, by name."""
+    return {name: float(sum(row[i] for row in table)) for i, name in enumerate(names)}

@@ -1,0 +1,222 @@
+"""A tiny model, made-up samples and a loader for the tests of training; run as a script it is one rank of a training run.
+
+    torchrun --nproc-per-node 2 -m tests.training_case case.json
+
+The JSON: ``config`` (a TrainConfig as plain data), ``batches`` (how the samples are split over ranks and micro-batches: a list for each
+rank of lists of sample numbers), ``result`` (where rank 0 writes weights and losses) and optional faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from osum_echat import config as config_io
+from osum_echat import device as devices
+from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.dialogue.layout import Segment, audio_positions, flatten
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.model.config import AdapterConfig, CtcConfig, EncoderConfig, LlmConfig, ModelConfig
+from osum_echat.model.echat import EChatModel
+from osum_echat.training.build import assemble
+from osum_echat.training.config import TrainConfig
+from osum_echat.training.loop import Trainer
+
+MELS = 16
+VOCABULARY = Vocabulary(text_size=64, eos_id=2, unknown_id=None, speech_codes=24)
+
+
+def model_config(heads: bool = False) -> ModelConfig:
+    llm = {
+        "model_type": "qwen2",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig(
+        encoder=EncoderConfig(mels=MELS, dim=16, heads=2, ffn=32, layers=2, max_positions=400, dropout=0.0),
+        adapter=AdapterConfig(
+            dim=16,
+            heads=2,
+            ffn=32,
+            layers=1,
+            max_positions=100,
+            dropout=0.0,
+            ctc=CtcConfig() if heads else None,
+            tags={"gender": ["male", "female"]} if heads else {},
+        ),
+        llm=LlmConfig(config=llm),
+        vocabulary=VOCABULARY,
+    )
+
+
+def tiny_model(seed: int = 0, heads: bool = False) -> EChatModel:
+    devices.seed_all(seed)
+    return EChatModel(model_config(heads))
+
+
+class LetterTokenizer:
+    """Letters as ids 3, 4, 5 ..."""
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + ord(letter) - ord("a") for letter in text if letter.isalpha()]
+
+
+def example(number: int) -> Example:
+    """Sample ``number``: four tasks in turn (speech to text, text to speech, speech to speech, text to text) of different length."""
+    rng = np.random.default_rng(number)
+    task = ("<TRANSCRIBE>", "<TTS>", "<S2S>", "<TEXT2TEXT>")[number % 4]
+    has_audio, speaks = task in ("<TRANSCRIBE>", "<S2S>"), task in ("<TTS>", "<S2S>")
+    text = tuple(int(i) for i in rng.integers(3, 29, rng.integers(3, 9)))
+    frames = int(rng.integers(40, 120))
+    segments = [Segment("system", (1, 5, 6))]
+    if has_audio:
+        segments += [
+            Segment("audio", (VOCABULARY.audio_begin,)),
+            Segment("audio", audio=0),
+            Segment("audio", (VOCABULARY.audio_end,)),
+        ]
+    else:
+        segments += [Segment("prompt", text)]
+    if task != "<TTS>":
+        segments += [Segment("text", (*text, VOCABULARY.eos_id), supervised=True)]
+    if speaks:
+        codes = tuple(VOCABULARY.speech_id(int(c)) for c in rng.integers(0, 24, rng.integers(5, 15)))
+        segments += [Segment("speech", (VOCABULARY.speech_delimiter, *codes, VOCABULARY.speech_delimiter), supervised=True)]
+    feats = [torch.from_numpy(rng.standard_normal((frames, MELS)).astype(np.float32))] if has_audio else []
+    row = flatten(segments, [audio_positions(frames)], text_softmax=not speaks)
+    letters = "".join(chr(ord("a") + i - 3) for i in text)
+    tags = {"gender": ("MALE", "FEMALE")[number // 4 % 2]}
+    stream = {"<TRANSCRIBE>": "s2t", "<TTS>": "t2s", "<S2S>": "s2s", "<TEXT2TEXT>": "t2t"}[task]
+    return Example(f"sample-{number}", task, row, feats, [letters] if has_audio else [], tags, stream=stream)
+
+
+def make_batch(numbers: list[int]) -> Batch:
+    """The samples, two a row."""
+    plan = [list(range(i, min(i + 2, len(numbers)))) for i in range(0, len(numbers), 2)]
+    return collate([example(n) for n in numbers], MELS, plan)
+
+
+class ListLoader:
+    """The same batches every epoch; its state is epoch and position."""
+
+    def __init__(self, batches: list[list[int]], poison: str | None = None):
+        self.batches, self.poison = batches, poison
+        self.epoch, self.position = 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while self.position < len(self.batches):
+            batch = make_batch(self.batches[self.position])
+            self.position += 1
+            if self.poison in batch.keys:
+                batch.feats_NTF[int((batch.sample_N == batch.keys.index(str(self.poison))).nonzero()[0, 0])] = float("nan")
+            yield batch
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def base_config(out: Path, **changes: Any) -> dict[str, Any]:
+    plain = {
+        "stage": "generation",
+        "out": str(out),
+        "device": "cpu",
+        "precision": "fp32",
+        "accumulation": 2,
+        "checkpoint_activations": False,
+        "max_epochs": None,
+        "max_steps": 2,
+        "save_every": 1000,
+        "log_every": 1,
+        "threads": 1,
+        "optim": {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "clip": 1.0},
+        "safety": {"try_largest_batch": False, "watchdog_seconds": 60},
+    }
+    return config_io.merge(plain, changes)
+
+
+def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All weights on every rank, whatever the engine keeps where."""
+    engine = trainer.engine
+    out = {}
+    for name, param in trainer.objective.named_parameters():
+        if hasattr(param, "full_tensor"):
+            out[name] = param.full_tensor().detach().clone()
+        elif hasattr(param, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters(param):
+                out[name] = param.detach().clone()
+        else:
+            out[name] = param.detach().clone()
+    del engine
+    return out
+
+
+def run(case: dict[str, Any]) -> Trainer:
+    """One rank of a case."""
+    config = config_io.from_dict(TrainConfig, case["config"])
+    rank = int(os.environ.get("RANK", "0"))
+    loader = ListLoader(case["batches"][rank], case.get("poison"))
+    model = tiny_model(heads=case.get("heads", False))
+    validation = ListLoader([[100 + rank]]) if case.get("validate") else None
+    if "lora" in case:
+        from osum_echat.model.config import LoraConfig
+        from osum_echat.model.lora import add_lora
+
+        add_lora(model.lm.llm, LoraConfig(rank=4, alpha=8, dropout=0.0))
+    trainer = assemble(config, model, LetterTokenizer(), loader, validation, bar=False)
+    if (at := case.get("kill_at_step")) is not None:
+        original = trainer._beat
+
+        def beat(phase: str) -> None:
+            original(phase)
+            if (trainer.state.step + 1, phase) == (at, case.get("kill_in", "forward")) and rank == case.get("kill_rank", 0):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        trainer._beat = beat  # type: ignore[method-assign]
+    if (delay := case.get("delay")) is not None:
+        after = trainer._after_step
+
+        def slow(*args: Any) -> None:
+            after(*args)
+            time.sleep(delay)
+
+        trainer._after_step = slow  # type: ignore[method-assign]
+    trainer.resume()
+    trainer.run()
+    return trainer
+
+
+def main() -> None:
+    case = json.loads(Path(sys.argv[1]).read_text())
+    trainer = run(case)
+    weights = full_weights(trainer)
+    if trainer.world.is_main and "result" in case:
+        torch.save({"weights": weights, "step": trainer.state.step}, case["result"])
+    from osum_echat.training import distributed
+
+    trainer.world.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
