@@ -29,7 +29,8 @@ class ListConfig:
     lists: list[Path] = field(default_factory=list)  # JSON lines; a relative wav path is relative to the list
     valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
-    voices: list[str] | None = None  # only records whose extra.voice is one of these
+    voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
+    voices: list[str] | None = None  # only records of these voices
     min_seconds: float = 0.5
     max_seconds: float = 15.0
     max_records: int | None = None
@@ -102,7 +103,7 @@ def _parse(line: str, path: Path, number: int, cfg: ListConfig, need: Sequence[s
     except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         skips.add("not a readable record", f"{where}: {error!r}")
         return None
-    voice = extra.get("voice")
+    voice = "/".join(str(extra[name]) for name in cfg.voice_fields if extra.get(name) is not None) or None
     if cfg.voices is not None and voice not in cfg.voices:
         return None  # a choice, not a fault
     if not wav.is_absolute():

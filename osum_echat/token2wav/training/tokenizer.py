@@ -25,7 +25,16 @@ from osum_echat import config, device
 from osum_echat.audio import io
 from osum_echat.audio.features import LogMel
 from osum_echat.token2wav.training import onnx_export
-from osum_echat.token2wav.training.loop import OptimConfig, RunConfig, Trainer, adamw, parse_command, step_rng, update, write_atomically
+from osum_echat.token2wav.training.loop import (
+    OptimConfig,
+    RunConfig,
+    Trainer,
+    adamw,
+    parse_command,
+    step_rng,
+    update,
+    write_atomically,
+)
 from osum_echat.token2wav.training.records import Batches, Features, ListConfig, Utterance, pad, train_and_valid
 from osum_echat.token2wav.training.tokenizer_model import Decoder, Encoder, TokenizerConfig, halved, mask_of
 
