@@ -32,7 +32,7 @@ class CtcBridge(nn.Module):
         self.head = nn.Linear(adapter_dim, text_size + 1)
         # The projection joins token embeddings, which are small: normed, then scaled by a learned gate.
         self.projection_norm = nn.LayerNorm(llm_dim)
-        self.gate = nn.Parameter(torch.tensor(float(config.gate)))
+        self.gate = nn.Parameter(torch.tensor([float(config.gate)]))  # [1]: sharding takes no scalars
 
     def forward(
         self, adapted_NPA: Tensor, projected_NPD: Tensor, lengths_N: Tensor, text_table_VD: Tensor

@@ -34,7 +34,7 @@ class TagHead(nn.Module):
         nn.init.normal_(self.vectors.weight, std=scale)
         self.projection = nn.Linear(3 * adapter_dim, llm_dim)
         self.projection_norm = nn.LayerNorm(llm_dim)
-        self.gate = nn.Parameter(torch.tensor(_GATE))
+        self.gate = nn.Parameter(torch.tensor([_GATE]))  # [1]: sharding takes no scalars
 
     def forward(self, frames_NPA: Tensor, valid_NP: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, labels] (float32) and the vector for the LLM [N, D]."""
