@@ -1,9 +1,9 @@
 """Data yamls, and the streams that are mixed: which lists, how often, in which order an epoch goes through them.
 
-    seed: 3
-    asr: {path: data/asr/shards_list.txt, weight: 2.7}     # twice
-    chat: {path: data/chat/combines_list.txt}              # once
-    rare: {path: data/rare/data.list, weight: 0.25}        # a random quarter, the same one in every epoch
+seed: 3
+asr: {path: data/asr/shards_list.txt, weight: 2.7}     # twice
+chat: {path: data/chat/combines_list.txt}              # once
+rare: {path: data/rare/data.list, weight: 0.25}        # a random quarter, the same one in every epoch
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def read_data_yaml(path: str, seed: int = 0) -> tuple[list[ListEntry], int]:
             raise ConfigError(f"{path}: {name} must be a mapping with a path, such as {name}: {{path: list.txt, weight: 1}}")
         unknown = set(entry) - {"path", "weight", "type"}
         if unknown:
-            raise ConfigError(f"{path}: {name} has unknown key(s) {', '.join(sorted(map(str, unknown)))}; known: path, weight, type")
+            raise ConfigError(
+                f"{path}: {name} has unknown key(s) {', '.join(sorted(map(str, unknown)))}; known: path, weight, type"
+            )
         weight = entry.get("weight", 1)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
             raise ConfigError(f"{path}: {name}.weight must be a number >= 0, found {weight!r}")

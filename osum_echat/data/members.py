@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from osum_echat.dialogue.record import RecordError
@@ -27,26 +27,27 @@ def audio_fields(record: Mapping[str, Any]) -> list[str]:
     return [name for name in record if (name == "wav" or re.fullmatch(r"wav_\d+", name)) and record[name]]
 
 
-def to_members(record: Mapping[str, Any], audio: Mapping[str, tuple[str, bytes]]) -> dict[str, bytes]:
+def to_members(name: str, record: Mapping[str, Any], audio: Mapping[str, tuple[str, bytes]]) -> dict[str, bytes]:
     """Members of a record.
 
     Args:
+        name: the key in the tar; a record whose own key differs (a duplicate, a number) takes that along as a field.
         record: one object of a list.
         audio: for each field that points to a recording: (format such as ``wav``, its bytes).
     """
     members: dict[str, bytes] = {}
     rest: dict[str, Any] = {}
-    for name, value in record.items():
-        if name in audio or (name == "wav" and value == ONLY_META) or (name == "key" and isinstance(value, str)):
+    for field, value in record.items():
+        if field in audio or (field == "wav" and value == ONLY_META) or (field == "key" and value == name):
             continue
-        if isinstance(value, str) and (name in (*_TEXT, "extra") or _TURN_TEXT.fullmatch(name)):
-            members[name] = value.encode("utf-8", "surrogatepass")
-        elif name == "extra" and isinstance(value, Mapping):
-            members[name] = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        if isinstance(value, str) and (field in (*_TEXT, "extra") or _TURN_TEXT.fullmatch(field)):
+            members[field] = value.encode("utf-8", "surrogatepass")
+        elif field == "extra" and isinstance(value, Mapping):
+            members[field] = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
         else:
-            rest[name] = value
-    for name, (kind, data) in audio.items():
-        turn = name.removeprefix("wav")
+            rest[field] = value
+    for field, (kind, data) in audio.items():
+        turn = field.removeprefix("wav")
         assert kind in AUDIO, f"{record.get('key')}: unknown audio format {kind}"
         members[kind + turn] = data
     if rest:
@@ -86,13 +87,7 @@ def from_members(key: str, members: Mapping[str, bytes], source: str = "") -> di
     return record
 
 
-def audio_formats(members: Mapping[str, bytes]) -> dict[str, tuple[str, bytes]]:
-    """The recordings of a group: field (``wav``, ``wav_<n>``) to (format, bytes); the inverse of what `to_members` takes."""
-    out: dict[str, tuple[str, bytes]] = {}
-    for name, data in members.items():
-        turn = _TURN_AUDIO.fullmatch(name)
-        if name in AUDIO:
-            out.setdefault("wav", (name, data))
-        elif turn:
-            out.setdefault(f"wav_{turn[2]}", (turn[1], data))
-    return out
+def audio_member(names: Iterable[str], field: str) -> str:
+    """The member that holds field ``wav`` or ``wav_<n>``, such as ``flac`` or ``flac_1``."""
+    turn = field.removeprefix("wav")
+    return next(name for name in names if name.endswith(turn) and name.removesuffix(turn) in AUDIO)

@@ -58,7 +58,7 @@ def read_lines(path: str) -> list[str]:
         raise ValueError(f"list not found: {path} (seen from {os.getcwd()})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
-    lines = (line.strip() for line in text.splitlines())
+    lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -81,7 +81,7 @@ class Reader:
         self._streams, self._builder, self._config, self._epoch = list(streams), builder, config, epoch
         self._cursors = [Cursor(s, epoch, reader, readers, config.split, config.shuffle) for s in streams]
         self._weights = [s.weight for s in streams]
-        self._alive = [not c.empty for c in self._cursors]
+        self._alive = [w > 0 and not c.empty for w, c in zip(self._weights, self._cursors, strict=True)]
         self._pending = list(self._alive)  # streams that the epoch must still go through once
         self._rng = random.Random(f"mix/{config.seed}/{epoch}/{reader}/{readers}")
         self._buffer: list[tuple[Place, Item]] = []
@@ -185,7 +185,9 @@ class Reader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: reads again what was held back then."""
         if len(state["cursors"]) != len(self._cursors):
-            raise ValueError(f"the state has {len(state['cursors'])} streams, this config {len(self._cursors)}: use the config it was made with")
+            raise ValueError(
+                f"the state has {len(state['cursors'])} streams, this config {len(self._cursors)}: use the config it was made with"
+            )
         for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
             cursor.load_state_dict(saved)
         self._alive, self._pending = list(state["alive"]), list(state["pending"])
@@ -200,7 +202,9 @@ class Reader:
                 built[place] = self._build(place, items[place])
         for place, n in pool:
             if n >= len(built[place]):
-                raise ValueError(f"{items[place].source}: a sample that was read before cannot be read again; the list has been changed")
+                raise ValueError(
+                    f"{items[place].source}: a sample that was read before cannot be read again; the list has been changed"
+                )
         self._pool = [(place, n, built[place][n]) for place, n in pool]
         self._drops, self._notes = [], {}
 

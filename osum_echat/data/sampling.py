@@ -71,16 +71,15 @@ def shares(order: Sequence[int], reader: int, readers: int, world_size: int = 1)
 
 
 def draw(weights: Sequence[float], alive: Sequence[bool], rng: random.Random) -> int:
-    """One of the streams that are alive, by *their own* weights; when all of those are 0, the first alive."""
-    total = sum(w for w, a in zip(weights, alive, strict=True) if a)
-    if total <= 0:
-        return next(i for i, a in enumerate(alive) if a)
-    point = rng.random() * total
-    last = 0
+    """One of the streams that are alive, by *their own* weights (all of these above 0)."""
+    point = rng.random() * sum(w for w, up in zip(weights, alive, strict=True) if up)
+    last = -1
     for i, (weight, up) in enumerate(zip(weights, alive, strict=True)):
-        if up and weight > 0:
+        if up:
+            assert weight > 0, f"stream {i} is alive with weight {weight}"
             last = i
             point -= weight
             if point < 0:
-                return i
+                break
+    assert last >= 0, "no stream is alive"
     return last

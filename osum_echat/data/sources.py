@@ -39,6 +39,7 @@ class Item:
         next_offset: byte where the next one starts, `END` after the last.
         source, number: file and line (from 1; 0 in a tar) to name in messages.
         fields: what `Record.from_dict` takes. None when there are only problems.
+        members: names of the tar members it was made of.
         problems: why there is no record (several for the keys that a tar lacks).
     """
 
@@ -49,6 +50,7 @@ class Item:
     source: str
     number: int = 0
     fields: dict[str, Any] | None = None
+    members: tuple[str, ...] = ()
     problems: list[RecordError] = field(default_factory=list)
 
     @property
@@ -163,7 +165,7 @@ class ShardSource(Source):
 
 
 def _shard_item(group: tar.Group, line: int, path: str) -> Item:
-    item = Item(line, group.index, group.offset, group.next_offset, path)
+    item = Item(line, group.index, group.offset, group.next_offset, path, members=tuple(group.members))
     if group.damage is not None:
         item.problems = [RecordError(group.damage.reason, str(group.damage), path, 0, group.key)]
         return item
@@ -256,8 +258,10 @@ def _joined(group: tar.Group, line: int, archive: str, side: str | None, labels:
     tars = item.fields
     if "tas_tag" in label:  # the misspelt task of the published list is meant to replace the tar's
         tars.pop("task", None)
+    if label.get("tar_path_key") == os.path.splitext(os.path.basename(archive))[0] and "tar_path_key" not in tars:
+        label = {name: value for name, value in label.items() if name != "tar_path_key"}  # about the set, not about the sample
     audio = {name: value for name, value in tars.items() if isinstance(value, bytes)}
-    item.fields = {**tars, **label, **audio}
+    item.fields = {**tars, **label, **audio, "key": tars["key"]}
     if item.fields.get("wav") == ONLY_META:
         del item.fields["wav"]
     return item

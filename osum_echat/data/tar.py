@@ -221,7 +221,8 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
             key, name = split_name(header.name)
             if group is None or key != group.key:
                 if group is not None:
-                    group.next_offset, index = header.offset, group.index + 1
+                    # Reading on from here must meet the damage again, to find the group behind it suspect.
+                    group.next_offset, index = (suspect or header).offset, group.index + 1
                     if group.index % parts == part:
                         yield group
                 group = Group(key, index, header.offset, damage=suspect)
@@ -229,9 +230,11 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
             if group.index % parts == part:
                 group.members[name] = tar.data(header)
         except TarDamage as damage:
-            group = group or Group("", index, damage.offset)
-            group.damage = suspect = damage
+            suspect = damage
+            if group is not None:
+                group.damage = damage
             if damage.reason == "truncated_tar" or not tar.resync(damage.offset):
+                group = group or Group("", index, damage.offset, damage=damage)
                 break
     if group is not None and group.index % parts == part:
         group.next_offset = -1
