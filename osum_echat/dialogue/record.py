@@ -115,6 +115,9 @@ class Record:
             task = text(_TASK_MISSPELT, None)
             notes.append(f"field {_TASK_MISSPELT!r} read as 'task'")
         extra = _extra(data, source, line, key)
+        history, gap = _history(data, extra, source, line, key)
+        if gap:
+            notes.append(f"past turn {gap} is missing, so the dialogue is read without its past")
         record = cls(
             key=key,
             wav=_wav(data.get("wav"), "wav", source, line, key),
@@ -124,7 +127,7 @@ class Record:
             start=_seconds(data, "start", source, line, key),
             end=_seconds(data, "end", source, line, key),
             **{name: text(name, None) for name in _TEXT_FIELDS},
-            history=_history(data, extra, source, line, key),
+            history=history,
             source=source,
             line=line,
             notes=tuple(notes),
@@ -144,7 +147,11 @@ class Record:
         for n, turn in enumerate(self.history, start=1):
             out[f"wav_{n}"] = turn.wav
             out[f"txt_{n}"] = turn.txt
-        out["extra"] = dict(self.extra)
+        extra = {k: v for k, v in self.extra.items() if k != "history"}
+        for n, turn in enumerate(self.history, start=1):
+            if turn.speech_token:
+                extra[f"speech_token_{n}"] = list(turn.speech_token)
+        out["extra"] = extra
         return out
 
     def with_task(self, task: str) -> Record:
@@ -216,8 +223,11 @@ def _turn_number(name: str) -> int:
     return int(number) if stem in ("wav", "txt") and number.isdecimal() else 0
 
 
-def _history(data: Mapping[str, Any], extra: Mapping[str, Any], source: str, line: int, key: str) -> tuple[Turn, ...]:
-    """Past turns from ``wav_<n>``/``txt_<n>`` (n from 1, without a gap), or from a list ``history`` of objects with wav, txt, speech_token."""
+def _history(data: Mapping[str, Any], extra: Mapping[str, Any], source: str, line: int, key: str) -> tuple[tuple[Turn, ...], int]:
+    """Past turns from ``wav_<n>``/``txt_<n>`` (n from 1), or from a list ``history`` of objects with wav, txt, speech_token.
+
+    Also the number of a turn that is missing between others, 0 for none; with a gap there are no turns, as in the published reader.
+    """
     written = data.get("history", extra.get("history"))
     if written:
         if not isinstance(written, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in written):
@@ -228,13 +238,10 @@ def _history(data: Mapping[str, Any], extra: Mapping[str, Any], source: str, lin
         turns = [(data.get(f"wav_{n}"), data.get(f"txt_{n}"), extra.get(f"speech_token_{n}")) for n in range(1, last + 1)]
     out = []
     for n, (wav, txt, codes) in enumerate(turns, start=1):
-        if (wav is None and txt is None) or not isinstance(txt or "", str):
-            raise RecordError("bad_history", f"past turn {n} lacks wav and txt, or its txt is not a text", source, line, key)
-        out.append(
-            Turn(
-                wav=_wav(wav, f"wav_{n}", source, line, key),
-                txt=txt or "",
-                speech_token=parse_codes(codes, f"speech_token_{n}", source, line, key),
-            )
-        )
-    return tuple(out)
+        if wav is None and txt is None:
+            return (), n
+        if not isinstance(txt or "", str):
+            raise RecordError("bad_history", f"txt of past turn {n} is not a text", source, line, key)
+        speech = parse_codes(codes, f"speech_token_{n}", source, line, key)
+        out.append(Turn(_wav(wav, f"wav_{n}", source, line, key), txt or "", speech))
+    return tuple(out), 0

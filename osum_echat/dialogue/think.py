@@ -73,7 +73,8 @@ class ThinkTemplate:
             return value or ""
         if value is None:
             return self.unknown
-        return f"<{value}>" if self.brackets and "<" not in value and ">" not in value else value
+        bare = not value.startswith("<") and not value.endswith(">")
+        return f"<{value}>" if self.brackets and bare else value
 
     def _read(self, name: str, text: str) -> str | None:
         text = text.strip()
