@@ -74,4 +74,4 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> Non
     if complaints:
         listing = "\n  ".join(complaints)
         raise ValueError(f"{where}: the weights do not fit the configuration ({len(complaints)} differences):\n  {listing}")
-    module.load_state_dict({key: value.float() for key, value in state.items()})
+    module.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)

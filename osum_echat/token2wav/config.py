@@ -94,6 +94,10 @@ class FlowConfig:
     def __post_init__(self) -> None:
         _positive(self, "vocab_size", "input_size", "output_size", "spk_embed_dim", "input_frame_rate", "regulator_blocks")
 
+    def mel_frames(self, tokens: int) -> int:
+        """Mel frames of a reply of ``tokens`` tokens."""
+        return mel_frames(tokens, self.input_frame_rate)
+
 
 @dataclass(frozen=True)
 class VocoderConfig:

@@ -8,8 +8,10 @@ Shapes: B batch, T frames, C channels, M mel bins, H heads, K width of a head, E
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +39,7 @@ class Padding:
         real = torch.arange(frames, device=lengths_B.device) < lengths_B[:, None]
         return cls(real[..., None].to(dtype))
 
-    def half(self) -> Padding:
+    def halved(self) -> Padding:
         """The padding after a convolution of stride 2."""
         return Padding(self.mask_BT1[:, ::2], self.statistics)
 
@@ -88,8 +90,9 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x_BTC: Tensor, padding: Padding | None = None) -> Tensor:
-        x_BTC = conv_time(self.block[0], masked(x_BTC, padding))
-        return masked(F.mish(group_norm_time(self.block[1], x_BTC, padding)), padding)
+        conv, norm = cast(nn.Conv1d, self.block[0]), cast(nn.GroupNorm, self.block[1])
+        x_BTC = group_norm_time(norm, conv_time(conv, masked(x_BTC, padding)), padding)
+        return masked(F.mish(x_BTC), padding)
 
 
 class ResnetBlock(nn.Module):
@@ -185,18 +188,32 @@ class DoubleRate(nn.Module):
         return self.conv(x_BTC.transpose(1, 2)).transpose(1, 2)
 
 
-def _blocks(width: int, config: EstimatorConfig) -> nn.ModuleList:
-    return nn.ModuleList(TransformerBlock(width, config) for _ in range(config.n_blocks))
+class Stage(nn.ModuleList):
+    """One resolution's part of the U-Net: a resnet, transformer blocks, and (not in the middle) a change of rate. A list, because the
+    released names are numbers."""
 
+    def __init__(
+        self, channels_in: int, width: int, time_width: int, config: EstimatorConfig, resample: nn.Module | None = None
+    ) -> None:
+        blocks = nn.ModuleList(TransformerBlock(width, config) for _ in range(config.n_blocks))
+        resnet = ResnetBlock(channels_in, width, time_width, config.groups)
+        super().__init__([resnet, blocks] if resample is None else [resnet, blocks, resample])
 
-def _run(stage: nn.ModuleList, x_BTC: Tensor, time_BE: Tensor, padding: Padding | None) -> Tensor:
-    """The resnet and the transformer blocks of one stage."""
-    x_BTC = stage[0](x_BTC, time_BE, padding)
-    blocks = stage[1]
-    assert isinstance(blocks, nn.ModuleList)
-    for block in blocks:
-        x_BTC = block(x_BTC, padding)
-    return x_BTC
+    def forward(self, x_BTC: Tensor, time_BE: Tensor, padding: Padding | None) -> Tensor:
+        """The resnet and the transformer blocks."""
+        x_BTC = self[0](x_BTC, time_BE, padding)
+        for block in cast(nn.ModuleList, self[1]):
+            x_BTC = block(x_BTC, padding)
+        return x_BTC
+
+    def resample(self, x_BTC: Tensor) -> Tensor:
+        """The change of rate, or at the innermost and outermost stage the plain convolution in its place."""
+        last = self[2]
+        return conv_time(last, x_BTC) if isinstance(last, nn.Conv1d) else last(x_BTC)
+
+    @property
+    def halves(self) -> bool:
+        return isinstance(self[2], HalveRate)
 
 
 class TimeEmbedding(nn.Module):
@@ -204,12 +221,14 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
-        self.half = width_in // 2
+        self.count = width_in // 2
         self.linear_1 = nn.Linear(width_in, width)
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, t_B: Tensor) -> Tensor:
-        rate = torch.exp(torch.arange(self.half, device=t_B.device, dtype=torch.float32) * -(math.log(10000.0) / (self.half - 1)))
+        rate = torch.exp(
+            torch.arange(self.count, device=t_B.device, dtype=torch.float32) * -(math.log(10000.0) / (self.count - 1))
+        )
         angle = 1000.0 * t_B.float()[:, None] * rate
         sinusoids = torch.cat((angle.sin(), angle.cos()), dim=-1).to(self.linear_1.weight.dtype)
         return F.mish(self.linear_2(F.silu(self.linear_1(sinusoids))))
@@ -233,18 +252,15 @@ class Estimator(nn.Module):
         for index, width in enumerate(config.channels):
             last = index == len(config.channels) - 1
             down = nn.Conv1d(width, width, 3, padding=1) if last else HalveRate(width)
-            resnet = ResnetBlock(channels, width, time_width, config.groups)
-            self.down_blocks.append(nn.ModuleList([resnet, _blocks(width, config), down]))
+            self.down_blocks.append(Stage(channels, width, time_width, config, down))
             channels = width
         for _ in range(config.num_mid_blocks):
-            resnet = ResnetBlock(channels, channels, time_width, config.groups)
-            self.mid_blocks.append(nn.ModuleList([resnet, _blocks(channels, config)]))
+            self.mid_blocks.append(Stage(channels, channels, time_width, config))
         ups = (*reversed(config.channels), first)
-        for index, (wide, width) in enumerate(zip(ups[:-1], ups[1:], strict=True)):
+        for index, (wide, width) in enumerate(itertools.pairwise(ups)):
             last = index == len(ups) - 2
             up = nn.Conv1d(width, width, 3, padding=1) if last else DoubleRate(width)
-            resnet = ResnetBlock(2 * wide, width, time_width, config.groups)
-            self.up_blocks.append(nn.ModuleList([resnet, _blocks(width, config), up]))
+            self.up_blocks.append(Stage(2 * wide, width, time_width, config, up))
         self.final_block = ConvBlock(first, first, config.groups)
         self.final_proj = nn.Conv1d(first, mel_bins, 1)
 
@@ -266,25 +282,18 @@ class Estimator(nn.Module):
 
     def velocity(self, x_BTC: Tensor, time_BE: Tensor, padding: Padding | None = None) -> Tensor:
         """`forward` on the joined input [B, T, 4M] with the time already embedded."""
-        paddings, skips = [padding], []
-        for stage in self.down_blocks:
-            x_BTC = _run(stage, x_BTC, time_BE, padding)
+        skips = []
+        for stage in cast("list[Stage]", self.down_blocks):
+            x_BTC = stage(x_BTC, time_BE, padding)
             skips.append((x_BTC, padding))
-            x_BTC = masked(x_BTC, padding)
-            down = stage[2]
-            if isinstance(down, HalveRate):
-                x_BTC = down(x_BTC)
-                padding = None if padding is None else padding.half()
-            else:
-                x_BTC = conv_time(down, x_BTC)
-            paddings.append(padding)
-        for stage in self.mid_blocks:
-            x_BTC = _run(stage, x_BTC, time_BE, padding)
-        for stage in self.up_blocks:
+            x_BTC = stage.resample(masked(x_BTC, padding))
+            if stage.halves and padding is not None:
+                padding = padding.halved()
+        for stage in cast("list[Stage]", self.mid_blocks):
+            x_BTC = stage(x_BTC, time_BE, padding)
+        for stage in cast("list[Stage]", self.up_blocks):
             skip, padding = skips.pop()
             x_BTC = torch.cat((x_BTC[:, : skip.shape[1]], skip), dim=-1)  # an odd length has one frame too many after doubling
-            x_BTC = masked(_run(stage, x_BTC, time_BE, padding), padding)
-            up = stage[2]
-            x_BTC = up(x_BTC) if isinstance(up, DoubleRate) else conv_time(up, x_BTC)
+            x_BTC = stage.resample(masked(stage(x_BTC, time_BE, padding), padding))
         x_BTC = self.final_block(x_BTC, padding)
         return masked(pointwise(self.final_proj, masked(x_BTC, padding)), padding)

@@ -41,6 +41,10 @@ class ResBlock(nn.Module):
         self.activations1 = nn.ModuleList(Snake(channels) for _ in dilations)
         self.activations2 = nn.ModuleList(Snake(channels) for _ in dilations)
 
+    def reach(self) -> int:
+        """Steps to either side that an output depends on."""
+        return sum(int(conv.padding[0]) for conv in [*self.convs1, *self.convs2])
+
     def forward(self, x_BCT: Tensor) -> Tensor:
         for snake1, conv1, snake2, conv2 in zip(self.activations1, self.convs1, self.activations2, self.convs2, strict=True):
             x_BCT = x_BCT + conv2(snake2(conv1(snake1(x_BCT))))
@@ -50,10 +54,13 @@ class ResBlock(nn.Module):
 class PitchPredictor(nn.Module):
     """Mel to fundamental frequency in Hz, [B, T]; near zero where unvoiced."""
 
+    margin = 5
+    """Frames to either side that a frame's pitch depends on: one for each convolution."""
+
     def __init__(self, mel_bins: int, channels: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for index in range(5):
+        for index in range(self.margin):
             layers += [nn.Conv1d(mel_bins if index == 0 else channels, channels, 3, padding=1), nn.ELU()]
         self.condnet = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, 1)
@@ -70,32 +77,41 @@ class SineSource(nn.Module):
         self.config = config
         self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
 
-    def cycles(self, f0_BT: Tensor, start_B1H: Tensor | None = None) -> Tensor:
-        """Accumulated cycles (turns) of every harmonic after each sample, [B, S, H], float32.
+    def turns(self, f0_BT: Tensor, start_BH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Turns (cycles) of every harmonic after each sample, [B, S, H], and after the last one, [B, H], both modulo 1.
 
-        A turn is kept modulo 1 after the sum, not during it: the published sum runs over the whole signal in float32 and its
-        rounding is part of what golden numbers recorded. ``start_B1H`` continues an earlier signal.
+        ``start_BH`` continues an earlier signal. The sum runs over frames in float64, samples within a frame are added in float32:
+        a sum over samples in float32, as published, loses the phase of long replies.
         """
-        harmonic_H = torch.arange(1, self.config.nb_harmonics + 2, device=f0_BT.device, dtype=torch.float32)
-        step_BSH = f0_BT.repeat_interleave(MEL_HOP, dim=1)[..., None] * harmonic_H / self.config.sample_rate
-        turns = torch.cumsum(step_BSH, dim=1)
-        return turns if start_B1H is None else turns + start_B1H
+        harmonic_H = torch.arange(1, self.config.nb_harmonics + 2, dtype=torch.float64)
+        step_BTH = f0_BT.detach().to("cpu", torch.float64)[..., None] * harmonic_H / self.config.sample_rate  # turns per sample
+        ends_BTH = torch.cumsum(step_BTH * MEL_HOP, dim=1)
+        if start_BH is not None:
+            ends_BTH = ends_BTH + start_BH[:, None]
+        begins_BT1H = ((ends_BTH - step_BTH * MEL_HOP) % 1).to(f0_BT)[:, :, None]
+        sample_N1 = torch.arange(1, MEL_HOP + 1, device=f0_BT.device, dtype=f0_BT.dtype)[:, None]
+        turns_BSH = (begins_BT1H + step_BTH.to(f0_BT)[:, :, None] * sample_N1).flatten(1, 2)
+        return turns_BSH % 1, ends_BTH[:, -1] % 1
 
-    def forward(self, f0_BT: Tensor, phase_BH: Tensor, noise_BSH: Tensor, turns_BSH: Tensor | None = None) -> Tensor:
-        """Excitation [B, 1, S]. ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal."""
+    def forward(
+        self, f0_BT: Tensor, phase_BH: Tensor, noise_BSH: Tensor, start_BH: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Excitation [B, 1, S] and the turns after it, [B, H], for the next piece's ``start_BH``.
+
+        ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal.
+        """
         config = self.config
-        turns_BSH = self.cycles(f0_BT) if turns_BSH is None else turns_BSH
+        turns_BSH, end_BH = self.turns(f0_BT, start_BH)
         phase = torch.cat((torch.zeros_like(phase_BH[:, :1]), phase_BH[:, 1:]), dim=1)[:, None]
-        sine = config.nsf_alpha * torch.sin(2.0 * math.pi * (turns_BSH % 1) + phase)
+        sine = config.nsf_alpha * torch.sin(2.0 * math.pi * turns_BSH + phase)
         voiced_BS1 = (f0_BT > config.nsf_voiced_threshold).repeat_interleave(MEL_HOP, dim=1)[..., None].to(sine.dtype)
         amplitude = voiced_BS1 * config.nsf_sigma + (1.0 - voiced_BS1) * (config.nsf_alpha / 3.0)
-        return torch.tanh(self.l_linear(sine * voiced_BS1 + amplitude * noise_BSH)).transpose(1, 2)
+        excitation = torch.tanh(self.l_linear(sine * voiced_BS1 + amplitude * noise_BSH))
+        return excitation.transpose(1, 2), end_BH
 
 
 class Vocoder(nn.Module):
     """Log-mel to samples."""
-
-    window: Tensor
 
     def __init__(self, config: VocoderConfig) -> None:
         super().__init__()
@@ -124,7 +140,18 @@ class Vocoder(nn.Module):
             for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
                 self.resblocks.append(ResBlock(channels, size, dilations))
         self.conv_post = nn.Conv1d(channels, config.istft_n_fft + 2, 7, padding=3)
-        self.register_buffer("window", torch.hann_window(config.istft_n_fft), persistent=False)
+
+    def margin_frames(self) -> int:
+        """Mel frames to either side that a sample depends on through `decode` (14 in the released size), the pitch not counted."""
+        config = self.config
+        reach, rate = 3.0, 1  # conv_pre, in frames; frames are divided by ``rate`` as the stages go up
+        kinds = len(config.resblock_kernel_sizes)
+        for stage, up in enumerate(config.upsample_rates):
+            reach += 1.0 / rate  # the transposed convolution reaches one input to either side
+            rate *= up
+            blocks = [self.source_resblocks[stage], *list(self.resblocks)[stage * kinds : (stage + 1) * kinds]]
+            reach += max(block.reach() for block in blocks) / rate  # type: ignore[operator]
+        return math.ceil(reach + 3.0 / rate) + 1  # conv_post; one frame more for the two STFTs
 
     def f0(self, mel_BMT: Tensor) -> Tensor:
         """Fundamental frequency in Hz per frame, [B, T]."""
@@ -132,7 +159,7 @@ class Vocoder(nn.Module):
 
     def source(self, f0_BT: Tensor, phase_BH: Tensor, noise_BSH: Tensor) -> Tensor:
         """Excitation [B, 1, S] for `decode`; see `SineSource`."""
-        return self.m_source(f0_BT, phase_BH, noise_BSH)
+        return self.m_source(f0_BT, phase_BH, noise_BSH)[0]
 
     def spectrum(self, source_B1S: Tensor) -> Tensor:
         """Real and imaginary parts of the excitation's STFT, [B, n_fft + 2, W]."""
@@ -140,7 +167,7 @@ class Vocoder(nn.Module):
             source_B1S[:, 0],
             self.config.istft_n_fft,
             self.config.istft_hop,
-            window=self.window.to(source_B1S.dtype),
+            window=self._window(source_B1S),
             return_complex=True,
         )
         return torch.cat((complex_BFW.real, complex_BFW.imag), dim=1)
@@ -170,8 +197,11 @@ class Vocoder(nn.Module):
         n_fft, half = self.config.istft_n_fft, self.config.istft_n_fft // 2 + 1
         magnitude = torch.exp(shaped_BFW[:, :half].float()).clamp(max=100.0)
         phase = torch.sin(shaped_BFW[:, half:].float())
-        wave = torch.istft(torch.polar(magnitude, phase), n_fft, self.config.istft_hop, window=self.window.float())
+        wave = torch.istft(torch.polar(magnitude, phase), n_fft, self.config.istft_hop, window=self._window(magnitude))
         return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
+
+    def _window(self, like: Tensor) -> Tensor:
+        return torch.hann_window(self.config.istft_n_fft, dtype=like.dtype, device=like.device)
 
     def forward(self, mel_BMT: Tensor, phase_BH: Tensor, noise_BSH: Tensor) -> tuple[Tensor, Tensor]:
         """Samples [B, S] and the excitation [B, 1, S] that they were made from."""

@@ -1,0 +1,174 @@
+"""Mel from tokens that arrive one by one: windows over the reply with a bounded past and a short look-ahead.
+
+A window sees ``left_context`` tokens before it and ``look_ahead`` tokens after it, and the whole prompt. Windows lie at fixed positions of
+the reply, so that audio does not depend on how tokens arrive. All windows start from the same noise, frame by frame, and neighbours
+are cross-faded over a few frames with weights that sum to one. The vocoder behind (`vocoder_stream`) has no seams at all.
+
+The trade-off: a window costs (left_context + hop + look_ahead) / hop of the same tokens offline, and the prompt again. Exact equality with
+offline synthesis is out of reach, since encoder, U-Net and the regulator's norm see the whole reply there. A reply that ends inside
+the first window is computed as offline.
+
+Shapes: N tokens, T mel frames, M mel bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, mel_frames
+from osum_echat.token2wav.draws import Draws
+from osum_echat.token2wav.encoder import stretch
+from osum_echat.token2wav.flow import Condition, FlowModel
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """Where windows lie, in tokens (40 ms each).
+
+    The first window advances ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound starts early and the cost
+    per second falls as soon as there is some sound in hand. ``fade_frames`` mel frames of the look-ahead are cross-faded.
+    """
+
+    first_hop: int = 12
+    hop: int = 40
+    growth: float = 2.0
+    left_context: int = 30
+    look_ahead: int = 8
+    fade_frames: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first_hop <= self.hop or self.growth < 1.0:
+            raise ValueError("stream: needs 1 <= first_hop <= hop and growth >= 1")
+        if self.left_context < 0 or self.look_ahead < 1 or self.fade_frames < 1:
+            raise ValueError("stream: left_context must not be negative; look_ahead and fade_frames must be at least 1")
+        if self.fade_frames > mel_frames(min(self.look_ahead, self.first_hop)):
+            raise ValueError(f"stream: {self.fade_frames} fade frames do not fit into look_ahead or first_hop; take fewer")
+
+    @property
+    def tokens_to_first_sound(self) -> int:
+        return self.first_hop + self.look_ahead
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """All that depends only on the speaker, on the device of the networks. ``spk_M`` is the projected embedding."""
+
+    tokens_P: Tensor
+    mel_TM: Tensor
+    spk_M: Tensor
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How the ODE is solved; None means the directory's own value."""
+
+    steps: int = 10
+    guidance: float | None = None
+    schedule: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.guidance is not None and self.guidance < 0:
+            raise ValueError(f"guidance must not be negative, found {self.guidance}")
+
+
+class FlowStream:
+    """One reply: `push` tokens, get the mel frames that became settled; `finish` gives the rest."""
+
+    def __init__(self, flow: FlowModel, prompt: PromptState, draws: Draws, config: StreamConfig, solver: SolverOptions) -> None:
+        self.flow, self.prompt, self.draws, self.config, self.solver = flow, prompt, draws, config, solver
+        self._rate = flow.config.input_frame_rate
+        self._tokens: list[int] = []  # from ``_kept`` on
+        self._kept = 0
+        self._start = 0  # first token of the next window's own part
+        self._hop = float(config.first_hop)
+        self._tail_TM: Tensor | None = None  # the last window's version of the frames at ``_start``
+
+    def push(self, token: int) -> Tensor | None:
+        """The frames [T, M] of a window that this token completed, else None."""
+        self._tokens.append(token)
+        end = self._start + int(self._hop)
+        if self._kept + len(self._tokens) < end + self.config.look_ahead:
+            return None
+        frames_TM = self._window(end, end + self.config.look_ahead)
+        self._start = end
+        self._hop = min(self._hop * self.config.growth, float(self.config.hop))
+        forget = max(0, self._start - self.config.left_context) - self._kept
+        del self._tokens[: max(0, forget)]
+        self._kept += max(0, forget)
+        return frames_TM
+
+    def finish(self) -> Tensor:
+        """The frames [T, M] of all tokens that are left, after which the total is `mel_frames` of the reply. May be empty."""
+        total = self._kept + len(self._tokens)
+        if total == self._start:
+            return torch.zeros(0, self.flow.config.output_size)
+        if self._start == 0:  # the whole reply is here
+            tokens_N = torch.tensor(self._tokens, device=self.prompt.tokens_P.device)
+            condition = self.flow.condition(tokens_N, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
+            return self._solve(condition, 0)
+        return self._window(total, total)
+
+    def _window(self, end: int, seen: int) -> Tensor:
+        """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""
+        first = mel_frames(self._kept, self._rate)
+        own, stop = mel_frames(self._start, self._rate), mel_frames(end, self._rate)
+        tokens_N = torch.tensor(self._tokens[: seen - self._kept], device=self.prompt.tokens_P.device)
+        mel_TM = self._solve(self._condition(tokens_N, first, mel_frames(seen, self._rate)), first)
+        frames_TM = mel_TM[own - first : stop - first]
+        if self._tail_TM is not None:
+            frames_TM = cross_fade(self._tail_TM, frames_TM)
+        self._tail_TM = mel_TM[stop - first : stop - first + self.config.fade_frames]
+        return frames_TM
+
+    def _condition(self, tokens_N: Tensor, first: int, stop: int) -> Condition:
+        """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies between tokens
+        does not depend on where the window begins."""
+        self.flow.check_tokens(tokens_N)
+        prompt, frames = self.prompt, len(self.prompt.mel_TM)
+        h_LM = self.flow.encode(torch.cat((prompt.tokens_P, tokens_N))[None])[0]
+        per_token = SAMPLE_RATE / MEL_HOP / self._rate
+        at_T = (torch.arange(first, stop, device=h_LM.device) + 0.5) / per_token - 0.5 - self._kept
+        at_T = at_T.clamp(0, len(tokens_N) - 1)
+        below_T = at_T.floor().long()
+        above_T = (below_T + 1).clamp(max=len(tokens_N) - 1)
+        reply_NM = h_LM[len(prompt.tokens_P) :]
+        stretched = torch.lerp(reply_NM[below_T], reply_NM[above_T], (at_T - below_T)[:, None].to(h_LM))
+        if frames:
+            stretched = torch.cat((stretch(h_LM[None, : len(prompt.tokens_P)], frames)[0], stretched))
+        mu_TM = self.flow.length_regulator(stretched[None])[0]
+        cond_TM = torch.zeros_like(mu_TM)
+        cond_TM[:frames] = prompt.mel_TM
+        return Condition(mu_TM, prompt.spk_M, cond_TM, frames)
+
+    def _solve(self, condition: Condition, first: int) -> Tensor:
+        noise = reply_noise(self.draws, condition, first)
+        return self.flow.solve([condition], [noise], self.solver.steps, self.solver.guidance, self.solver.schedule)[0]
+
+
+def reply_noise(draws: Draws, condition: Condition, first: int = 0) -> Tensor:
+    """Starting noise [T, M] of a condition whose reply part begins at frame ``first`` of the reply."""
+    frames = condition.frames - condition.prompt_frames
+    prompt, reply = draws.prompt.rows(0, condition.prompt_frames), draws.reply.rows(first, first + frames)
+    return torch.cat((prompt, reply)).to(condition.mu_TM)
+
+
+def cross_fade(old_TM: Tensor, new_TM: Tensor) -> Tensor:
+    """``new_TM`` with its first frames blended from ``old_TM``; the weights of the two sum to one."""
+    count = min(len(old_TM), len(new_TM))
+    weight_T1 = ((torch.arange(count, device=new_TM.device) + 0.5) / count)[:, None]
+    return torch.cat((torch.lerp(old_TM[:count], new_TM[:count], weight_T1), new_TM[count:]))
+
+
+def mel_stream(stream: FlowStream, tokens: Iterator[int]) -> Iterator[tuple[Tensor, bool]]:
+    """(frames, last) for every window of ``tokens``."""
+    for token in tokens:
+        frames_TM = stream.push(token)
+        if frames_TM is not None:
+            yield frames_TM, False
+    yield stream.finish(), True
