@@ -8,6 +8,7 @@ Shapes: B batch, S samples, C channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,7 +35,7 @@ class PeriodCritic(nn.Module):
         sizes = [1, *channels]
         self.convs = nn.ModuleList(
             weight_norm(nn.Conv2d(a, b, (5, 1), stride=(3 if i < len(channels) - 1 else 1, 1), padding=(2, 0)))
-            for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+            for i, (a, b) in enumerate(itertools.pairwise(sizes))
         )
         self.out = weight_norm(nn.Conv2d(sizes[-1], 1, (3, 1), padding=(1, 0)))
 

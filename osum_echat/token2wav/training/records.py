@@ -7,6 +7,7 @@ counted by reason and named in the log; a file that cannot be read later, during
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 from collections import Counter
@@ -26,7 +27,7 @@ T = TypeVar("T")
 class ListConfig:
     """Which records take part."""
 
-    lists: list[Path] = field(default_factory=list)  # JSON lines; a relative wav path is relative to the list
+    lists: list[Path] = field(default_factory=list)  # JSON lines, patterns allowed; a relative wav path is relative to the list
     valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
     voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
@@ -78,9 +79,7 @@ def read_lists(lists: Sequence[Path], cfg: ListConfig, need: Sequence[str] = ())
     """
     skips = Skips()
     out: list[Utterance] = []
-    for path in lists:
-        if not path.is_file():
-            raise ValueError(f"record list not found: {path}")
+    for path in _expanded(lists):
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 if line.strip() and (utterance := _parse(line, path, number, cfg, need, skips)) is not None:
@@ -90,6 +89,15 @@ def read_lists(lists: Sequence[Path], cfg: ListConfig, need: Sequence[str] = ())
     if not out:
         raise ValueError(f"no usable record in {', '.join(map(str, lists))}; left out: {skips}")
     return out
+
+
+def _expanded(lists: Sequence[Path]) -> Iterator[Path]:
+    """The files that the names and patterns stand for, in a fixed order."""
+    for path in lists:
+        found = sorted(glob.glob(str(path)))
+        if not found:
+            raise ValueError(f"record list not found: {path}")
+        yield from map(Path, found)
 
 
 def _parse(line: str, path: Path, number: int, cfg: ListConfig, need: Sequence[str], skips: Skips) -> Utterance | None:

@@ -180,7 +180,7 @@ class TokenizerRecipe:
 
     def _losses(self, batch: TokenizerBatch, input_BTM: Tensor) -> tuple[Tensor, dict[str, float]]:
         with device.autocast(self.device, self.dtype):
-            codes_BQD, indices_BQ = self.encoder.fsq(self.encoder.features(input_BTM.transpose(1, 2), batch.lengths_B))
+            codes_BQD, _ = self.encoder.fsq(self.encoder.features(input_BTM.transpose(1, 2), batch.lengths_B))
             lengths_B = halved(halved(batch.lengths_B))
             mask_BT1 = mask_of(batch.lengths_B, batch.mel_BTM.shape[1])
             mean_BM = (batch.mel_BTM * mask_BT1).sum(1) / mask_BT1.sum(1)
