@@ -57,14 +57,16 @@ class Done:
 
     Attributes:
         reason: ``stop`` the model ended it, ``length`` a limit did, ``cancelled`` the caller did.
-        text_ids: all text ids chosen, think and its marks included, without the end.
+        text_ids: all text ids, think and its marks included, without the end.
         speech_codes: all codes, without delimiters.
+        generated: every id in order, all kinds.
         guards: how often each guard acted (names of `Guards`, and ``word`` for the cap on the codes of a word); those that never did are left out.
     """
 
     reason: Reason
     text_ids: tuple[int, ...] = ()
     speech_codes: tuple[int, ...] = ()
+    generated: tuple[int, ...] = ()
     guards: Mapping[str, int] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
 

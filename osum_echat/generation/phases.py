@@ -47,6 +47,7 @@ class RowState:
         generated: ids accepted so far, all kinds.
         text_ids, codes: text without its end, speech without delimiters.
         acted: how often each guard acted.
+        opening: what there is to tell before the first step (text that is given).
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class RowState:
         if self.form == "word" and output.spoken_text:
             self._start_words(words)
         self._give_text()
-        self._take_given()
+        self.opening: list[Event] = self._take_given()
 
     # ---- what the generator asks --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,167 @@
+"""The LLM side of a batch: read the prompts once, feed ids, forget rows that are done.
+
+Rows are aligned at the right: prompts end in the same column, whatever their lengths, so a step appends the same columns for all. What is
+padding or masked is hidden by an additive mask, which is left out altogether when there is nothing to hide.
+
+B rows, T new prompt positions, n positions of a step, K cache columns, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from osum_echat.dialogue.layout import IGNORE, Row
+from osum_echat.dialogue.packing import pack
+from osum_echat.generation.cache import BatchCache, KeptCache
+from osum_echat.generation.request import Request, join_audio
+from osum_echat.model.echat import EChatModel
+
+
+class Batch:
+    """Rows that are decoded together.
+
+    Attributes:
+        hidden_BD: hidden state of the last position of each row.
+        prompt_embeds: embeddings of each row's prompt [T, D], for comparisons.
+    """
+
+    def __init__(self, model: EChatModel, requests: Sequence[Request], room: int) -> None:
+        self.model = model
+        self.requests = list(requests)
+        rows = [request.prompt for request in requests]
+        packed = pack(rows).to(model.device)
+        heard = [audio for request in requests for audio in request.heard]
+        inputs = model.inputs(packed, join_audio(heard))
+        lengths = [len(row) for row in rows]
+        self.prompt_embeds = [inputs.embeds_BTD[b, :length] for b, length in enumerate(lengths)]
+        # At least one position is read anew: the first id is chosen from its hidden state.
+        past = [0 if r.past is None else min(r.past.common(r.prompt, r.heard), len(r.prompt) - 1) for r in requests]
+        self.reused = past
+        self._fed: list[list[int]] = [[] for _ in rows]
+        self._prompt_visible = [inputs.visible_BT[b, :length] for b, length in enumerate(lengths)]
+        self._next_B = torch.stack([visible.sum() for visible in self._prompt_visible])
+        self._columns = self._prompt_columns(lengths, past)
+        self._dropped = 0
+
+        width = max(length - p for length, p in zip(lengths, past, strict=True))
+        shape = (len(rows), width)
+        embeds_BTD = inputs.embeds_BTD.new_zeros(*shape, inputs.embeds_BTD.shape[2])
+        positions_BT = torch.zeros(shape, dtype=torch.long, device=model.device)
+        visible_BT = torch.zeros(shape, dtype=torch.bool, device=model.device)
+        for b, (length, start) in enumerate(zip(lengths, past, strict=True)):
+            first = width - (length - start)
+            embeds_BTD[b, first:] = inputs.embeds_BTD[b, start:length]
+            positions_BT[b, first:] = inputs.positions_BT[b, start:length]
+            visible_BT[b, first:] = inputs.visible_BT[b, start:length]
+
+        layers = model.lm.llm.config.get_text_config().num_hidden_layers
+        self._cache = BatchCache(layers, room=max(past) + width + room)
+        self._cache.load([r.past for r in requests], past)
+        self._plain = False
+        self._bias_B11C = embeds_BTD.new_zeros(0)
+        self._advance(embeds_BTD, positions_BT, visible_BT)
+
+    # ---- steps --------------------------------------------------------------------------------------------------------------------
+
+    def feed(self, ids: Sequence[Sequence[int]]) -> None:
+        """Feed every row the same number of ids."""
+        for fed, new in zip(self._fed, ids, strict=True):
+            fed.extend(new)
+        ids_Bn = torch.tensor(ids, device=self.model.device)
+        count = ids_Bn.shape[1]
+        positions_Bn = self._next_B[:, None] + torch.arange(count, device=ids_Bn.device)
+        self._next_B = self._next_B + count
+        self._advance(self.model.embed(ids_Bn), positions_Bn, torch.ones_like(ids_Bn, dtype=torch.bool))
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows."""
+        before = self._cache.length
+        self._cache.select(rows)
+        self._dropped += before - self._cache.length
+        index = torch.tensor(rows, device=self.hidden_BD.device)
+        self.hidden_BD, self._next_B = self.hidden_BD[index], self._next_B[index]
+        for name in ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns"):
+            values = getattr(self, name)
+            setattr(self, name, [values[b] for b in rows])
+        self._refresh_bias()
+
+    def keep(self, b: int) -> KeptCache:
+        """The cache of row b with what was fed so far."""
+        fed = self._fed[b]
+        request = self.requests[b]
+        end = self._dropped + self._cache.length
+        columns = torch.cat([self._columns[b], torch.arange(end - len(fed), end)]) - self._dropped
+        visible_T = torch.cat([self._prompt_visible[b], self._prompt_visible[b].new_ones(len(fed))])
+        row = _extend(request.prompt, fed, int(self._next_B[b]) - len(fed))
+        return self._cache.keep(b, columns.to(self.hidden_BD.device), row, request.heard, visible_T)
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------------
+
+    def _advance(self, embeds_BnD: Tensor, positions_Bn: Tensor, visible_Bn: Tensor) -> None:
+        before, count = self._cache.length, embeds_BnD.shape[1]
+        self._cache.append(visible_Bn)
+        if before == 0 or count > 1:
+            self._refresh_bias()
+            mask = self._block_mask(before, visible_Bn)
+        else:
+            mask = self._step_mask()
+        hidden_BnD = self.model.hidden(embeds_BnD, positions_Bn, cache=self._cache.cache, attention_mask=mask)
+        self.hidden_BD = hidden_BnD[:, -1]
+
+    def _block_mask(self, before: int, visible_Bn: Tensor) -> Tensor | None:
+        """Mask [B, 1, n, K] of several new positions: visible columns up to their own. None: plain causal attention from the start."""
+        if before == 0 and self._plain:
+            return None
+        count = visible_Bn.shape[1]
+        index_n = torch.arange(count, device=visible_Bn.device)
+        causal_nn = index_n[:, None] >= index_n[None]
+        new_Bnn = causal_nn & visible_Bn[:, None]
+        old_BnK = self._cache.visible_BK[:, None, :before].expand(-1, count, -1)
+        return self._bias(torch.cat([old_BnK, new_Bnn], dim=2))[:, None]
+
+    def _step_mask(self) -> Tensor | None:
+        """Mask [B, 1, 1, K] of one new position; None when nothing is hidden."""
+        if self._plain:
+            return None
+        if self._cache.length > self._bias_B11C.shape[3]:
+            self._refresh_bias()
+        return self._bias_B11C[..., : self._cache.length]
+
+    def _refresh_bias(self) -> None:
+        """Everything that is appended later is visible, so the mask of steps is made for columns to come as well."""
+        visible_BK = self._cache.visible_BK
+        self._plain = bool(visible_BK.all())
+        if not self._plain:
+            room = visible_BK.new_ones(visible_BK.shape[0], max(64, visible_BK.shape[1] // 2))
+            self._bias_B11C = self._bias(torch.cat([visible_BK, room], dim=1))[:, None, None]
+
+    def _bias(self, allowed: Tensor) -> Tensor:
+        dtype = self.model.dtype
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+    @staticmethod
+    def _prompt_columns(lengths: Sequence[int], past: Sequence[int]) -> list[Tensor]:
+        """The cache column of each prompt position: reused ones end at the widest past, new ones at the widest new part."""
+        border = max(past)
+        end = border + max(length - p for length, p in zip(lengths, past, strict=True))
+        return [
+            torch.cat([torch.arange(border - p, border), torch.arange(end - (length - p), end)])
+            for length, p in zip(lengths, past, strict=True)
+        ]
+
+
+def _extend(row: Row, ids: Sequence[int], first_position: int) -> Row:
+    """``row`` with ids behind it."""
+    count = len(ids)
+    return Row(
+        np.concatenate([row.ids_T, np.asarray(ids, dtype=np.int64)]),
+        np.concatenate([row.positions_T, first_position + np.arange(count)]),
+        np.concatenate([row.visible_T, np.ones(count, dtype=np.bool_)]),
+        np.full(len(row) + count, IGNORE, dtype=np.int64),
+        row.text_softmax,
+        list(row.audio),
+    )

@@ -1,0 +1,230 @@
+"""Decoding of many rows at once: prefill once, then a step at a time, each row in its own phase.
+
+A step feeds every live row the ids it has accepted (usually one), asks the text head for the rows in text and the speech head for the rows in
+speech, applies penalty, guards and sampling to each group, and lets `phases.RowState` say what the ids mean. Rows that end leave the batch.
+
+Speed: at batch 1 the weights have to be read once per id, so everything else is kept small. Masks are left out when nothing is hidden, the
+cache is written in place, logits exist for the rows that choose and their last position only, and ids that are given (spelled words, the begin of
+speech) go through the LLM several at a time. See `packed.pack_linears` for the weights and `benchmarks/decode.py` for numbers.
+
+B live rows, D width, R rows that choose from one head, V classes of that head, W last ids.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from osum_echat.dialogue.tokens import Tokenizer
+from osum_echat.generation.batch import Batch
+from osum_echat.generation.config import GenerationConfig, Reason, Sampling
+from osum_echat.generation.events import Done, Event, SpeechTokens, Timings
+from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
+from osum_echat.generation.phases import RowState
+from osum_echat.generation.request import Request
+from osum_echat.generation.sampling import Dice, choose, penalise, sampling_rows
+from osum_echat.model.echat import EChatModel
+
+OnLogits = Callable[[int, Tensor], None]
+"""Called with the row's number and its raw logits [V] before every id that the model chooses."""
+
+
+class _Live:
+    """A row in work: its request, its state, its random numbers and its clock."""
+
+    def __init__(self, index: int, request: Request, state: RowState, started: float) -> None:
+        self.index, self.request, self.state, self.started = index, request, state, started
+        self.dice = Dice(request.seed)
+        self.age_armed = True
+        self.prefill = 0.0
+        self.first: dict[str, float] = {}
+
+    def note(self, what: str) -> None:
+        """Remember when something happened first."""
+        self.first.setdefault(what, time.perf_counter() - self.started)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.request.mode.speech if self.state.in_speech else self.request.mode.text
+
+    def done(self, reason: Reason) -> Done:
+        state = self.state
+        timings = Timings(
+            prefill=self.prefill,
+            first_token=self.first.get("token"),
+            think=self.first.get("think"),
+            first_speech=self.first.get("speech"),
+            total=time.perf_counter() - self.started,
+            think_tokens=state.think_ids,
+        )
+        return Done(reason, tuple(state.text_ids), tuple(state.codes), tuple(state.generated), dict(state.acted), timings)
+
+
+class Generator:
+    """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same moment)."""
+
+    def __init__(self, model: EChatModel, tokenizer: Tokenizer, config: GenerationConfig | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.vocab = model.vocabulary
+        self.config = config or GenerationConfig()
+        guards = self.config.guards
+        self._age = AgeChoice.compile(guards.age, tokenizer, self.vocab) if guards.age is not None else None
+        self._speech_guards: list[Repetition | Silence] = []
+        if guards.repetition is not None:
+            self._speech_guards.append(Repetition(guards.repetition))
+        if guards.silence is not None and guards.silence.codes:
+            self._speech_guards.append(Silence(guards.silence))
+        self._memory = max([guard.memory for guard in self._speech_guards] + [self._age.memory if self._age else 0, 1])
+
+    def generate(self, requests: Sequence[Request], on_logits: OnLogits | None = None) -> Iterator[tuple[int, Event]]:
+        """Decode all requests together; yields (number of the request, event) as they happen, `Done` last for each.
+
+        Stop iterating, or cancel a request, and no further step is made for it.
+
+        Raises:
+            ValueError: when prompts and recordings do not fit together.
+        """
+        if not requests:
+            return
+        started = time.perf_counter()
+        live = [_Live(i, request, self._state(request), started) for i, request in enumerate(requests)]
+        room = min(max(r.mode.max_new for r in requests), 512)
+        with torch.inference_mode():
+            batch = Batch(self.model, requests, room)
+        for row in live:
+            row.prefill = time.perf_counter() - started
+        events = [(row.index, event) for row in live for event in self._reported(row, row.state.opening)]
+        while True:
+            with torch.inference_mode():
+                for row in live:
+                    if row.request.cancelled.is_set() and row.state.finished is None:
+                        events += [(row.index, event) for event in self._reported(row, row.state.finish("cancelled"))]
+                live = self._drop_finished(live, batch, events)
+                choosing = [b for b, row in enumerate(live) if not row.state.pending]
+                if choosing:
+                    events += self._choose(live, choosing, batch, on_logits)
+                    live = self._drop_finished(live, batch, events)
+            yield from events
+            events = []
+            if not live:
+                return
+            with torch.inference_mode():
+                count = min(len(row.state.pending) for row in live)
+                if count:
+                    batch.feed([[row.state.pending.popleft() for _ in range(count)] for row in live])
+
+    # ---- inside -------------------------------------------------------------------------------------------------------------------
+
+    def _state(self, request: Request) -> RowState:
+        return RowState(
+            request.output_type,
+            request.mode.max_new,
+            self.config,
+            self.tokenizer,
+            self.vocab,
+            request.text_ids,
+            request.words,
+        )
+
+    def _drop_finished(self, live: list[_Live], batch: Batch, events: list[tuple[int, Event]]) -> list[_Live]:
+        """Report rows that have ended and take them out of the batch."""
+        keep = [b for b, row in enumerate(live) if row.state.finished is None]
+        if len(keep) == len(live):
+            return live
+        for b, row in enumerate(live):
+            if row.state.finished is not None:
+                if row.request.keep_cache:
+                    row.request.cache = batch.keep(b)
+                events.append((row.index, row.done(row.state.finished)))
+        if keep:
+            batch.select(keep)
+        return [live[b] for b in keep]
+
+    def _choose(self, live: list[_Live], choosing: list[int], batch: Batch, on_logits: OnLogits | None) -> list[tuple[int, Event]]:
+        """Choose the next id of some rows and let their states take it."""
+        events: list[tuple[int, Event]] = []
+        for in_speech in (False, True):
+            group = [b for b in choosing if live[b].state.in_speech == in_speech]
+            if not group:
+                continue
+            rows = [live[b] for b in group]
+            hidden_RD = batch.hidden_BD if len(group) == len(batch.hidden_BD) else batch.hidden_BD[group]
+            head = self.model.speech_logits if in_speech else self.model.text_logits
+            logits_RV = head(hidden_RD).float()
+            if on_logits is not None:
+                for row, logits_V in zip(rows, logits_RV, strict=True):
+                    on_logits(row.index, logits_V)
+            offset = self.vocab.text_size if in_speech else 0
+            for row, chosen in zip(rows, self._pick(rows, logits_RV, in_speech), strict=True):
+                step = len(row.state.generated)
+                token = row.request.plan.get(step, chosen + offset)
+                row.note("token")
+                events += [(row.index, event) for event in self._reported(row, row.state.accept(token))]
+        return events
+
+    def _pick(self, rows: list[_Live], logits_RV: Tensor, in_speech: bool) -> list[int]:
+        """Penalty, guards, sampling: a class of this head for every row."""
+        settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
+        if settings.any_penalty:
+            ids_RG = self._generated(rows, in_speech, logits_RV.device)
+            logits_RV = penalise(logits_RV, ids_RG, ids_RG >= 0, settings.penalty_R)
+        logits_RV = self._guard_speech(rows, logits_RV) if in_speech else self._guard_text(rows, logits_RV)
+        uniform_R = None
+        if not settings.all_greedy:
+            uniform_R = torch.tensor([row.dice.roll() for row in rows], device=logits_RV.device)
+        return choose(logits_RV, settings, uniform_R).tolist()
+
+    def _guard_text(self, rows: list[_Live], logits_RV: Tensor) -> Tensor:
+        if self._age is not None and any(row.age_armed and row.state.thinking for row in rows):
+            armed_R = torch.tensor([row.age_armed and row.state.thinking for row in rows], device=logits_RV.device)
+            logits_RV, acted_R = self._age(logits_RV, self._recent(rows, 0, logits_RV.device), armed_R)
+            for row, acted in zip(rows, acted_R.tolist(), strict=True):
+                row.age_armed &= not acted
+                row.state.acted["age"] += acted
+        thinking = [row.state.thinking for row in rows]
+        if self.config.guards.think is not None and any(thinking):
+            logits_RV, acted_R = ban_id(logits_RV, self.vocab.eos_id, thinking)
+            _count(rows, "think", acted_R)
+        return logits_RV
+
+    def _guard_speech(self, rows: list[_Live], logits_RV: Tensor) -> Tensor:
+        if self._speech_guards:
+            recent_RW = self._recent(rows, self.vocab.text_size, logits_RV.device)
+            for guard in self._speech_guards:
+                logits_RV, acted_R = guard(logits_RV, recent_RW)
+                _count(rows, guard.name, acted_R)
+        unfinished = [not row.state.may_end_speech for row in rows]
+        if any(unfinished):
+            logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, unfinished)
+        return logits_RV
+
+    def _recent(self, rows: list[_Live], offset: int, device: torch.device) -> Tensor:
+        """The last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids."""
+        size = self._memory
+        last = [row.state.generated[-size:] for row in rows]
+        ids_RW = torch.tensor([[-1] * (size - len(ids)) + ids for ids in last], device=device) - offset
+        return ids_RW if offset else ids_RW.masked_fill(ids_RW >= self.vocab.text_size, -1)
+
+    def _generated(self, rows: list[_Live], in_speech: bool, device: torch.device) -> Tensor:
+        """All text ids, or all codes, that each row has generated, -1 padded."""
+        kinds = [row.state.codes if in_speech else row.state.text_ids for row in rows]
+        longest = max(map(len, kinds))
+        return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in kinds], dtype=torch.long, device=device).view(len(rows), longest)
+
+    def _reported(self, row: _Live, events: list[Event]) -> list[Event]:
+        """Note the time of what is about to be told."""
+        for event in events:
+            if isinstance(event, SpeechTokens):
+                row.note("speech")
+        if row.state.think_ids and not row.state.thinking:
+            row.note("think")
+        return events
+
+
+def _count(rows: list[_Live], name: str, acted_R: Tensor) -> None:
+    for row, acted in zip(rows, acted_R.tolist(), strict=True):
+        if acted:
+            row.state.acted[name] += 1
