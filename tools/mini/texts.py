@@ -25,6 +25,7 @@ GENDERS = ("male", "female")
 AGES = ("child", "adult", "old")
 EMOTIONS = ("neutral", "happy", "sad", "angry", "surprised")
 EVENTS = ("none", "laugh", "cough", "sneeze", "applause", "sigh")
+REPLY_EMOTIONS = ("happy", "gentle", "neutral")
 WORDS = range(4, 13)  # length of a user sentence
 
 
@@ -171,6 +172,11 @@ def reply_parts(topic: str, labels: Labels) -> ReplyParts:
         address=rules["addresses"][labels.age][labels.gender],
         clauses=tuple(rules["topics"][topic][rules["mood"][labels.emotion]]),
     )
+
+
+def reply_emotion(labels: Labels) -> str:
+    """The tone that the think notes for the answer: it follows the mood."""
+    return dict(zip(("good", "bad", "plain"), REPLY_EMOTIONS, strict=True))[_replies()["mood"][labels.emotion]]
 
 
 def reply(topic: str, labels: Labels, rng: random.Random) -> str:
