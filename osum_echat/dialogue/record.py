@@ -175,7 +175,7 @@ def parse_codes(value: Any, name: str, source: str = "", line: int = 0, key: str
     return tuple(codes)
 
 
-_KNOWN = {"key", "wav", "txt", "task", "extra", "start", "end", "history", "duration", _TASK_MISSPELT, *_TEXT_FIELDS}
+_KNOWN = {"key", "wav", "txt", "task", "extra", "start", "end", "history", _TASK_MISSPELT, *_TEXT_FIELDS}
 
 
 def _extra(data: Mapping[str, Any], source: str, line: int, key: str) -> dict[str, Any]:
