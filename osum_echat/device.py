@@ -59,6 +59,14 @@ def resolve(name: str = "auto", local_rank: int | None = None) -> torch.device:
     return torch.device(kind, rank)
 
 
+def count(kind: str = "auto") -> int:
+    """Devices of this kind that this machine offers; 1 for cpu."""
+    if kind == "auto":
+        kind = next(k for k in KINDS if available(k))
+    module = _accelerator(kind)
+    return int(module.device_count()) if module is not None else 1
+
+
 def activate(device: torch.device) -> None:
     """Make ``device`` the current one of this process (needed once per rank before collectives)."""
     module = _accelerator(device.type)

@@ -4,21 +4,49 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
+from osum_echat.data.loader import build_loader
 from osum_echat.model.echat import EChatModel
-from osum_echat.training import distributed, engines, memory, stages
+from osum_echat.training import distributed, engines, export, memory, stages
 from osum_echat.training.checkpoint import code_version, fingerprint
-from osum_echat.training.config import TrainConfig
+from osum_echat.training.config import ConfigError, TrainConfig
 from osum_echat.training.loop import Loader, Trainer, Validator
 from osum_echat.training.objective import Objective
+from osum_echat.training.start import load_start
 from osum_echat.training.watchdog import Watchdog, shared_store
 
 log = logging.getLogger(__name__)
+
+
+def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = None, bar: bool = True) -> Trainer:
+    """Everything that a run needs, from its config: weights, tokenizer, lists, engine.
+
+    Raises:
+        ValueError: for anything in the config that cannot be used, with what to do.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    world = join(config)
+    model, tokenizer = load_start(config)
+    if config.data.num_mels != model.config.encoder.mels:
+        raise ConfigError(
+            f"data.num_mels={config.data.num_mels}, but the encoder takes {model.config.encoder.mels}: make them equal"
+        )
+    pin = devices.resolve(config.device).type != "cpu"
+    loader = build_loader(config.data, tokenizer, model.vocabulary, world.rank, world.size, pin_memory=pin)
+    validation = None
+    if config.validation is not None:
+        validation = build_loader(config.validation, tokenizer, model.vocabulary, world.rank, world.size, train=False)
+    if world.is_main:
+        log.info("%s", loader.describe())
+        tokenizer.save_pretrained(Path(config.out) / export.TOKENIZER)
+    return assemble(config, model, tokenizer, loader, validation, validators, bar, world)
 
 
 def assemble(

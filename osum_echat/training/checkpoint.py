@@ -171,6 +171,28 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def is_training_folder(folder: Path) -> bool:
+    """Whether ``folder`` is a training run's output or one ``step_*`` folder of it."""
+    return (folder / "checkpoints").is_dir() or (folder / STATE_FILE).is_file()
+
+
+def step_folder(folder: Path) -> Path:
+    """The checkpoint that ``folder`` means: itself, or the newest of a run. Raises ValueError when there is none."""
+    if (folder / STATE_FILE).is_file():
+        return folder
+    newest = latest(folder / "checkpoints")
+    if newest is None:
+        raise ValueError(f"{folder} holds no complete training checkpoint")
+    return newest
+
+
+def export(folder: str | Path, out: str | Path, **options: Any) -> Path:
+    """Write a training run as a checkpoint folder; see `export.export_folder`."""
+    from osum_echat.training.export import export_folder
+
+    return export_folder(Path(folder), Path(out), **options)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """state.json of one checkpoint."""
     file = path / STATE_FILE

@@ -28,12 +28,14 @@ class InitConfig:
         whisper: Whisper weights for the encoder (hub name such as ``openai/whisper-medium`` or a local folder).
         llm: causal LM weights and tokenizer (hub name such as ``Qwen/Qwen2.5-3B-Instruct`` or a local folder).
         tokenizer: tokenizer folder of a model from scratch, when not that of ``llm``.
+        rooms: room (encoder, adapter, projection, lm, ctc, tags) -> checkpoint to take it from.
     """
 
     checkpoint: str | None = None
     whisper: str | None = None
     llm: str | None = None
     tokenizer: str | None = None
+    rooms: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

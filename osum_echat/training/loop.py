@@ -172,7 +172,7 @@ class Trainer:
         self._started = time.monotonic() - self.state.seconds
         why, idle = "nothing to do: the limit of this run was reached before", 0
         try:
-            finished = self._limit_reached()
+            finished = bool(self._limit_reached())
             while not finished:
                 before = self.state.step
                 why = self._epoch()

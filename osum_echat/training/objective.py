@@ -138,8 +138,10 @@ class Objective(nn.Module):
 
 def recording_tags(batch: Batch, classes: dict[str, list[str]]) -> dict[str, Tensor]:
     """Label numbers for each recording [N]: a sample's tags belong to its last recording, earlier turns have none. Case does not matter."""
-    folded = [{name: label.casefold() for name, label in tags.items()} for tags in batch.tags] or [{} for _ in batch.keys]
-    last_D = batch.last_recording()
+    folded = [{name: label.casefold() for name, label in tags.items()} for tags in batch.tags]
+    last_D = (
+        batch.last_recording() if len(batch) else torch.zeros(0, dtype=torch.long)
+    )  # a filler's recording belongs to no sample
     out = {}
     for name, labels in classes.items():
         ids_D = replace(batch, tags=folded).tag_ids(name, {label.casefold(): i for i, label in enumerate(labels)})

@@ -42,7 +42,7 @@ class Optimizer:
             members = []
             for name, param in group.named:
                 separate = masters and param.dtype != torch.float32
-                master = nn.Parameter(param.detach().float()) if separate else param
+                master: Tensor = nn.Parameter(param.detach().float()) if separate else param
                 self.pairs.append((name, param, master))
                 members.append(master)
             torch_groups.append({"params": members, "lr": group.lr, "base_lr": group.lr})

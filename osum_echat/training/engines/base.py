@@ -86,6 +86,7 @@ class Engine(abc.ABC):
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Restore `extra_state`."""
+        assert not state, f"{type(self).__name__} keeps no such state: {state}"
 
 
 class TorchEngine(Engine):

@@ -92,6 +92,8 @@ class DeepSpeedEngine(Engine):
         except ImportError as error:
             raise ConfigError("engine deepspeed needs the package: pip install 'osum-echat[deepspeed]'") from error
         settings = merged_config(config)
+        # On CPU DeepSpeed would compile a shared-memory collective, for minutes; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         zero = settings.get("zero_optimization", {})
         self.shards_weights = zero.get("stage", 0) == 3
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -101,7 +103,7 @@ class DeepSpeedEngine(Engine):
     def _optimizer(self, zero: dict[str, Any]) -> torch.optim.Optimizer:
         optim = self.config.optim
         groups = [{"params": [p for _, p in g.named], "lr": g.lr, "base_lr": g.lr} for g in self.groups]
-        options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
+        options: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
         if zero.get("offload_optimizer", {}).get("device", "none") != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -38,7 +38,8 @@ class FsdpEngine(TorchEngine):
         }
         for block in blocks:
             fully_shard(block, reshard_after_forward=self.config.engine.reshard_after_forward, **options)
-        return fully_shard(module, reshard_after_forward=False, **options)
+        fully_shard(module, reshard_after_forward=False, **options)
+        return module
 
     def sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()

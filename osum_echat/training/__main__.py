@@ -1,0 +1,97 @@
+"""Train one stage: ``python -m osum_echat.training --stage S --config C [key=value ...]`` (``train.sh`` wraps it, with torchrun or without).
+
+    python -m osum_echat.training --stage understanding --config conf/mini/understanding.yaml max_minutes=5
+    torchrun --nproc-per-node 8 -m osum_echat.training --stage generation --config conf/stage2_s2s.yaml engine.name=fsdp
+
+A run that finds checkpoints in its output folder continues the newest one; ``--fresh`` refuses to. Exit codes: 0 done (or stopped by a signal,
+with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from osum_echat import config as config_io
+from osum_echat.training import build, distributed
+from osum_echat.training.config import ConfigError, TrainConfig
+from osum_echat.training.loop import TooManyBadSteps, Validator
+
+
+def parser() -> argparse.ArgumentParser:
+    out = argparse.ArgumentParser(
+        prog="osum_echat.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument(
+        "--stage", choices=["understanding", "generation", "empathy"], help="must be the config's stage, if it states one"
+    )
+    out.add_argument("--config", type=Path, required=True, help="YAML file of a TrainConfig")
+    out.add_argument(
+        "--validators",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="measure real tasks at each validation; the function gets the Trainer and returns numbers (repeatable)",
+    )
+    out.add_argument("--fresh", action="store_true", help="stop if the output folder has checkpoints already")
+    out.add_argument("--no-bar", action="store_true", help="no progress bar (for log files)")
+    out.add_argument("--print-config", action="store_true", help="print the complete config and stop")
+    out.add_argument("overrides", nargs="*", metavar="key=value")
+    return out
+
+
+def load_config(path: Path, stage: str | None, overrides: Sequence[str]) -> TrainConfig:
+    """The config of a run. ``stage`` must agree with a stage that the file states."""
+    stated = config_io.merge(config_io.read_yaml(path), config_io.parse_overrides(overrides)).get("stage")
+    if stage is not None and stated not in (None, stage):
+        raise ConfigError(f"--stage {stage}, but {path} is a config for stage {stated}")
+    extra = [f"stage={stage}"] if stage is not None else []
+    return config_io.load(TrainConfig, path, [*overrides, *extra])
+
+
+def find_validator(name: str) -> Validator:
+    """``package.module:function``. Rooms of higher floors hand their measurements in by name, so training need not import them."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"--validators {name}: {error}; expected package.module:function") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_intermixed_args(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s rank {rank} %(message)s" if distributed.launched_by_torchrun() else "%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    try:
+        config = load_config(args.config, args.stage, args.overrides)
+        if args.print_config:
+            print(config_io.to_yaml(config), end="")
+            return 0
+        validators = {name.partition(":")[2]: find_validator(name) for name in args.validators}
+        trainer = build.trainer(config, validators, bar=not args.no_bar)
+        if trainer.resume() and args.fresh:
+            raise ConfigError(f"--fresh, but {config.out} has checkpoints; choose another out=, or remove it")
+        trainer.run()
+    except TooManyBadSteps as error:
+        print(error, file=sys.stderr)
+        return 3
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""What a run's weights start from: a checkpoint of any form, a training run of ours, or a new model; then single rooms put in."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from osum_echat import config as config_io
+from osum_echat import device as devices
+from osum_echat.model import checkpoint as model_io
+from osum_echat.model.config import ModelConfig, load_config
+from osum_echat.model.echat import EChatModel
+from osum_echat.model.lora import add_lora
+from osum_echat.model.whisper import read_whisper
+from osum_echat.training import checkpoint, export
+from osum_echat.training.config import ConfigError, TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
+    """The model on the CPU, with LoRA where the config wants it, and the tokenizer.
+
+    Raises:
+        ConfigError: when neither a checkpoint nor a model config is given.
+        ValueError: when a file does not fit the model.
+    """
+    init = config.init
+    devices.seed_all(config.seed)  # new weights are the same on every rank
+    if init.checkpoint is not None and checkpoint.is_training_folder(Path(init.checkpoint)):
+        model, tokenizer = export.assemble(Path(init.checkpoint), changes=_changes(config))
+    elif init.checkpoint is not None:
+        model, tokenizer = _from_checkpoint(config, init.checkpoint)
+    else:
+        model, tokenizer = _new(config)
+    for room, path in init.rooms.items():
+        names = model_io.load_rooms(model, path, [room])
+        log.info("%s: %d tensors from %s", room, len(names), path)
+    if init.whisper is not None:
+        put_whisper(model, init.whisper)
+    if init.llm is not None:
+        model_io.load_llm(model, init.llm)
+    if config.lora is not None and model.config.lora is None:
+        model.config = dataclasses.replace(model.config, lora=config.lora)
+        add_lora(model.lm.llm, config.lora)
+    return model, tokenizer
+
+
+def put_whisper(model: EChatModel, name: str) -> None:
+    """Copy a Whisper encoder (any published form, or a hub name) into the model. Its position table may be shorter than the model's."""
+    path = Path(name)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    sizes, state = read_whisper(path)
+    ours = model.config.encoder
+    wrong = [f for f in ("mels", "dim", "heads", "ffn", "layers") if getattr(sizes, f) != getattr(ours, f)]
+    if wrong:
+        told = ", ".join(f"{f} {getattr(sizes, f)} (model: {getattr(ours, f)})" for f in wrong)
+        raise ConfigError(f"init.whisper: {name} does not fit the model's encoder: {told}")
+    own = model.encoder.state_dict()
+    with torch.no_grad():
+        for key, tensor in state.items():
+            rows = min(len(tensor), len(own[key]))  # only the position table differs in length
+            own[key][:rows].copy_(tensor[:rows])
+
+
+def _changes(config: TrainConfig) -> dict[str, Any]:
+    return config_io.merge({"activation_checkpointing": config.checkpoint_activations}, config.model_changes)
+
+
+def changed(model_config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """A model config with some keys replaced."""
+    return config_io.from_dict(ModelConfig, config_io.merge(config_io.to_dict(model_config), changes), where="model_changes")
+
+
+def _from_checkpoint(config: TrainConfig, name: str) -> tuple[EChatModel, Any]:
+    file = Path(config.model) if config.model is not None else Path(name) / model_io.CONFIG_FILE
+    if not file.is_file():
+        raise ConfigError(f"init.checkpoint: {name} has no {model_io.CONFIG_FILE}; state its model config with model: (a file)")
+    return model_io.load_model(name, changed(load_config(file), _changes(config)), tokenizer=config.init.tokenizer)
+
+
+def _new(config: TrainConfig) -> tuple[EChatModel, Any]:
+    if config.model is None:
+        raise ConfigError("state where to start: init.checkpoint, or model: (a model config file) for a new model")
+    model_config = changed(load_config(config.model), _changes(config))
+    tokenizer = model_io.load_tokenizer(Path(config.model).parent, model_config, config.init.tokenizer or config.init.llm)
+    return EChatModel(dataclasses.replace(model_config, lora=None)), tokenizer
