@@ -38,7 +38,15 @@ def build_llm(config: LlmConfig) -> Any:
             raise ValueError(f"this LLM uses {name}, which the heads here do not apply; use an LLM without it")
     if "sliding_attention" in (getattr(llm_config, "layer_types", None) or []):
         raise ValueError("this LLM has sliding-window layers, which packed rows do not support; set use_sliding_window: false")
-    return AutoModelForCausalLM.from_config(llm_config, attn_implementation=config.attention, dtype=torch.float32)
+    llm = AutoModelForCausalLM.from_config(llm_config, attn_implementation=config.attention, dtype=torch.float32)
+    if config.rotary_dtype == "bfloat16":
+        for module in [m for m in llm.modules() if "inv_freq" in m._buffers]:
+            module.register_forward_hook(_round_to_bfloat16)
+    return llm
+
+
+def _round_to_bfloat16(module: nn.Module, args: Any, tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(table.to(torch.bfloat16).to(table.dtype) for table in tables)
 
 
 def is_plain(documents_BT: Tensor, visible_BT: Tensor) -> bool:
