@@ -120,10 +120,14 @@ class VocoderConfig:
     lrelu_slope: float = 0.1
     audio_limit: float = 0.99
     f0_channels: int = 512
+    nsf_aligned: bool = False  # harmonics start in phase (a pulse train) instead of at random phases
+    head: str = "spectrum"  # what conv_post gives: the output's spectrum, or a "filter" on the excitation's
     sample_rate: int = SAMPLE_RATE
 
     def __post_init__(self) -> None:
         _positive(self, "in_channels", "base_channels", "nb_harmonics", "istft_n_fft", "istft_hop", "f0_channels")
+        if self.head not in ("spectrum", "filter"):
+            raise ValueError(f"head must be spectrum or filter, found {self.head!r}")
         hop = self.istft_hop
         for rate in self.upsample_rates:
             hop *= rate

@@ -108,6 +108,8 @@ _VOCODER = {
             "source_resblock_dilation_sizes",
             "lrelu_slope",
             "audio_limit",
+            "nsf_aligned",
+            "head",
         )
     },
     "sample_rate": "hift.sampling_rate",

@@ -102,6 +102,8 @@ class SineSource(nn.Module):
         """
         config = self.config
         turns_BSH, end_BH = self.turns(f0_BT, start_BH)
+        if config.nsf_aligned:
+            phase_BH = torch.zeros_like(phase_BH)
         phase = torch.cat((torch.zeros_like(phase_BH[:, :1]), phase_BH[:, 1:]), dim=1)[:, None]
         sine = config.nsf_alpha * torch.sin(2.0 * math.pi * turns_BSH + phase)
         voiced_BS1 = (f0_BT > config.nsf_voiced_threshold).repeat_interleave(MEL_HOP, dim=1)[..., None].to(sine.dtype)
@@ -151,7 +153,9 @@ class Vocoder(nn.Module):
             rate *= up
             blocks = [self.source_resblocks[stage], *list(self.resblocks)[stage * kinds : (stage + 1) * kinds]]
             reach += max(block.reach() for block in blocks) / rate  # type: ignore[operator]
-        return math.ceil(reach + 3.0 / rate) + 1  # conv_post; one frame more for the two STFTs
+        return math.ceil(reach + 3.0 / rate) + math.ceil(
+            config.istft_n_fft / MEL_HOP
+        )  # conv_post; half a window for each of two STFTs
 
     def f0(self, mel_BMT: Tensor) -> Tensor:
         """Fundamental frequency in Hz per frame, [B, T]."""
@@ -174,10 +178,11 @@ class Vocoder(nn.Module):
 
     def decode(self, mel_BMT: Tensor, source_B1S: Tensor) -> Tensor:
         """Samples [B, S] in -0.99 .. 0.99 from a mel and its excitation."""
-        return self.to_wave(self.shape(mel_BMT, self.spectrum(source_B1S)))
+        spectrum_BFW = self.spectrum(source_B1S)
+        return self.to_wave(self.shape(mel_BMT, spectrum_BFW), spectrum_BFW)
 
     def shape(self, mel_BMT: Tensor, spectrum_BFW: Tensor) -> Tensor:
-        """The network proper: mel and excitation spectrum to the output's log magnitude and phase, [B, n_fft + 2, W]."""
+        """The network proper: mel and excitation spectrum to the log magnitude and phase of `to_wave`, [B, n_fft + 2, W]."""
         config = self.config
         kinds = len(config.resblock_kernel_sizes)
         x = self.conv_pre(mel_BMT)
@@ -192,12 +197,20 @@ class Vocoder(nn.Module):
             x = mixed / kinds
         return self.conv_post(F.leaky_relu(x))  # torch's default slope here, not the configured one
 
-    def to_wave(self, shaped_BFW: Tensor) -> Tensor:
-        """Inverse STFT of exp(first half) and the sine of the second half as phase, clipped; [B, S]."""
+    def to_wave(self, shaped_BFW: Tensor, spectrum_BFW: Tensor | None = None) -> Tensor:
+        """Inverse STFT of exp(first half) and the sine of the second half as phase, clipped; [B, S].
+
+        With the "filter" head these are gain and phase shift of the excitation's own ``spectrum_BFW``. The excitation then brings the fine
+        structure and the network only the envelope, which needs far less of it, at frames of tens of milliseconds instead of one.
+        """
         n_fft, half = self.config.istft_n_fft, self.config.istft_n_fft // 2 + 1
         magnitude = torch.exp(shaped_BFW[:, :half].float()).clamp(max=100.0)
         phase = torch.sin(shaped_BFW[:, half:].float())
-        wave = torch.istft(torch.polar(magnitude, phase), n_fft, self.config.istft_hop, window=self._window(magnitude))
+        complex_BFW = torch.polar(magnitude, phase)
+        if self.config.head == "filter":
+            assert spectrum_BFW is not None, "the filter head needs the excitation's spectrum"
+            complex_BFW = complex_BFW * torch.complex(spectrum_BFW[:, :half].float(), spectrum_BFW[:, half:].float())
+        wave = torch.istft(complex_BFW, n_fft, self.config.istft_hop, window=self._window(magnitude))
         return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
 
     def _window(self, like: Tensor) -> Tensor:

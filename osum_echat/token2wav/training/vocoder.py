@@ -156,7 +156,7 @@ class VocoderRecipe:
         spectrum = self.vocoder.spectrum(source_B1S)
         with device.autocast(self.device, self.dtype):
             shaped = self.vocoder.shape(batch.mel_BMT, spectrum)
-        return self.vocoder.to_wave(shaped.float())
+        return self.vocoder.to_wave(shaped.float(), spectrum)
 
     def train_step(self, step: int) -> dict[str, float]:
         rng = step_rng(self.cfg.run.seed, step)
