@@ -114,6 +114,7 @@ class DataConfig:
         streams: what is mixed, by name.
         seed: order, mixing and augmentation depend on it and on the epoch only.
         processing: settings of `data.processing` (profile, prompts, think form, rates), as plain data.
+        speech_form: how speech codes are written: ``plain``, or ``word`` (see `dialogue.interleave`; records need word_lengths).
         num_mels: 80, or 128 for the newer Whisper encoders.
         split: an epoch reads one of this many slices of every list.
         shuffle: False also turns the shuffle buffer off (validation).
@@ -131,6 +132,7 @@ class DataConfig:
     limits: LimitConfig = field(default_factory=LimitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    speech_form: Literal["plain", "word"] = "plain"
     num_mels: int = 80
     split: int = 1
     shuffle: bool = True

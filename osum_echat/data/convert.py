@@ -51,9 +51,9 @@ class Job:
 
 @dataclass
 class Result:
-    """What a conversion did. ``list`` is the list to train with."""
+    """What a conversion did. ``path`` is the list to train with."""
 
-    list: str
+    path: str
     written: int = 0
     skipped_jobs: int = 0
     drops: list[Drop] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Result:
     def text(self) -> str:
         reasons = Counter(drop.reason for drop in self.drops)
         left_out = ", ".join(f"{reason} {n}" for reason, n in sorted(reasons.items())) or "none"
-        return f"{self.written} records written, left out: {left_out}; list: {self.list}"
+        return f"{self.written} records written, left out: {left_out}; list: {self.path}"
 
 
 def convert(
@@ -109,7 +109,7 @@ def convert(
         result.written += written
         result.skipped_jobs += skipped
         result.drops += drops
-    _finish(to, source, out_dir, jobs, result.list)
+    _finish(to, source, out_dir, jobs, result.path)
     _write(Path(out_dir) / "dropped.jsonl", (json.dumps(asdict(d), ensure_ascii=False) for d in result.drops))
     if not result.drops:
         os.unlink(os.path.join(out_dir, "dropped.jsonl"))

@@ -1,7 +1,8 @@
 """The loader: epochs of batches for one rank, over worker processes, with one state for all of it.
 
-Workers are torch's DataLoader processes; each is one reader with its own share (`pipeline.Reader`) and sends its state along with every
-batch, so that the loader's state is always that of the last batch it handed out, whatever the workers have prepared ahead.
+Workers are torch's DataLoader processes; each runs one reader with its own share (`pipeline.Reader`) and sends its state along with every
+batch, so that the loader's state is always that of the last batch it handed out, whatever the workers have prepared ahead. The order of
+batches is round robin over readers, in one process or in several.
 
 Ranks agree as they go: before each batch all ranks tell whether they have one left, and as long as any has, a rank without gives a
 *filler* (no keys, no targets, one short silent recording). So every rank makes the same number of steps, none waits for a collective that
@@ -10,10 +11,12 @@ does not come, and nothing is lost or seen twice. Shares are equal to within a s
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import fsspec.asyn
 import numpy as np
@@ -24,9 +27,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from osum_echat.data.batch import Batch, Example, collate
 from osum_echat.data.config import DataConfig
 from osum_echat.data.drops import DropLog, DropReport
+from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.lists import Stream
 from osum_echat.data.pipeline import Builder, Output, Reader
 from osum_echat.dialogue.layout import IGNORE, Row, audio_positions
+from osum_echat.dialogue.tokens import Tokenizer
+from osum_echat.dialogue.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +49,8 @@ class Loader:
         streams: what is mixed.
         builder: makes examples of records.
         rank, world_size: this process among the data-parallel ones.
-        agree: given whether this rank has a batch left, tells whether any rank has (a collective). Default: by torch.distributed when
-            it is initialised and ``world_size`` > 1; else every rank ends by itself.
+        agree: given whether this rank has a batch left, tells whether any rank has (a collective). ``auto``: by torch.distributed when
+            it is initialised and ``world_size`` > 1. None: every rank ends by itself (where the caller agrees on steps).
         pin_memory: batches in page-locked memory, for copies to a GPU that do not wait.
 
     Attributes:
@@ -59,7 +65,7 @@ class Loader:
         config: DataConfig,
         rank: int = 0,
         world_size: int = 1,
-        agree: Agree | None = None,
+        agree: Agree | Literal["auto"] | None = "auto",
         pin_memory: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
@@ -70,24 +76,25 @@ class Loader:
         self.batches_done = 0
         self.seconds = 0.0
         self._builder, self._rank, self._world_size = builder, rank, world_size
-        self._agree = agree if agree is not None else _distributed_agreement(world_size)
+        self._agree = _distributed_agreement(world_size) if agree == "auto" else agree
         self._pin_memory = pin_memory
         self._log = DropLog(_rank_path(config.drops_file, rank, world_size))
         self._notes: dict[str, int] = {}
-        self._start: dict[str, Any] | None = None  # state to begin the next epoch from
-        self._workers: list[dict[str, Any] | None] = [None] * self._num_readers
-        self._finished = [False] * self._num_readers
-        self._turn = 0
+        self._resumed = False  # the next epoch begins where a loaded state says
+        self._fresh()
 
-    @property
-    def _num_readers(self) -> int:
-        """Readers of this rank."""
-        return max(1, self.config.workers)
+    def _fresh(self) -> None:
+        """Readers of an epoch from its start: one per worker."""
+        count = max(1, self.config.workers)
+        self._num_readers = count * self._world_size
+        self._readers = [_ReaderState(self._rank + self._world_size * worker) for worker in range(count)]
+        self._turn = self.batches_done = 0
+        self.report = DropReport()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin with this epoch; a loaded position within an epoch is given up."""
         self.epoch = epoch
-        self._start = None
+        self._resumed = False
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of the epoch ``self.epoch``, from where `load_state_dict` put it; afterwards ``self.epoch`` is the next.
@@ -95,7 +102,9 @@ class Loader:
         Raises:
             TooManyBadSamples: see `DataConfig.max_bad_fraction`.
         """
-        self._begin()
+        if not self._resumed:
+            self._fresh()
+        self._resumed = False
         began = time.monotonic()
         outputs = self._outputs()
         while True:
@@ -116,49 +125,33 @@ class Loader:
             log.warning("epoch %d, rank %d: %d bad samples: %s", self.epoch, self._rank, self.report.bad, self.report.text())
         self.epoch += 1
 
-    def _begin(self) -> None:
-        start, self._start = self._start, None
-        if start is None:
-            self._workers = [None] * self._num_readers
-            self._finished = [False] * self._num_readers
-            self._turn = self.batches_done = 0
-            self.report = DropReport()
-
     def _outputs(self) -> Iterator[tuple[int, Output]]:
-        """(reader, output) in turns, from the reader whose turn it is; a reader's last output has no batch."""
-        count = self._num_readers
-        order = [(self._turn + i) % count for i in range(count) if not self._finished[(self._turn + i) % count]]
-        shards = _Shares(
-            self.streams,
-            self._builder,
-            self.config,
-            self.epoch,
-            [self._rank + self._world_size * reader for reader in order],
-            self._world_size * count,
-            [self._workers[reader] for reader in order],
-        )
+        """(index of the reader, output) in turns, from the reader whose turn it is; a reader's last output has no batch."""
+        count = len(self._readers)
+        order = [(self._turn + i) % count for i in range(count) if not self._readers[(self._turn + i) % count].finished]
         if not order:
             return
-        if self.config.workers == 0:
-            yield from ((order[0], output) for _, output in shards)
-            return
-        loader = DataLoader(
-            shards,
-            batch_size=None,
-            num_workers=len(order),
-            prefetch_factor=self.config.prefetch,
-            pin_memory=self._pin_memory,
-            worker_init_fn=_start_worker,
-        )
-        for at, output in loader:
+        todo = [self._readers[i] for i in order]
+        shares = _Shares(self.streams, self._builder, self.config, self.epoch, todo, self._num_readers)
+        outputs: Iterable[tuple[int, Output]] = shares
+        if self.config.workers > 0:
+            outputs = DataLoader(
+                shares,
+                batch_size=None,
+                num_workers=len(order),
+                prefetch_factor=self.config.prefetch,
+                pin_memory=self._pin_memory,
+                worker_init_fn=_start_worker,
+            )
+        for at, output in outputs:
             yield order[at], output
 
     def _next_output(self, outputs: Iterator[tuple[int, Output]]) -> Output | None:
         """The next output that has a batch; accounts for what was left out on the way."""
-        for reader, output in outputs:
-            self._workers[reader] = output.state
-            self._finished[reader] = output.batch is None
-            self._turn = (reader + 1) % self._num_readers
+        for at, output in outputs:
+            reader = self._readers[at]
+            reader.state, reader.finished = output.state, output.batch is None
+            self._turn = (at + 1) % len(self._readers)
             self.report.add(output.used, output.drops)
             self._log.write(output.drops)
             self._tell_notes(output.notes)
@@ -178,46 +171,79 @@ class Loader:
         """The position behind the last batch that was handed out, on this rank."""
         return {
             "version": _VERSION,
-            "layout": self._layout(),
+            "settings": self._settings(),
+            "rank": self._rank,
+            "world_size": self._world_size,
             "epoch": self.epoch,
             "turn": self._turn,
             "batches_done": self.batches_done,
-            "workers": list(self._workers),
-            "finished": list(self._finished),
+            "num_readers": self._num_readers,
+            "readers": [vars(reader).copy() for reader in self._readers],
             "report": self.report.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the batch after which ``state`` was taken.
 
+        Another number of workers than before is taken from the next epoch on; until then the shares stay as they were.
+
         Raises:
-            ValueError: the state was taken with another number of ranks, workers, another seed or other lists; the shares of the
-                data would not be the same. `set_epoch` begins an epoch instead.
+            ValueError: the state is of another number of ranks (see `load_state_dicts`), another seed or other lists, so that its
+                position means nothing here. `set_epoch` begins an epoch instead.
         """
+        if (state["rank"], state["world_size"]) != (self._rank, self._world_size):
+            raise ValueError(
+                f"data state of rank {state['rank']}/{state['world_size']} given to rank {self._rank}/{self._world_size}: "
+                "give the states of all ranks to load_state_dicts"
+            )
+        self._check(state)
+        self._load(state, state["readers"], state["turn"])
+        self.batches_done = state["batches_done"]
+        self.report.load_state_dict(state["report"])
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> str:
+        """Go on with the states of all ranks of a run that had another number of them. Returns what happens, as a sentence.
+
+        The rest of the epoch is read in the old shares, dealt to the new ranks: nothing is lost or seen twice. Where there are now more
+        ranks than shares, some get fillers until the next epoch.
+        """
+        if len(states) == self._world_size:
+            self.load_state_dict(states[self._rank])
+            return "the data position of each rank is restored"
+        for state in states:
+            self._check(state)
+        readers = [reader for state in states for reader in state["readers"]]
+        self._load(states[0], readers[self._rank :: self._world_size], 0)
+        return (
+            f"the rest of data epoch {self.epoch} is read in the {len(readers)} shares of the {len(states)} ranks before, dealt to "
+            f"{self._world_size} ranks; no sample is lost or seen twice"
+        )
+
+    def _load(self, state: Mapping[str, Any], readers: Sequence[Mapping[str, Any]], turn: int) -> None:
+        self.epoch, self._num_readers, self._turn = state["epoch"], state["num_readers"], turn
+        self._readers = [_ReaderState(**reader) for reader in readers]
+        self.batches_done = 0
+        self.report = DropReport()
+        self._resumed = True
+
+    def _check(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _VERSION:
             raise ValueError(f"data state of version {state.get('version')!r}, this program reads {_VERSION}")
-        mine = self._layout()
-        different = [
-            f"{name} {state['layout'].get(name)!r} -> {mine[name]!r}" for name in mine if state["layout"].get(name) != mine[name]
-        ]
+        before, mine = state["settings"], self._settings()
+        different = [f"{name}: {before.get(name)!r}, now {mine[name]!r}" for name in mine if before.get(name) != mine[name]]
         if different:
             raise ValueError(
-                f"the data position was saved with other settings ({'; '.join(different)}) and has no meaning here: restore them, "
+                f"the data position was saved with other settings ({'; '.join(different)}) and means nothing here: restore them, "
                 "or call set_epoch to begin an epoch from its start"
             )
-        self.epoch, self._turn, self.batches_done = state["epoch"], state["turn"], state["batches_done"]
-        self._workers, self._finished = list(state["workers"]), list(state["finished"])
-        self.report = DropReport()
-        self.report.load_state_dict(state["report"])
-        self._start = dict(state)
 
-    def _layout(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """What the meaning of a position depends on."""
+        config = self.config
         return {
-            "rank": self._rank,
-            "world_size": self._world_size,
-            "readers": self._num_readers,
-            "seed": self.config.seed,
+            "seed": config.seed,
+            "split": config.split,
+            "shuffle": config.shuffle,
             "lines": {s.name: len(s) for s in self.streams},
         }
 
@@ -233,8 +259,17 @@ class Loader:
         )
 
 
+@dataclass
+class _ReaderState:
+    """A reader of this rank: its number among all, where it stands (None: at the start), and whether it has ended."""
+
+    number: int
+    state: dict[str, Any] | None = None
+    finished: bool = False
+
+
 class _Shares(IterableDataset[tuple[int, Output]]):
-    """The readers of a rank, one per worker process (or the only one, in this process)."""
+    """Some readers of a rank: each in a worker process of its own, or all in this process, taking turns."""
 
     def __init__(
         self,
@@ -242,25 +277,28 @@ class _Shares(IterableDataset[tuple[int, Output]]):
         builder: Builder,
         config: DataConfig,
         epoch: int,
-        readers: Sequence[int],
+        readers: Sequence[_ReaderState],
         num_readers: int,
-        states: Sequence[dict[str, Any] | None],
     ) -> None:
         self._args = (streams, builder, config, epoch)
-        self._num_readers, self._readers, self._states = num_readers, list(readers), list(states)
+        self._readers, self._num_readers = list(readers), num_readers
 
     def __iter__(self) -> Iterator[tuple[int, Output]]:
         info = get_worker_info()
-        at = info.id if info is not None else 0
-        reader = Reader(*self._args, self._readers[at], self._num_readers)
-        state = self._states[at]
-        if state is not None:
-            reader.load_state_dict(state)
-        while True:
-            output = reader.next()
-            yield at, output
-            if output.batch is None:
-                return
+        mine = range(len(self._readers)) if info is None else [info.id]
+        running = {at: self._open(self._readers[at]) for at in mine}
+        while running:
+            for at, reader in list(running.items()):
+                output = reader.next()
+                if output.batch is None:
+                    del running[at]
+                yield at, output
+
+    def _open(self, saved: _ReaderState) -> Reader:
+        reader = Reader(*self._args, saved.number, self._num_readers)
+        if saved.state is not None:
+            reader.load_state_dict(saved.state)
+        return reader
 
 
 def _start_worker(_: int) -> None:
@@ -282,6 +320,39 @@ def filler(num_mels: int) -> Batch:
     batch = collate([Example("", "", row, [torch.zeros(FILLER_FRAMES, num_mels)])], num_mels)
     batch.keys, batch.tasks, batch.tags, batch.texts, batch.streams = [], [], [], [], []
     return batch
+
+
+def build_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    vocab: Vocabulary,
+    rank: int = 0,
+    world_size: int = 1,
+    train: bool = True,
+    agree: Agree | Literal["auto"] | None = "auto",
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    pin_memory: bool = False,
+) -> Loader:
+    """The loader of a config.
+
+    Args:
+        train: False: held-out data, in the order of the lists, without augmentation, every stream once.
+        prompts: instruction sentences by task, when not those of the file that ``config.processing`` names.
+
+    Raises:
+        ValueError: no streams, or a list that is not there or empty.
+    """
+    if not config.streams:
+        raise ValueError("data.streams is empty: name at least one list, such as data.streams={s2t: {list: conf/data_s2t.yaml}}")
+    if not train:
+        streams_once = {name: dataclasses.replace(stream, when_dry="leave") for name, stream in config.streams.items()}
+        config = dataclasses.replace(config, shuffle=False, split=1, streams=streams_once)
+    streams = [Stream(name, stream, config.seed) for name, stream in config.streams.items()]
+    streams = [stream for stream in streams if len(stream)]
+    if not streams:
+        raise ValueError("every stream of data.streams is empty: raise a weight in its data yaml")
+    builder = ExampleBuilder(config, tokenizer, vocab, train, prompts)
+    return Loader(streams, builder, config, rank, world_size, agree, pin_memory)
 
 
 def _distributed_agreement(world_size: int) -> Agree | None:

@@ -7,6 +7,7 @@ folders above it. Whatever was assumed is said once per rewrite in a warning.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -18,6 +19,7 @@ import fsspec
 log = logging.getLogger(__name__)
 
 _BUFFER = 1 << 18
+_SAID: set[tuple[str, str, str]] = set()  # rewrites that were told already, in this process
 _LEVELS_UP = 3
 
 
@@ -106,6 +108,11 @@ class Resolver:
         self._remember(name, found)
         return found
 
+    def probe(self, name: str) -> None:
+        """Learn the rewrite from one name, so that worker processes need not look (and warn) each for itself."""
+        with contextlib.suppress(FileNotFoundError):  # told when the file is read
+            self(name)
+
     def _search(self, name: str) -> str | None:
         here = folder(self.list_path)
         if not is_url(here):
@@ -128,4 +135,6 @@ class Resolver:
         old, new = (name, found) if not new else (f"{old}/" if old != name else old, f"{new}/" if new != found else new)
         if old and not any(old == seen for seen, _ in self._rewrites):
             self._rewrites.append((old, new))
-        log.warning("%s names %s, which is not there; assumed %s (%r is read as %r)", self.list_path, name, found, old, new)
+        if (self.list_path, old, new) not in _SAID:
+            _SAID.add((self.list_path, old, new))
+            log.warning("%s names %s, which is not there; assumed %s (%r is read as %r)", self.list_path, name, found, old, new)

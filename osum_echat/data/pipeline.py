@@ -31,8 +31,10 @@ log = logging.getLogger(__name__)
 class Builder(Protocol):
     """Turns records into examples (see `examples.ExampleBuilder`)."""
 
-    def build(self, record: Record, resolve: paths.Resolver, stream: str, rng: random.Random) -> list[Example]:
-        """The samples of a record (several where dialogues are expanded). Raises RecordError when there is none."""
+    def build(
+        self, record: Record, resolve: paths.Resolver, stream: str, rng: random.Random
+    ) -> tuple[list[Example], list[RecordError]]:
+        """The samples of a record (several where dialogues are expanded), and why others were left out."""
         ...
 
 
@@ -123,11 +125,13 @@ class Reader:
             record = item.record()
             for note in record.notes:
                 self._notes[f"{record.source}: {note}"] = self._notes.get(f"{record.source}: {note}", 0) + 1
-            rng = random.Random(place.seed(self._config.seed, self._epoch))
-            return self._builder.build(record, stream.source(place.line).resolve, stream.name, rng)
         except RecordError as error:
             self._drops.append(_drop(error, item))
             return []
+        rng = random.Random(place.seed(self._config.seed, self._epoch))
+        examples, errors = self._builder.build(record, stream.source(place.line).resolve, stream.name, rng)
+        self._drops += [_drop(error, item) for error in errors]
+        return examples
 
     def _shuffled(self) -> tuple[Place, Item] | None:
         """A random item of the buffer, which is filled up first; None when nothing is left."""

@@ -7,6 +7,7 @@ Objects hold no open file between calls, so they may be shared with worker proce
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -107,9 +108,19 @@ class RawSource(Source):
         self._numbers = np.delete(np.arange(1, len(starts) + 1), blank)
         self._starts, self._ends = np.delete(starts, blank), np.delete(ends, blank)
         self._fd: tuple[int, int] | None = None
+        if len(self._numbers):
+            self._probe()
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    def _probe(self) -> None:
+        try:
+            wav = _parse(self._line(0), self.name, 1).get("wav")
+        except RecordError:  # told when the line is read
+            return
+        if isinstance(wav, str) and wav:
+            self.resolve.probe(wav)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fd": None}
@@ -142,6 +153,8 @@ class ShardSource(Source):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._tars = paths.read_lines(name)
+        if self._tars:
+            self.resolve.probe(self._tars[0])
 
     def __len__(self) -> int:
         return len(self._tars)
@@ -192,6 +205,9 @@ class CombineSource(Source):
         root_lines = paths.read_lines(roots) if paths.exists(roots) else []
         self._root = root_lines[0] if root_lines else None
         self._resolve_tar = paths.Resolver(roots if root_lines else name)
+        if self._lines:
+            with contextlib.suppress(FileNotFoundError):  # told when the line is read
+                self.pair(0)
         self._read_labels: tuple[str, _Labels, list[RecordError]] | None = None
 
     def __len__(self) -> int:

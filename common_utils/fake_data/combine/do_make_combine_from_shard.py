@@ -1,0 +1,11 @@
+"""Tars to a combined set: python common_utils/fake_data/combine/do_make_combine_from_shard.py [shards_list.txt] [out folder] (--help)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from osum_echat.data.convert import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(to="combine", default_list="common_utils/fake_data/shard/shards_list.txt", default_out="out/combine"))

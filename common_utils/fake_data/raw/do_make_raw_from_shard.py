@@ -1,0 +1,11 @@
+"""Tars (or a combined set) back to a raw list: python common_utils/fake_data/raw/do_make_raw_from_shard.py [list] [out folder] (--help)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from osum_echat.data.convert import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(to="raw", default_list="common_utils/fake_data/shard/shards_list.txt", default_out="out/raw"))

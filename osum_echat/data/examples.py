@@ -1,0 +1,165 @@
+"""From a record to an example: task and ids, recordings, augmentation, log-mel, flat row."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from osum_echat import config as config_io
+from osum_echat.audio import augment
+from osum_echat.audio.features import HOP, LogMel
+from osum_echat.audio.io import SAMPLE_RATE, AudioError, to_mono_16k
+from osum_echat.data import paths
+from osum_echat.data.batch import TAGS, Example
+from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
+from osum_echat.data.processing import Processed, ProcessingConfig, Processor, check_limits, expand_dialogue
+from osum_echat.dialogue.interleave import ImpossibleInterleave
+from osum_echat.dialogue.layout import audio_positions, flatten
+from osum_echat.dialogue.record import Record, RecordError
+from osum_echat.dialogue.tasks import OUTPUTS, build_layout
+from osum_echat.dialogue.tokens import Tokenizer
+from osum_echat.dialogue.vocabulary import Vocabulary
+
+Samples = npt.NDArray[np.float32]
+
+
+class ExampleBuilder:
+    """Makes examples of records; the same record and random generator give the same example.
+
+    Args:
+        train: with augmentation and with randomly changed tasks; else every record as it is.
+        prompts: instruction sentences by task (default: the file that the processing settings name).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        vocab: Vocabulary,
+        train: bool = True,
+        prompts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        settings = config_io.from_dict(ProcessingConfig, config.processing, "data.processing")
+        if not train:
+            settings.tag_alone_rate = settings.streaming_tts_rate = 0.0
+        self.config, self.settings = config, settings
+        self.processor = Processor(settings, tokenizer, vocab, prompts)
+        self._tokenizer, self._vocab = tokenizer, vocab
+        self._log_mel = LogMel(config.num_mels)
+        self._augment = Augmenter(config.augment) if train else None
+
+    def build(
+        self, record: Record, resolve: paths.Resolver, stream: str, rng: random.Random
+    ) -> tuple[list[Example], list[RecordError]]:
+        """Examples of a record (several where dialogues are expanded), and why others were left out.
+
+        Args:
+            resolve: finds the recordings that the record names.
+            stream: of the published four, takes only its own tasks; another name takes all.
+        """
+        examples: list[Example] = []
+        errors: list[RecordError] = []
+        try:
+            turns = [record]
+            if self.settings.expand_dialogues:
+                turns = expand_dialogue(record, self.settings.min_turns, self.settings.max_turns)
+                if not turns:
+                    raise record.error(
+                        "turn_limit", f"a dialogue of {len(record.history) + 1} turns is outside min_turns and max_turns"
+                    )
+        except RecordError as error:
+            return [], [error]
+        for turn in turns:
+            try:
+                examples.append(self._example(turn, resolve, stream, rng))
+            except RecordError as error:
+                errors.append(error)
+        return examples, errors
+
+    def _example(self, record: Record, resolve: paths.Resolver, stream: str, rng: random.Random) -> Example:
+        processed = self.processor(record, rng)
+        own = OUTPUTS[processed.sample.output_type].stream
+        if stream in STREAMS and stream != own:
+            raise record.error("other_stream", f"task {processed.task} belongs to stream {own}, not {stream}")
+        recordings = self._recordings(processed, resolve)
+        check_limits(processed, [len(samples) / HOP for samples in recordings], self.config.limits)
+        if self._augment is not None and recordings:
+            noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
+            feats = [self._augment.features(self._log_mel(x), noise) for x in self._augment.samples(recordings, noise)]
+        else:
+            feats = [self._log_mel(samples) for samples in recordings]
+        try:
+            layout = build_layout(processed.sample, self._tokenizer, self._vocab, self.settings.dialogue, self.config.speech_form)
+        except ImpossibleInterleave as error:
+            raise record.error("interleave", str(error)) from error
+        except ValueError as error:
+            raise record.error("bad_sample", str(error)) from error
+        row = flatten(layout.segments, [audio_positions(len(f)) for f in feats], layout.text_softmax)
+        if len(row) > self.config.batch.row_positions:
+            raise record.error("sequence_too_long", f"{len(row)} positions, a row holds {self.config.batch.row_positions}")
+        return Example(
+            key=record.key,
+            task=processed.task,
+            row=row,
+            feats=feats,
+            transcripts=list(processed.transcripts),
+            tags={name: value for name, value in processed.tags.items() if name in TAGS},
+            text=processed.label,
+            stream=own,
+        )
+
+    def _recordings(self, processed: Processed, resolve: paths.Resolver) -> list[Samples]:
+        """16 kHz samples of each recording. Raises RecordError with ``audio_...`` for one that cannot be used."""
+        record, out = processed.record, []
+        for n, wav in enumerate(processed.recordings):
+            current = n == len(processed.recordings) - 1
+            if wav is None:
+                raise record.error("audio_missing", f"task {processed.task} needs a recording, the record has none")
+            try:
+                if isinstance(wav, str):
+                    path = resolve(wav)
+                    wav = paths.read_bytes(path) if paths.is_url(path) else path
+                start, end = (record.start, record.end) if current else (None, None)
+                out.append(to_mono_16k(wav, start, end, max_seconds=self.config.limits.max_audio_seconds))
+            except AudioError as error:
+                raise record.error(f"audio_{error.reason}", str(error)) from error
+            except OSError as error:
+                raise record.error("audio_missing", str(error)) from error
+        return out
+
+
+class Augmenter:
+    """The changes that `AugmentConfig` asks for, drawn from a generator."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self.config = config
+        self._noises = paths.read_lines(config.noise_list) if config.noise_list else []
+        self._rooms = paths.read_lines(config.reverb_list) if config.reverb_list else []
+
+    def samples(self, recordings: Sequence[Samples], rng: np.random.Generator) -> list[Samples]:
+        """Speed, room and noise, the same speed and room for all recordings of a sample."""
+        config, out = self.config, list(recordings)
+        if config.speeds:
+            factor = config.speeds[int(rng.integers(len(config.speeds)))]
+            out = [augment.change_speed(x, SAMPLE_RATE, factor) for x in out]
+        if self._rooms and rng.random() < config.reverb_probability:
+            impulse = to_mono_16k(self._rooms[int(rng.integers(len(self._rooms)))], min_seconds=0.0)
+            out = [augment.reverberate(x, SAMPLE_RATE, 0.0, rng, impulse) for x in out]
+        if self._noises and rng.random() < config.noise_probability:
+            noise = to_mono_16k(self._noises[int(rng.integers(len(self._noises)))])
+            out = [augment.add_noise(x, float(rng.uniform(*config.snr_db)), rng, noise) for x in out]
+        return out
+
+    def features(self, feats_TF: Tensor, rng: np.random.Generator) -> Tensor:
+        """Substituted and masked stretches of a log-mel [frames, mels]."""
+        config, out = self.config, feats_TF.numpy()
+        if config.spec_sub:
+            out = augment.spec_substitute(out, rng, config.substitutions, config.max_substitution)
+        if config.spec_aug:
+            out = augment.spec_augment(out, rng, config.time_masks, config.max_time_mask, config.mel_masks, config.max_mel_mask)
+        return torch.from_numpy(out)
