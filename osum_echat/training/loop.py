@@ -381,6 +381,8 @@ class Trainer:
         self.objective.eval()
         nll: dict[str, float] = defaultdict(float)
         targets: dict[str, float] = defaultdict(float)
+        parts: dict[str, float] = defaultdict(float)
+        counts: dict[str, float] = defaultdict(float)
         batches = iter(self.validation)
         seen = 0
         while True:
@@ -394,11 +396,15 @@ class Trainer:
             for task, value, count in zip(micro.batch.tasks, outcome.nll_D.tolist(), outcome.targets_D.tolist(), strict=True):
                 nll[task] += value
                 targets[task] += count
+            for name in self.objective.names[1:]:
+                parts[name] += float(outcome.parts.get(name, 0.0))
+                counts[name] += micro.counts.get(name, 0.0)
             self._beat("validate")
-        rows = self.world.gather((dict(nll), dict(targets)))
-        nll, targets = _sum_maps([r[0] for r in rows]), _sum_maps([r[1] for r in rows])
+        rows = self.world.gather((dict(nll), dict(targets), dict(parts), dict(counts)))
+        nll, targets, parts, counts = (_sum_maps([row[i] for row in rows]) for i in range(4))
         values = {"loss": sum(nll.values()) / max(sum(targets.values()), 1.0)}
         values |= {f"loss/{task}": nll[task] / targets[task] for task in sorted(targets) if targets[task]}
+        values |= {name: parts[name] / max(counts[name], 1.0) for name in sorted(parts)}
         for name, validator in self.validators.items():
             values |= {f"{name}.{key}": value for key, value in validator(self).items()}
         self.restore_modes()

@@ -148,10 +148,10 @@ class TorchEngine(Engine):
         return {"model": weights, "optimizer": dict(self.optimizer.tensors())}
 
     def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=str(folder / "dcp"))
+        dcp.save(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=self.world.size == 1)
 
     def load(self, folder: Path) -> None:
-        dcp.load(self._state(), checkpoint_id=str(folder / "dcp"))
+        dcp.load(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=self.world.size == 1)
 
     def extra_state(self) -> dict[str, Any]:
         return {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
