@@ -22,7 +22,7 @@ LOGIT_BUDGET = 2**25
 Head = tuple[Tensor, "Tensor | None"]  # weight [C, D], bias [C]
 
 
-def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Module], chunk: int | None = None) -> Tensor:
+def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], chunk: int | None = None) -> Tensor:
     """-log softmax(logits)[target] per position, softmax over the classes of all ``heads`` together.
 
     Args:
@@ -36,8 +36,8 @@ def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Module],
     """
     flat: list[Tensor | None] = []
     for head in heads:
-        flat += [head.weight, head.bias]  # type: ignore[list-item]
-    classes = sum(int(head.weight.shape[0]) for head in heads)  # type: ignore[union-attr, operator]
+        flat += [head.weight, head.bias]
+    classes = sum(len(head.weight) for head in heads)
     chunk = chunk or max(1, LOGIT_BUDGET // classes)
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
@@ -69,7 +69,7 @@ class _LinearNll(torch.autograd.Function):
         return nll_M
 
     @staticmethod
-    def backward(ctx: Any, grad_M: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Any, ...]:
         if ctx.heads_frozen:
             (unit_MD,) = ctx.saved_tensors
             return (unit_MD * grad_M[:, None].to(unit_MD.dtype), None, None, *[None] * (len(ctx.needs_input_grad) - 3))

@@ -8,7 +8,7 @@ B batch rows, T positions, D width of the LLM.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,8 +92,8 @@ class SpeechLM(nn.Module):
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
-    def text_head(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
+    def text_head(self) -> nn.Linear:
+        return cast(nn.Linear, self.llm.get_output_embeddings())
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Embeddings of unified ids (text, speech codes, markers): [B, T] to [B, T, D]."""
