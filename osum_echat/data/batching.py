@@ -118,7 +118,11 @@ def _unpacked(pool: Sequence[Cost], config: BatchConfig) -> list[list[int]]:
     width = longest = recordings = 0
     for i in sorted(range(len(pool)), key=lambda i: (i != 0, abs(pool[i].positions - anchor), i)):
         cost = pool[i]
-        new_width, new_longest, new_recordings = max(width, cost.positions), max(longest, cost.longest), recordings + cost.recordings
+        new_width, new_longest, new_recordings = (
+            max(width, cost.positions),
+            max(longest, cost.longest),
+            recordings + cost.recordings,
+        )
         over = _round_up(new_width, config.multiple_of) * (len(chosen) + 1) > config.rows * config.row_positions
         if chosen and (over or new_longest * new_recordings > config.max_frames or 0 < config.max_samples <= len(chosen)):
             continue

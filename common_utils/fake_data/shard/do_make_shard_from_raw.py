@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from osum_echat.data.convert import main  # noqa: E402
+from osum_echat.data.convert import main
 
 if __name__ == "__main__":
     sys.exit(main(to="shard", default_list="common_utils/fake_data/raw/data.list", default_out="out/shard"))
