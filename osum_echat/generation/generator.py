@@ -146,8 +146,9 @@ class Generator:
     def _choose(self, live: list[_Live], choosing: list[int], batch: Batch, on_logits: OnLogits | None) -> list[tuple[int, Event]]:
         """Choose the next id of some rows and let their states take it."""
         events: list[tuple[int, Event]] = []
+        phases = {b: live[b].state.in_speech for b in choosing}  # as they are now: choosing an id may change a row's phase
         for in_speech in (False, True):
-            group = [b for b in choosing if live[b].state.in_speech == in_speech]
+            group = [b for b in choosing if phases[b] == in_speech]
             if not group:
                 continue
             rows = [live[b] for b in group]

@@ -193,12 +193,8 @@ class Decodes:
         events = list(generator.generate([request], on_logits=lambda _, logits_V: logits.append(logits_V.clone())))
         done = events[-1][1]
         assert isinstance(done, Done)
-        return Trace(logits, self._reference_ids(request, logits, done), done)
-
-    def _reference_ids(self, request: Request, logits: list[Tensor], done: Done) -> list[int]:
-        """Our reply as the reference numbers ids: text, 151645, then codes from 0."""
         size = self.vocab.text_size
-        return [token - size if token >= size else token for token in done.generated]
+        return Trace(logits, [token - size if token >= size else token for token in done.generated], done)
 
     def _offsets(self, ids: Sequence[int], starts_in_speech: bool) -> list[int]:
         """What makes each recorded id a unified one: speech ids follow the first end of text."""
