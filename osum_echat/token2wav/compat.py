@@ -18,7 +18,7 @@ from torch import Tensor
 
 from osum_echat.token2wav.config import MEL_HOP, mel_frames
 from osum_echat.token2wav.flow import FlowModel
-from osum_echat.token2wav.streaming import PromptState, SolverOptions
+from osum_echat.token2wav.streaming import PromptState, SolverOptions, change_speed
 from osum_echat.token2wav.vocoder import Vocoder
 
 HOP_TOKENS = 50
@@ -119,7 +119,11 @@ class ReferenceStream:
         if pending:
             yield self._chunk(pending, last=True)
 
-    def _chunk(self, tokens: list[int], last: bool) -> Chunk:
+    def whole(self, tokens: list[int], speed: float = 1.0) -> Chunk:
+        """A reply as one chunk, which is the published offline path."""
+        return self._chunk(tokens, last=True, speed=speed)
+
+    def _chunk(self, tokens: list[int], last: bool, speed: float = 1.0) -> Chunk:
         frames = len(self.prompt.mel_TM) + mel_frames(len(tokens), self.flow.config.input_frame_rate)
         noise_TM = self.draws.flow(self._count, frames).to(self.prompt.mel_TM)
         tokens_N = torch.tensor(tokens, device=self.prompt.tokens_P.device)
@@ -131,6 +135,7 @@ class ReferenceStream:
             mel_TM = torch.cat((self._mel_cache, mel_TM))
         if not last:
             mel_TM, self._mel_overlap = mel_TM[: -self._overlap], mel_TM[-self._overlap :]
+        mel_TM = change_speed(mel_TM, speed)
         raw_S, source_S = self._vocode(mel_TM)
         wave_S = raw_S
         if self._speech_cache is not None:

@@ -20,7 +20,6 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from osum_echat import device as devices
@@ -32,7 +31,15 @@ from osum_echat.token2wav.config import SAMPLE_RATE, Token2WavConfig
 from osum_echat.token2wav.draws import Draws
 from osum_echat.token2wav.flow import FlowModel
 from osum_echat.token2wav.prompt import Frontend, Speaker, read_speakers, tokenizer_wave
-from osum_echat.token2wav.streaming import FlowStream, PromptState, SolverOptions, StreamConfig, mel_stream, reply_noise
+from osum_echat.token2wav.streaming import (
+    FlowStream,
+    PromptState,
+    SolverOptions,
+    StreamConfig,
+    change_speed,
+    mel_stream,
+    reply_noise,
+)
 from osum_echat.token2wav.vocoder import Vocoder
 from osum_echat.token2wav.vocoder_stream import VocoderStream, vocode
 
@@ -239,14 +246,6 @@ class Token2Wav:
 
     def _draws(self, seed: int) -> Draws:
         return Draws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
-
-
-def change_speed(mel_TM: Tensor, speed: float) -> Tensor:
-    """The mel resampled in time to int(T / speed) frames."""
-    if speed == 1.0:
-        return mel_TM
-    frames = max(1, int(len(mel_TM) / speed))
-    return F.interpolate(mel_TM.T[None], size=frames, mode="linear")[0].T
 
 
 def _is_single(tokens: object) -> bool:

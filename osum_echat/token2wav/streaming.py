@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, mel_frames
@@ -156,6 +157,14 @@ def reply_noise(draws: Draws, condition: Condition, first: int = 0) -> Tensor:
     frames = condition.frames - condition.prompt_frames
     prompt, reply = draws.prompt.rows(0, condition.prompt_frames), draws.reply.rows(first, first + frames)
     return torch.cat((prompt, reply)).to(condition.mu_TM)
+
+
+def change_speed(mel_TM: Tensor, speed: float) -> Tensor:
+    """The mel resampled in time to int(T / speed) frames."""
+    if speed == 1.0:
+        return mel_TM
+    frames = max(1, int(len(mel_TM) / speed))
+    return F.interpolate(mel_TM.T[None], size=frames, mode="linear")[0].T
 
 
 def cross_fade(old_TM: Tensor, new_TM: Tensor) -> Tensor:
