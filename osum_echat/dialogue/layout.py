@@ -93,29 +93,26 @@ def audio_positions(frames: int) -> int:
 
 def flatten(segments: Sequence[Segment], audio_lengths: Sequence[int], text_softmax: bool = True) -> Row:
     """Lay segments out as a `Row`. ``audio_lengths[i]`` = positions of recording i (see `audio_positions`)."""
-    ids: list[int] = []
-    visible: list[bool] = []
-    supervised: list[bool] = []
+    lengths = [len(s.ids) if s.audio is None else audio_lengths[s.audio] for s in segments]
+    total = sum(lengths)
+    ids_T = np.full(total, MASKED_INPUT_ID, dtype=np.int64)
+    visible_T = np.ones(total, dtype=np.bool_)
+    supervised_T = np.zeros(total, dtype=np.bool_)
     audio: list[tuple[int, int, int]] = []
-    for segment in segments:
+    start = 0
+    for segment, length in zip(segments, lengths, strict=True):
+        end = start + length
         if segment.audio is not None:
-            length = audio_lengths[segment.audio]
-            audio.append((segment.audio, len(ids), length))
-            ids += [MASKED_INPUT_ID] * length
-            visible += [True] * length
-            supervised += [False] * length
-            continue
-        masked = set(segment.masked)
-        for offset, token in enumerate(segment.ids):
-            hidden = offset in masked
-            ids.append(MASKED_INPUT_ID if hidden else token)
-            visible.append(not hidden)
-            supervised.append(segment.supervised and not hidden)
-    ids_T = np.asarray(ids, dtype=np.int64)
-    visible_T = np.asarray(visible, dtype=np.bool_)
+            audio.append((segment.audio, start, length))
+        else:
+            ids_T[start:end] = segment.ids
+            supervised_T[start:end] = segment.supervised
+            if segment.masked:
+                hidden = start + np.asarray(segment.masked)
+                ids_T[hidden], visible_T[hidden], supervised_T[hidden] = MASKED_INPUT_ID, False, False
+        start = end
     positions_T = np.where(visible_T, np.cumsum(visible_T) - 1, MASKED_POSITION).astype(np.int64)
-    targets_T = np.full(len(ids), IGNORE, dtype=np.int64)
-    supervised_T = np.asarray(supervised, dtype=np.bool_)
-    if len(ids) > 1:
+    targets_T = np.full(total, IGNORE, dtype=np.int64)
+    if total > 1:
         targets_T[:-1] = np.where(supervised_T[1:], ids_T[1:], IGNORE)
     return Row(ids_T, positions_T, visible_T, targets_T, text_softmax, audio)
