@@ -27,6 +27,8 @@ from osum_echat.model.config import LlmConfig, ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.released import (
     POSITION_TABLES,
+    UNUSED,
+    UNUSED_PREFIX,
     CheckpointError,
     ModelSpec,
     from_file,
@@ -34,8 +36,17 @@ from osum_echat.model.released import (
     match,
     names_in_file,
     spec_of,
+    to_released,
 )
-from osum_echat.model.storage import MAX_SHARD_BYTES, Storage, TensorSource, open_source, replace_folder, write_safetensors
+from osum_echat.model.storage import (
+    MAX_SHARD_BYTES,
+    LazyTensors,
+    Storage,
+    TensorSource,
+    open_source,
+    replace_folder,
+    write_safetensors,
+)
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
@@ -116,10 +127,26 @@ def _assemble(
     spec = spec_of(model)
     try:
         chosen = match(source.shapes, spec)
+        check_aliases(source, spec)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
     assign(model, {name: (from_file(name, source.get(key)), key) for name, key in chosen.items()}, device, dtype)
     return model
+
+
+def check_aliases(source: TensorSource, spec: ModelSpec) -> None:
+    """Several names of one tensor must hold the same numbers. Raises CheckpointError when they do not."""
+    released = is_released(source.shapes)
+    groups = {tuple(key for key in names_in_file(name, spec, released) if key in source.shapes) for name in spec.shapes}
+    for first, *others in (group for group in groups if len(group) > 1):
+        tensor = source.get(first)
+        for other in others:
+            alias = source.get(other)
+            if alias.data_ptr() != tensor.data_ptr() and not torch.equal(alias, tensor):
+                raise CheckpointError(
+                    f"{other} and {first} are names of one tensor in this model, but differ in the file; "
+                    "if they were trained apart, set tie_word_embeddings: false in llm.config"
+                )
 
 
 def assign(model: nn.Module, tensors: Mapping[str, tuple[Tensor, str]], device: torch.device, dtype: torch.dtype | None) -> None:
@@ -261,12 +288,39 @@ def save_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     state = clean_state(model) if state is None else state
-    write_safetensors(iter(state.items()), partial, storage, max_shard_bytes)
+    write_safetensors(state.items(), partial, storage, max_shard_bytes)
     (partial / CONFIG_FILE).write_text(config_io.to_yaml(portable_config(model.config)), encoding="utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
     replace_folder(partial, folder)
     return folder
+
+
+def clean_tensors(source: TensorSource, spec: ModelSpec) -> LazyTensors:
+    """What a checkpoint of any naming holds, under clean names; ``unused.*`` keeps what the model has no place for.
+
+    Raises:
+        CheckpointError: when the source does not fit ``spec``.
+    """
+    chosen = match(source.shapes, spec)
+    check_aliases(source, spec)
+    if spec.tied:
+        del chosen[spec.text_head]
+    for name in UNUSED:
+        for key in (name, UNUSED_PREFIX + name):
+            if key in source.shapes:
+                chosen[UNUSED_PREFIX + name] = key
+    return LazyTensors(source, chosen, from_file)
+
+
+def save_released(state: Mapping[str, Tensor], spec: ModelSpec, file: str | Path) -> Path:
+    """Write clean tensors as a flat file with the published names, complete with aliases. It appears under its name only when complete."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+    torch.save({name: tensor.detach().cpu() for name, tensor in to_released(state, spec).items()}, partial)
+    partial.replace(file)
+    return file
 
 
 def portable_config(config: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -73,6 +73,22 @@ class SafetensorsSource:
         if name + _SCALE in self._open:
             return expand_rows(tensor, self._open[name + _SCALE].get_tensor(name + _SCALE))
         return tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors of a source under other names, each read when it is asked for."""
+
+    def __init__(self, source: TensorSource, keys: Mapping[str, str], convert: Callable[[str, Tensor], Tensor]) -> None:
+        self.source, self.keys_in_file, self.convert = source, keys, convert
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.convert(name, self.source.get(self.keys_in_file[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_in_file)
+
+    def __len__(self) -> int:
+        return len(self.keys_in_file)
 
 
 def open_source(path: str | Path) -> TensorSource:
@@ -205,7 +221,7 @@ def stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    tensors: Iterator[tuple[str, Tensor]], folder: Path, storage: Storage = "keep", max_shard_bytes: int = MAX_SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, storage: Storage = "keep", max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Write tensors into ``folder`` as model.safetensors, or as shards with an index when they are more than ``max_shard_bytes``.
 
