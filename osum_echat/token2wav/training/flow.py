@@ -31,6 +31,7 @@ from osum_echat.token2wav.estimator import Padding
 from osum_echat.token2wav.flow import FlowModel
 from osum_echat.token2wav.training import onnx_export
 from osum_echat.token2wav.training.audio import load_22k
+from osum_echat.token2wav.training.directory import describe
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
@@ -261,12 +262,12 @@ class FlowRecipe:
         return {name: value / max(1, count) for name, value in sums.items()}
 
     def export(self) -> list[Path]:
-        """``flow.pt``: a flat state dict."""
+        """``flow.pt`` (a flat state dict) and its part of ``cosyvoice.yaml``."""
         state = {key: value.detach().cpu().clone() for key, value in self.flow.state_dict().items()}
         if self.cfg.export_half:
             state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         write_atomically(self.cfg.target, lambda path: torch.save(state, path))
-        return [self.cfg.target]
+        return [self.cfg.target, describe(self.cfg.target.parent, flow=self.cfg.model)]
 
 
 def _existing(path: Path, name: str, remedy: str) -> Path:

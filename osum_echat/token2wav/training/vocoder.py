@@ -28,6 +28,7 @@ from osum_echat.audio.features import mel_filter_bank
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.training.audio import load_22k
 from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
+from osum_echat.token2wav.training.directory import describe
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
@@ -102,7 +103,7 @@ class VocoderRecipe:
         torch.manual_seed(cfg.run.seed)
         self.vocoder = Vocoder(cfg.model)
         self.critics = Critics(cfg.critics)
-        self._start_pitch_near_speech()
+        self._start_near_speech()
         self.modules = nn.ModuleDict({"vocoder": self.vocoder, "critics": self.critics}).to(self.device)
         self.optimizers = {
             "vocoder": adamw(self.vocoder.parameters(), cfg.optim),
@@ -111,11 +112,14 @@ class VocoderRecipe:
         self.spectral_loss = SpectralLoss().to(self.device)
         self.mel_loss = MelLoss(self._filters(), MEL_N_FFT, MEL_HOP).to(self.device)
 
-    def _start_pitch_near_speech(self) -> None:
-        """Let the pitch predictor begin at 100 Hz with a range of tens of Hz: from its default, within 1 Hz of zero, the way is long."""
+    def _start_near_speech(self) -> None:
+        """Let the pitch predictor begin at 100 Hz with a range of tens of Hz (from its default, within 1 Hz of zero, the way is long), and
+        harmonics that are aligned begin as the pulse train that they are meant to be, without random signs."""
         with torch.no_grad():
             self.vocoder.f0_predictor.classifier.weight.mul_(100.0)
             self.vocoder.f0_predictor.classifier.bias.fill_(100.0)
+            if self.cfg.model.nsf_aligned:
+                self.vocoder.m_source.l_linear.weight.fill_(0.1)
 
     def _clip(self, utterance: Utterance) -> Clip:
         samples, mel_TM = load_22k(utterance)
@@ -207,12 +211,12 @@ class VocoderRecipe:
         return {name: value / max(1, count) for name, value in sums.items()}
 
     def export(self) -> list[Path]:
-        """``hift.pt``: a flat state dict with plain weights."""
+        """``hift.pt`` (a flat state dict with plain weights) and its part of ``cosyvoice.yaml``."""
         state = {key: value.detach().cpu().clone() for key, value in self.vocoder.state_dict().items()}
         if self.cfg.export_half:
             state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         write_atomically(self.cfg.target, lambda path: torch.save(state, path))
-        return [self.cfg.target]
+        return [self.cfg.target, describe(self.cfg.target.parent, vocoder=self.cfg.model)]
 
 
 def main(argv: list[str] | None = None) -> int:
