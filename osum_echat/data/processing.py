@@ -180,16 +180,15 @@ class Processor:
             raise record.error("name_filter", f"the label names another assistant ({name!r})")
         if self.config.drop_none and any(tag in record.txt for tag in text.NONE_TAGS):
             raise record.error("none_label", "the label holds a tag <NONE>")
-        history = record.history
         task = RENAMED_TASKS.get(record.task, record.task)
-        if history:
-            task = _HISTORY_TASK.get(task, task)
         label = _merged_labels(task, record.txt.replace("\n", " "))
         said = _said(record, task, label)
         tags = _known_tags(record, task, label)
         task, label = self._smaller_task(record, task, label, rng)
-        output = find_task(task).output
         label, think_written = self._reply(record, task, label, rng)
+        if record.history:
+            task = _HISTORY_TASK.get(task, task)
+        output = find_task(task).output
         open_ended = label.endswith(_UNKNOWN_END)
         label = text.clean(label, lower=task == "<TRANSCRIBE>")
         ids = encode(self.tokenizer, label)
@@ -198,7 +197,7 @@ class Processor:
             ids = (*ids, self.vocab.eos_id)
         prompt = self._prompt(record, task, rng)
         speech = self._speech(record) if output.speech != "none" else ()
-        history = history if output.history else ()
+        history = record.history if output.history else ()
         sample = Sample(
             output_type=output.name,
             prompt_ids=encode(self.tokenizer, prompt) if prompt else (),

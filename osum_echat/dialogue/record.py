@@ -122,7 +122,7 @@ class Record:
             key=key,
             wav=_wav(data.get("wav"), "wav", source, line, key),
             txt=text("txt", "") or "",
-            task=(task or "").strip() or DEFAULT_TASK,
+            task=DEFAULT_TASK if task is None else task.strip(),
             extra=extra,
             start=_seconds(data, "start", source, line, key),
             end=_seconds(data, "end", source, line, key),
