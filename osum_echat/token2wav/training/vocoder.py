@@ -27,8 +27,8 @@ from osum_echat import config, device
 from osum_echat.audio.features import mel_filter_bank
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.training.audio import load_22k
-from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
 from osum_echat.token2wav.training.directory import describe
+from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
