@@ -13,6 +13,7 @@ from osum_echat import config as config_io
 from osum_echat import device as devices
 from osum_echat.data.loader import build_loader
 from osum_echat.model.echat import EChatModel
+from osum_echat.model.encoder_cache import EncoderCache
 from osum_echat.training import distributed, engines, export, memory, stages
 from osum_echat.training.checkpoint import code_version, fingerprint
 from osum_echat.training.config import ConfigError, TrainConfig
@@ -77,6 +78,10 @@ def assemble(
     frozen_sums = fingerprint(model)
     _set_dtypes(model, config, name)
     model.to(device)
+    if config.encoder_cache is not None:
+        if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+            raise ConfigError("encoder_cache is for a frozen encoder; set rooms.encoder: 0.0, or leave encoder_cache out")
+        model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
     objective = Objective(model, config.loss, tokenizer, every_room=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:

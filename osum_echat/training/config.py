@@ -141,6 +141,8 @@ class TrainConfig:
         max_steps, max_epochs, max_minutes: whichever comes first ends the run.
         save_every, keep: optimiser steps between checkpoints; how many are kept.
         save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by fingerprint.
+        encoder_cache: folder in which the outputs of a frozen encoder are kept, by content (`model.encoder_cache`); only without augmentation
+            is anything found there again.
         input_noise: share of speech codes in the *inputs* replaced by random codes (targets stay).
     """
 
@@ -171,6 +173,7 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int = 1250
     validate_batches: int | None = None
+    encoder_cache: str | None = None
     input_noise: float = 0.0
     seed: int = 777
     threads: int | None = None

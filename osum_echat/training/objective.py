@@ -105,8 +105,8 @@ class Objective(nn.Module):
             raise ValueError("a CTC loss needs the tokenizer, to turn transcripts into labels")
         return torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.long)
 
-    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> Outcome:
-        """The micro-batch's share of the step's loss; ``totals``: counts summed over the step."""
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts of the step."""
         batch = micro.batch
         parts = self.model(
             batch.rows,
@@ -115,6 +115,7 @@ class Objective(nn.Module):
             transcripts=micro.transcripts,
             tags=micro.tags,
             every_room=self.every_room,
+            language=self.config.lm > 0,
         )
         samples = len(micro.weights_D)
         # One entry more than samples: a placeholder may hold none.
@@ -130,7 +131,13 @@ class Objective(nn.Module):
         )
         ones_M = torch.ones_like(parts.nll_M)
         targets_D = nll_D.new_zeros(samples + 1).index_add(0, parts.documents_M, ones_M)[:samples]
-        return Outcome(loss, nll_D.detach(), targets_D, {name: value.detach() for name, value in sums.items()})
+        return loss, nll_D.detach(), targets_D, {name: value.detach() for name, value in sums.items()}
+
+    def weights_read_directly(self) -> list[nn.Parameter]:
+        """Parameters that the model reads other than by calling their module: heads (in the chunked loss) and the token table."""
+        lm = self.model.lm
+        modules = (lm.text_head, lm.speech_head, lm.llm.get_input_embeddings())
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
 
     def _weight(self, name: str) -> float:
         return {"lm": self.config.lm, "ctc": self.config.ctc}.get(name, self.config.tags)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from osum_echat import device as devices
 from osum_echat.training.config import TrainConfig
 from osum_echat.training.distributed import World
+from osum_echat.training.objective import MicroBatch, Objective, Outcome
 from osum_echat.training.optimizer import Group, Optimizer
 
 
@@ -47,7 +48,7 @@ class Engine(abc.ABC):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Objective,
         groups: list[Group],
         blocks: Sequence[nn.Module],
         config: TrainConfig,
@@ -57,7 +58,7 @@ class Engine(abc.ABC):
         self.module, self.groups, self.config, self.world, self.device = module, groups, config, world, device
 
     @abc.abstractmethod
-    def forward(self, *args: Any) -> Any:
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> Outcome:
         """Run the objective in the run's precision."""
 
     @abc.abstractmethod
@@ -69,7 +70,7 @@ class Engine(abc.ABC):
         """Clip and update, or drop the gradients when they are not finite (on all ranks alike)."""
 
     @abc.abstractmethod
-    def rehearse(self, *args: Any) -> None:
+    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
         """Forward and backward without any effect on weights, gradients or optimiser, to see whether memory suffices."""
 
     @abc.abstractmethod
@@ -94,7 +95,7 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Objective,
         groups: list[Group],
         blocks: Sequence[nn.Module],
         config: TrainConfig,
@@ -113,9 +114,9 @@ class TorchEngine(Engine):
         """The module to call in forward."""
         return module
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> Outcome:
         with devices.autocast(self.device, self.compute):
-            return self.runner(*args)
+            return Outcome(*self.runner(micro, totals))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         with self.sync(last):
@@ -139,8 +140,8 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad()
         return StepResult(value, math.isfinite(value))
 
-    def rehearse(self, *args: Any) -> None:
-        self.backward(self.forward(*args).loss, last=True)
+    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
+        self.backward(self.forward(micro, totals).loss, last=True)
         self.optimizer.zero_grad()
 
     def _state(self) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from osum_echat import device as devices
 from osum_echat.training.config import ConfigError, TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.engines.base import Engine, StepResult
+from osum_echat.training.objective import MicroBatch, Objective, Outcome
 from osum_echat.training.optimizer import Group
 
 TAG = "deepspeed"
@@ -78,7 +79,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Objective,
         groups: list[Group],
         blocks: Sequence[nn.Module],
         config: TrainConfig,
@@ -99,6 +100,11 @@ class DeepSpeedEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=self._optimizer(zero), config=settings, dist_init_required=False
         )
+        if self.shards_weights:
+            for (
+                param
+            ) in module.weights_read_directly():  # to be gathered with the objective, for the whole of forward and backward
+                deepspeed.zero.register_external_parameter(module, param)
 
     def _optimizer(self, zero: dict[str, Any]) -> torch.optim.Optimizer:
         optim = self.config.optim
@@ -110,8 +116,8 @@ class DeepSpeedEngine(Engine):
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
         return torch.optim.AdamW(groups, **options)
 
-    def forward(self, *args: Any) -> Any:
-        return self.engine(*args)
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> Outcome:
+        return Outcome(*self.engine(micro, totals))
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -126,9 +132,9 @@ class DeepSpeedEngine(Engine):
         norm = self.engine.get_global_grad_norm()
         return StepResult(math.nan if skipped or norm is None else float(norm), not skipped)
 
-    def rehearse(self, *args: Any) -> None:
+    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
         """ZeRO keeps reduced gradients in places of its own; its way out for non-finite ones clears them all and updates nothing."""
-        self.backward(self.forward(*args).loss * math.nan, last=True)
+        self.backward(self.forward(micro, totals).loss * math.nan, last=True)
         self.step(0.0)
 
     def save(self, folder: Path) -> None:
