@@ -163,6 +163,8 @@ class GenerationConfig:
         force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there; otherwise the model
             must choose it itself.
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
+        instructions: what the user asks in an understanding task, by task string; tasks that are not named take the first sentence of
+            `conf/prompt_config.yaml`.
     """
 
     profile: str = "as_trained"
@@ -171,6 +173,7 @@ class GenerationConfig:
     guards: Guards = field(default_factory=Guards)
     force_speech_begin: bool = True
     max_codes_per_word: int = 50
+    instructions: dict[str, str] = field(default_factory=lambda: {"<TRANSCRIBE>": "将这段音频的语音内容详细记录为文字稿。"})
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

@@ -41,6 +41,7 @@ class Timings:
         first_speech: until the first speech code.
         total: until the end.
         think_tokens: ids of the think, marks included.
+        synthesis: seconds that making sound of the speech took, by itself; part of total.
     """
 
     prefill: float = 0.0
@@ -49,6 +50,7 @@ class Timings:
     first_speech: float | None = None
     total: float = 0.0
     think_tokens: int = 0
+    synthesis: float | None = None
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,9 @@ class Generator:
             batch.select(keep)
         return [live[b] for b in keep]
 
-    def _choose(self, live: list[_Live], choosing: list[int], batch: Batch, on_logits: OnLogits | None) -> list[tuple[int, Event]]:
+    def _choose(
+        self, live: list[_Live], choosing: list[int], batch: Batch, on_logits: OnLogits | None
+    ) -> list[tuple[int, Event]]:
         """Choose the next id of some rows and let their states take it."""
         events: list[tuple[int, Event]] = []
         phases = {b: live[b].state.in_speech for b in choosing}  # as they are now: choosing an id may change a row's phase
@@ -184,7 +186,7 @@ class Generator:
             logits_RV, acted_R = self._age(logits_RV, self._recent(rows, 0, logits_RV.device), armed_R)
             for row, acted in zip(rows, acted_R.tolist(), strict=True):
                 row.age_armed &= not acted
-                row.state.acted["age"] += acted
+            _count(rows, "age", acted_R)
         thinking = [row.state.thinking for row in rows]
         if self.config.guards.think is not None and any(thinking):
             logits_RV, acted_R = ban_id(logits_RV, self.vocab.eos_id, thinking)
@@ -213,7 +215,9 @@ class Generator:
         """All text ids, or all codes, that each row has generated, -1 padded."""
         kinds = [row.state.codes if in_speech else row.state.text_ids for row in rows]
         longest = max(map(len, kinds))
-        return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in kinds], dtype=torch.long, device=device).view(len(rows), longest)
+        return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in kinds], dtype=torch.long, device=device).view(
+            len(rows), longest
+        )
 
     def _reported(self, row: _Live, events: list[Event]) -> list[Event]:
         """Note the time of what is about to be told."""

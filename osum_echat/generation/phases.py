@@ -133,12 +133,13 @@ class RowState:
         if token == self.vocab.eos_id:
             return self._end_text()
         self.text_ids.append(token)
-        thinking = self.text.waiting_for_close
+        before = self.text.waiting_for_close
         events: list[Event] = [*self.text.push(token)]
-        if thinking:
+        if before and (self.text.opened or self.text.waiting_for_close):
             self.think_ids += 1
             self._limit_think()
         else:
+            self.think_ids = self.think_ids if self.text.opened else 0  # a think was expected and did not come
             self._reply_ids += self._say is None
             if self.form == "interleaved":
                 self._count_chunk(TEXT_CHUNK)

@@ -141,7 +141,9 @@ def build_request(
         history=tuple(history),
     )
     if len(heard) != sample.num_recordings:
-        raise ValueError(f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(heard)}")
+        raise ValueError(
+            f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(heard)}"
+        )
     layout = build_layout(sample, tokenizer, vocab, profile or config.profile, config.speech_form, prefix_only=True)
     row = flatten(layout.prefix, [int(h.lengths_N[0]) for h in heard], layout.text_softmax)
     return Request(

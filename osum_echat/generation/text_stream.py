@@ -47,7 +47,7 @@ class Detokenizer:
 
 
 class TextStream:
-    """Text of one row, divided into think and reply. ``think`` and ``reply`` hold everything so far.
+    """Text of one row, divided into think and reply. ``think`` and ``reply`` hold everything so far; ``opened``: there is a think.
 
     A text that does not begin with the opening mark is a reply.
     """
@@ -57,6 +57,7 @@ class TextStream:
         self._expect_think = expect_think
         self._held = ""
         self._state: Literal["start", "think", "reply"] = "start"
+        self.opened = False
         self.think = ""
         self.reply = ""
 
@@ -77,7 +78,7 @@ class TextStream:
         if self._state == "start":
             text = self._held.lstrip()
             if text.startswith(think.OPEN):
-                self._state, self._held = "think", text[len(think.OPEN) :]
+                self._state, self._held, self.opened = "think", text[len(think.OPEN) :], True
             elif think.OPEN.startswith(text) and not final:
                 return out
             else:

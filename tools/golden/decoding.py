@@ -242,7 +242,9 @@ class Decodes:
             note = "deliberate: our reply keeps the last text id and has no delimiters" if not wrong else f"differs: {wrong}"
             return CaseResult(label, float(len(wrong)), 0.0, note)
         if isinstance(expected, list) and len(expected) == 1 and isinstance(expected[0], str):
-            text = self._text(trace.ids if output_type == "text2text" and self._starts_in_speech(name, output_type) else done.text_ids)
+            text = self._text(
+                trace.ids if output_type == "text2text" and self._starts_in_speech(name, output_type) else done.text_ids
+            )
             return CaseResult(label, float(text != expected[0]), 0.0, "text")
         if isinstance(expected, list) and len(expected) == 1 and isinstance(expected[0], list):
             same = expected[0] == trace.ids and list(done.speech_codes) == [i for i in trace.ids if i < vocab.speech_codes]

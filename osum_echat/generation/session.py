@@ -1,0 +1,117 @@
+"""A dialogue of several turns that keeps what the LLM has read.
+
+The next prompt is laid out in full every time, and what it has in common with the kept cache is not read again; so a session answers exactly as
+if everything were encoded anew. A past turn stands in another form than the same turn when it was answered (in the trained layout its recording has
+no marks), so `commit` reads the history form while nobody waits, and the next answer reads its own turn only. When a limit drops old turns, all
+positions behind them change, and what is left is read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from osum_echat.dialogue.layout import flatten
+from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
+from osum_echat.dialogue.tokens import encode
+from osum_echat.generation.batch import Batch
+from osum_echat.generation.cache import KeptCache
+from osum_echat.generation.events import Done
+from osum_echat.generation.generator import Generator
+from osum_echat.generation.request import Request, build_request
+from osum_echat.model.echat import AudioFeatures
+
+
+class Session:
+    """Past turns and their cache.
+
+    Args:
+        max_turns: past turns that are kept (the published code keeps 5).
+        max_tokens: positions of a prompt at most, past and present; old turns are dropped until it fits.
+    """
+
+    def __init__(self, generator: Generator, max_turns: int = 5, max_tokens: int = 2000) -> None:
+        if max_turns < 0 or max_tokens < 1:
+            raise ValueError(f"max_turns={max_turns} and max_tokens={max_tokens} must not be negative")
+        self.generator = generator
+        self.max_turns, self.max_tokens = max_turns, max_tokens
+        self.turns: list[PastTurn] = []
+        self.heard: list[tuple[AudioFeatures, ...]] = []
+        self._kept: KeptCache | None = None
+
+    def __len__(self) -> int:
+        return len(self.turns)
+
+    def clear(self) -> None:
+        """Begin a new conversation."""
+        self.turns, self.heard, self._kept = [], [], None
+
+    def request(
+        self, output_type: str, heard: Sequence[AudioFeatures] = (), text: str = "", seed: int = 0, greedy: bool = False
+    ) -> Request:
+        """The request of the next turn, with the past in front.
+
+        Raises:
+            ValueError: an output type that takes no history, or a turn that is longer than ``max_tokens`` by itself.
+        """
+        if not OUTPUTS[output_type].history:
+            raise ValueError(f"{output_type} takes no past turns, so it has no place in a session")
+        self._forget(len(self.turns) - self.max_turns)
+        while True:
+            request = build_request(
+                output_type,
+                self.generator.config,
+                self.generator.tokenizer,
+                self.generator.vocab,
+                prompt_text=text,
+                heard=[h for turn in self.heard for h in turn] + list(heard),
+                history=self.turns,
+                seed=seed,
+                greedy=greedy,
+            )
+            if len(request.prompt) <= self.max_tokens:
+                break
+            if not self.turns:
+                raise ValueError(
+                    f"this turn alone has {len(request.prompt)} positions, the session allows {self.max_tokens}; raise max_tokens"
+                )
+            self._forget(1)
+        request.past, request.keep_cache = self._kept, True
+        return request
+
+    def commit(self, request: Request, done: Done, heard: Sequence[AudioFeatures] = (), text: str = "") -> None:
+        """Add a finished turn to the past, and read it in its history form.
+
+        A turn that was cancelled before it had any text leaves no trace.
+        """
+        reply_ids = done.text_ids[done.timings.think_tokens :]
+        if done.reason == "cancelled" and not reply_ids:
+            return
+        user_ids = encode(self.generator.tokenizer, text) if text else ()
+        self.turns.append(PastTurn(tuple(reply_ids), done.speech_codes, has_audio=bool(heard), user_ids=user_ids))
+        self.heard.append(tuple(heard))
+        self._kept = request.cache
+        self._forget(len(self.turns) - self.max_turns)
+        self._read_past(request.output_type)
+
+    def _forget(self, count: int) -> None:
+        if count > 0:
+            del self.turns[:count], self.heard[:count]
+
+    def _read_past(self, output_type: str) -> None:
+        """Prefill the past as the next turn of this kind will show it."""
+        generator = self.generator
+        heard = tuple(h for turn in self.heard for h in turn)
+        sample = Sample(output_type, history=tuple(self.turns))
+        layout = build_layout(
+            sample, generator.tokenizer, generator.vocab, generator.config.profile, generator.config.speech_form, prefix_only=True
+        )
+        slots = [i for i, segment in enumerate(layout.prefix) if segment.audio == len(heard)]
+        past = layout.prefix[: slots[0]] if slots else layout.prefix[:-1]
+        row = flatten(past, [int(h.lengths_N[0]) for h in heard])
+        if len(row) > self.max_tokens:
+            return  # the next request will drop turns, so there is nothing worth reading yet
+        request = Request(output_type, row, heard, past=self._kept)
+        with torch.inference_mode():
+            self._kept = Batch(generator.model, [request], room=0).keep(0)
