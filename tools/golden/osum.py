@@ -49,8 +49,8 @@ class Setting:
     feats: dict[int, Tensor]
 
 
-def run(directory: Path) -> list[CaseResult]:
-    """All results of a folder. Raises FileNotFoundError when the tiny model itself is not there."""
+def load_setting(directory: Path) -> Setting:
+    """Load the tiny model and the recordings. Raises FileNotFoundError when they are not there."""
     for name in ("tiny.safetensors", "tiny_config.yaml", "cases.npz"):
         if not (directory / name).exists():
             raise FileNotFoundError(f"{directory} has no {name}; the cases cannot be run without it")
@@ -58,17 +58,21 @@ def run(directory: Path) -> list[CaseResult]:
     with np.load(directory / "cases.npz") as archive:
         arrays = {name: archive[name] for name in archive.files}
     feats = {int(name[4:]): torch.from_numpy(array) for name, array in arrays.items() if re.fullmatch(r"feat\d+", name)}
-    setting = Setting(directory, model, tokenizer, arrays, feats)
-    results: list[CaseResult] = []
+    return Setting(directory, model, tokenizer, arrays, feats)
+
+
+def run(directory: Path) -> list[CaseResult]:
+    """All results of a folder."""
+    setting = load_setting(directory)
     with torch.no_grad():
-        results += features(setting)
-        results += encoder_cases(setting)
+        results = features(setting) + encoder_cases(setting)
         for file in sorted(directory.iterdir()):
-            results += _file(setting, file)
+            results += file_results(setting, file)
     return results
 
 
-def _file(setting: Setting, file: Path) -> list[CaseResult]:
+def file_results(setting: Setting, file: Path) -> list[CaseResult]:
+    """Results of one file of the folder."""
     rules: dict[str, Callable[[Setting, Path], list[CaseResult]]] = {
         "forward_cases.json": lambda s, f: forward.run(f, s.model, s.tokenizer, s.feats, s.arrays),
         "padding_effect.json": lambda s, f: forward.padding_effect(f, s.model, s.tokenizer, s.feats),

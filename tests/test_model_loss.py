@@ -1,0 +1,70 @@
+"""The chunked cross-entropy equals the plain one, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from osum_echat.model import loss
+from osum_echat.model.loss import linear_nll
+
+
+def case(seed: int = 0, bias: bool = True) -> tuple[Tensor, Tensor, list[nn.Linear]]:
+    torch.manual_seed(seed)
+    heads = [nn.Linear(12, 50, bias=bias), nn.Linear(12, 9)]
+    return torch.randn(23, 12, requires_grad=True), torch.randint(0, 59, (23,)), heads
+
+
+def plain_nll(hidden: Tensor, targets: Tensor, heads: list[nn.Linear]) -> Tensor:
+    return F.cross_entropy(torch.cat([head(hidden).float() for head in heads], dim=1), targets, reduction="none")
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 23, 100])
+@pytest.mark.parametrize("heads_train", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_equals_plain(chunk: int, heads_train: bool, bias: bool) -> None:
+    weights = torch.rand(23)
+    found = []
+    for function in (plain_nll, lambda *a: linear_nll(*a, chunk=chunk)):
+        hidden, targets, heads = case(bias=bias)
+        for head in heads:
+            head.requires_grad_(heads_train)
+        nll = function(hidden, targets, heads)
+        (nll * weights).sum().backward()
+        found.append([nll, hidden.grad, *(p.grad for head in heads for p in head.parameters())])
+    for wanted, mine in zip(*found, strict=True):
+        assert (wanted is None) == (mine is None)
+        if wanted is not None:
+            torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_text_softmax_uses_the_first_head_alone() -> None:
+    hidden, targets, heads = case()
+    torch.testing.assert_close(linear_nll(hidden, targets % 50, heads[:1]), plain_nll(hidden, targets % 50, heads[:1]))
+
+
+def test_autocast_gives_float32_losses_and_gradients_for_float32_weights() -> None:
+    hidden, targets, heads = case()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        nll = linear_nll(hidden, targets, heads, chunk=6)
+    nll.sum().backward()
+    assert nll.dtype == torch.float32 and heads[0].weight.grad is not None and heads[0].weight.grad.dtype == torch.float32
+    torch.testing.assert_close(nll, plain_nll(hidden, targets, heads), atol=0.05, rtol=0.05)
+
+
+def test_no_targets_give_no_loss_and_zero_gradients() -> None:
+    hidden, targets, heads = case()
+    linear_nll(hidden[:0], targets[:0], heads).sum().backward()
+    assert heads[1].weight.grad is not None and not heads[1].weight.grad.any()
+
+
+def test_chunks_keep_logits_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "LOGIT_BUDGET", 59 * 4)
+    largest = []
+    original = loss._logits
+    monkeypatch.setattr(loss, "_logits", lambda *a: (out := original(*a), largest.append(out.numel()))[0])
+    hidden, targets, heads = case()
+    linear_nll(hidden, targets, heads).sum().backward()
+    assert max(largest) <= 59 * 4 and len(largest) == 2 * 6  # 23 positions in sixes, forward and again backward
