@@ -25,6 +25,7 @@ from osum_echat.model.blocks import valid_frames
 from osum_echat.model.config import ModelConfig
 from osum_echat.model.ctc import CtcBridge
 from osum_echat.model.encoder import AudioEncoder
+from osum_echat.model.encoder_cache import EncoderCache
 from osum_echat.model.loss import linear_nll
 from osum_echat.model.speech_lm import SpeechLM
 from osum_echat.model.tags import TagHeads
@@ -117,6 +118,7 @@ class EChatModel(nn.Module):
         self.ctc = CtcBridge(ctc, config.adapter.dim, self.lm.width, config.vocabulary.text_size) if ctc is not None else None
         scale = getattr(self.lm.llm.config, "initializer_range", 0.02)
         self.tags = TagHeads(tags, config.adapter.dim, self.lm.width, scale) if tags else None
+        self.encoder_cache: EncoderCache | None = None  # for training with a frozen encoder; set from outside
         if config.lora is not None:
             from osum_echat.model.lora import add_lora
 
@@ -134,6 +136,8 @@ class EChatModel(nn.Module):
 
     def encode(self, feats_NTF: Tensor, lengths_N: Tensor) -> tuple[list[Tensor], Tensor]:
         """The encoder layers that the adapter sees, each [N, S, E], and their lengths. Constant while the encoder is frozen: can be kept."""
+        if self.encoder_cache is not None:
+            return self.encoder_cache(self.encoder, feats_NTF, lengths_N)
         return self.encoder(feats_NTF, lengths_N, self.config.encoder_layers)
 
     def adapt(self, layers: list[Tensor], lengths_N: Tensor) -> AudioFeatures:
@@ -223,6 +227,7 @@ class EChatModel(nn.Module):
         transcripts: Sequence[Tensor] | None = None,
         tags: Mapping[str, Tensor] | None = None,
         every_room: bool = False,
+        language: bool = True,
     ) -> LossParts:
         """Loss terms of a batch.
 
@@ -234,6 +239,7 @@ class EChatModel(nn.Module):
             tags: label number of each recording for each tag head, `IGNORE` where unknown.
             every_room: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
                 loss: ranks that share parameters must make the same calls.
+            language: False leaves the LLM out; only the losses of the CTC and tag heads remain.
         """
         touched: list[Tensor] = []
         if audio is None and encoded is not None:
@@ -242,6 +248,10 @@ class EChatModel(nn.Module):
             audio = self.encode_audio(feats_NTF, lengths_N)
         if audio is None and every_room:
             touched += self._touch_audio(rows.ids_BT.device)
+        if not language:
+            none = torch.zeros(0, dtype=torch.long, device=self.device)
+            no_nll = torch.zeros(0, device=self.device)
+            return LossParts(no_nll, none, none, *self._ctc_loss(audio, transcripts, no_nll), *self._tag_loss(audio, tags))
         inputs = self.inputs(rows, audio)
         if touched:
             inputs.embeds_BTD = inputs.embeds_BTD + 0.0 * torch.stack(touched).sum().to(inputs.embeds_BTD.dtype)
