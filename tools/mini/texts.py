@@ -184,6 +184,13 @@ def reply(topic: str, labels: Labels, rng: random.Random) -> str:
     return rng.choice(list(reply_parts(topic, labels).variants()))
 
 
+def plain_reply(topic: str, rng: random.Random) -> str:
+    """An answer to a text, of which nothing is known but its words: no address but "my friend"."""
+    parts = reply_parts(topic, Labels())
+    opening, clause = rng.choice(parts.openings), rng.choice(parts.clauses)
+    return f"{opening}, my friend. {clause}{'?' if _is_question(clause) else '.'}"
+
+
 def reply_fits(topic: str, labels: Labels, text: str) -> bool:
     """True when ``text`` answers topic and labels by the rule: its opening, address and clause are all ones that the rule allows.
 

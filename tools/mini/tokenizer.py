@@ -42,7 +42,9 @@ def corpus(seed: int = 0) -> Iterator[str]:
     yield from (f" {sentence}" for sentence in texts.wordnet_examples()[:20_000])
     yield from (f" {reply}" for reply in rng.sample(list(texts.all_replies()), 4_000))
     yield from (f" {texts.free_sentence(rng)}" for _ in range(2_000))
-    values = [value for group in (texts.AGES, texts.GENDERS, texts.EMOTIONS, texts.EVENTS, texts.REPLY_EMOTIONS) for value in group]
+    values = [
+        value for group in (texts.AGES, texts.GENDERS, texts.EMOTIONS, texts.EVENTS, texts.REPLY_EMOTIONS) for value in group
+    ]
     yield from (f" {value}" for value in values for _ in range(2_000))
     yield from (f" {character}" for character in CHARACTERS for _ in range(2_000))
 
