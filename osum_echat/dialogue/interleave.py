@@ -9,6 +9,7 @@ spelled words are given, never chosen, so speech cannot skip or repeat a word; t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,8 @@ from osum_echat.dialogue.tokens import Tokenizer, encode_fixed
 
 TEXT_CHUNK = 6
 SPEECH_CHUNK = 18
+
+_TAG = re.compile(r"<[^<>]*>")
 
 
 class ImpossibleInterleave(ValueError):
@@ -56,8 +59,8 @@ def interleave_chunks(text: Sequence[int], speech: Sequence[int], lead: int = 0)
 
 
 def split_words(text: str) -> list[str]:
-    """Words as speech is aligned to them: what blanks separate, punctuation kept with its word."""
-    return text.split()
+    """Words as speech is aligned to them: what blanks separate, punctuation kept with its word, tags left out."""
+    return _TAG.sub(" ", text).split()
 
 
 def spell(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -65,7 +65,9 @@ class ThinkTemplate:
                 at = match.end()
         found.sort()
         ends = [start for start, _, _ in found[1:]] + [self._ending_at(raw)]
-        values = {name: self._read(name, raw[begin : max(begin, end)]) for (_, begin, name), end in zip(found, ends, strict=True)}
+        values = {  # nothing found leaves one end too many
+            name: self._read(name, raw[begin : max(begin, end)]) for (_, begin, name), end in zip(found, ends, strict=False)
+        }
         return Think(raw=raw, **values)
 
     def _value(self, name: str, value: str | None) -> str:
@@ -80,9 +82,13 @@ class ThinkTemplate:
         text = text.strip()
         if name == "transcript":
             return text or None
-        if text == self.unknown or (text.startswith("<") and ">" not in text):  # not known, or cut off inside the tag
-            return None
-        return text.strip("<>,， ") or None
+        if text.startswith("<"):
+            bracketed = re.match(r"<([^<>]*)>", text)  # none when it was cut off inside the tag
+            value = bracketed.group(1) if bracketed else ""
+        else:
+            value = re.split(r"[,，<>]", text, maxsplit=1)[0]
+        value = value.strip()
+        return None if value == self.unknown.strip("<>") else value or None
 
     @cached_property
     def _patterns(self) -> list[tuple[str, re.Pattern[str]]]:
