@@ -55,12 +55,8 @@ def load_echat(args: argparse.Namespace, speech: bool = True) -> EChat:
     config = args.config
     if config is None and checkpoint.is_file():
         config = ROOT / "conf" / "ct_config.yaml"
-    options: dict[str, Any] = {"token2wav": args.token2wav} if speech and args.token2wav else {}
-    if speech and args.speaker:
-        options["speaker"] = args.speaker
-    if args.profile:
-        options["profile"] = args.profile
-    return EChat.load(checkpoint, config=config, device=args.device, dtype=args.dtype, **options)
+    voice: dict[str, Any] = {"token2wav": args.token2wav, "speaker": args.speaker} if speech else {}
+    return EChat.load(checkpoint, config=config, device=args.device, dtype=args.dtype, profile=args.profile, **voice)
 
 
 def readable(reply: Reply, indent: str = "  ") -> str:

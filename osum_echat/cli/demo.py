@@ -51,29 +51,34 @@ def recordings(wav: str | None) -> list[Recording]:
     return out
 
 
-def modes(echat: EChat, wav: Path, seed: int) -> Iterator[tuple[str, Reply]]:
-    """Each mode's name and reply, computed as it is asked for."""
-    yield "understand (asr)", echat.understand(wav, "<TRANSCRIBE>", seed=seed)
-    yield "understand (emotion)", echat.understand(wav, "<EMOTION>", seed=seed)
-    yield "understand (age, gender)", echat.understand(wav, "<AGE> <GENDER>", seed=seed)
-    yield "chat (s2t_chat)", echat.chat(wav, seed=seed)
-    yield "think, chat (s2t_chat_think)", echat.chat(wav, think="language", seed=seed)
-    yield "talk (s2s)", echat.chat(wav, speak=True, seed=seed)
-    yield "think, talk (s2s_think)", echat.chat(wav, think="tag", speak=True, seed=seed)
+def heard(echat: EChat, wav: Path, seed: int) -> Iterator[tuple[str, str, Reply]]:
+    """Task, what it does, and its reply, for the modes that hear; each computed as it is asked for."""
+    yield "asr", "understand the words", echat.understand(wav, "<TRANSCRIBE>", seed=seed)
+    yield "emotion", "understand the emotion", echat.understand(wav, "<EMOTION>", seed=seed)
+    yield "age+gender", "understand the speaker", echat.understand(wav, "<AGE> <GENDER>", seed=seed)
+    yield "s2t_chat", "answer in text", echat.chat(wav, seed=seed)
+    yield "s2t_chat_think", "think in natural language, answer in text", echat.chat(wav, think="language", seed=seed)
+    yield "s2s", "answer in text and speech", echat.chat(wav, speak=True, seed=seed)
+    yield "s2s_think", "think in tags, answer in text and speech", echat.chat(wav, think="tag", speak=True, seed=seed)
 
 
-def texts(echat: EChat, seed: int) -> Iterator[tuple[str, Reply]]:
-    yield f"speak (tts): {SPOKEN_TEXT}", echat.speak(SPOKEN_TEXT, seed=seed)
-    yield f"answer a text (t2t): {WRITTEN_TEXT}", echat.chat(text=WRITTEN_TEXT, seed=seed)
+def written(echat: EChat, seed: int) -> Iterator[tuple[str, str, Reply]]:
+    """The same for the modes that take a text."""
+    yield "tts", f"say: {SPOKEN_TEXT}", echat.speak(SPOKEN_TEXT, seed=seed)
+    yield "t2t", f"answer: {WRITTEN_TEXT}", echat.chat(text=WRITTEN_TEXT, seed=seed)
 
 
-def show(name: str, reply: Reply, path: Path) -> Path | None:
-    print(f"\n  {name}")
-    print(readable(reply, indent="    "))
-    wav = save_speech(reply, path)
-    if wav:
-        print(f"    written   {wav}")
-    return wav
+def show(replies: Iterator[tuple[str, str, Reply]], folder: Path, stem: str) -> int:
+    """Print each reply and write its speech; the number of files written."""
+    files = 0
+    for task, purpose, reply in replies:
+        print(f"\n  {task}: {purpose}")
+        print(readable(reply, indent="    "))
+        wav = save_speech(reply, folder / f"{stem}-{task}.wav")
+        if wav:
+            files += 1
+            print(f"    written   {wav}")
+    return files
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -91,18 +96,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         start = time.perf_counter()
         echat = load_echat(args)
         print(f"model loaded in {time.perf_counter() - start:.1f} s")
-        written = []
+        files = 0
         for recording in inputs:
             print(f"\n{recording.path.name}")
             if recording.words:
                 print(f"  really said: {recording.words} ({recording.labels})")
-            for name, reply in modes(echat, recording.path, args.seed):
-                written.append(show(name, reply, args.out / f"{recording.path.stem}-{len(written)}.wav"))
+            files += show(heard(echat, recording.path, args.seed), args.out, recording.path.stem)
         print("\ntexts")
-        for name, reply in texts(echat, args.seed):
-            written.append(show(name, reply, args.out / f"text-{len(written)}.wav"))
-        spoken = [str(path) for path in written if path]
-        print(f"\n{len(spoken)} replies spoken, in {args.out}/")
+        files += show(written(echat, args.seed), args.out, "text")
+        print(f"\n{files} replies spoken, in {args.out}/")
         return 0
 
     return run(command)

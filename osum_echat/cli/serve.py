@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from osum_echat.cli.common import add_model_arguments, load_echat, run
+
+if TYPE_CHECKING:
+    from osum_echat.pipeline import EChat
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         names = [args.checkpoint] + ([args.second_checkpoint] if args.second_checkpoint else [])
 
-        def load(name: str):  # type: ignore[no-untyped-def]
+        def load(name: str) -> EChat:
             return load_echat(argparse.Namespace(**{**vars(args), "checkpoint": name}))
 
         page = build_page(names, load, args.feedback)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from osum_echat.dialogue.tasks import TASKS
 
 if TYPE_CHECKING:
-    from osum_echat.pipeline import EChat, Reply
+    from osum_echat.pipeline import EChat, Reply, ThinkForm
 
 DIALOGUE = {
     "talk, think first (speech out)": ("s2s", True),
@@ -42,14 +42,12 @@ class Answer:
     details: dict[str, Any]
 
 
-def answer(echat: EChat, task: str, wav: str | None, text: str, think: str, voice: str | None, seed: int) -> Answer:
+def answer(echat: EChat, task: str, wav: str | None, text: str, think: ThinkForm, voice: str | None, seed: int) -> Answer:
     """Run one request. Raises ValueError with a sentence for the page when something is missing."""
     if task not in TASK_MENU:
         raise ValueError(f"unknown task {task!r}")
     if task in (SPEAK, WRITE, FREE) and not text.strip():
         raise ValueError("this task needs a text")
-    if task not in (SPEAK, WRITE) and not wav:
-        raise ValueError("this task needs a recording: use the microphone or upload a file")
     options: dict[str, Any] = {"seed": seed}
     if voice and (task == SPEAK or (task in DIALOGUE and DIALOGUE[task][0] == "s2s")):
         options["speaker"] = echat.speaker(voice)
@@ -58,6 +56,8 @@ def answer(echat: EChat, task: str, wav: str | None, text: str, think: str, voic
         reply = echat.speak(text, **options)
     elif task == WRITE:
         reply = echat.chat(text=text, **options)
+    elif not wav:
+        raise ValueError("this task needs a recording: use the microphone or upload a file")
     elif task in DIALOGUE:
         kind, thinks = DIALOGUE[task]
         reply = echat.chat(wav, think=think if thinks else None, speak=kind == "s2s", **options)
@@ -96,7 +96,9 @@ def build_page(names: Sequence[str], load: Callable[[str], EChat], feedback: Pat
 
     models = Models(names, load)
 
-    def respond(name: str, task: str, wav: str | None, text: str, think: str, voice: str | None, seed: float):  # type: ignore[no-untyped-def]
+    def respond(
+        name: str, task: str, wav: str | None, text: str, think: ThinkForm, voice: str | None, seed: float
+    ) -> tuple[Any, ...]:
         try:
             result = answer(models[name], task, wav, text or "", think, voice, int(seed))
         except ValueError as error:
