@@ -23,6 +23,7 @@ LLM = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
+    "eos_token_id": 2,
     "tie_word_embeddings": True,
 }
 CONFIG = ModelConfig(

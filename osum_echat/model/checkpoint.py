@@ -6,7 +6,7 @@
     DeepSpeed folder    of a training run, ours or the published code's, with a config
 
 The model is built on the meta device and the file's tensors become its parameters: no random initialisation, nothing held twice. Where
-device and dtype are the file's own (CPU), tensors stay memory-mapped until something writes to them.
+device and dtype are the file's own (CPU), tensors of large files stay memory-mapped until something writes to them.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from osum_echat.model.storage import (
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
+# Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and depend on the file.
+COPY_BELOW_BYTES = 2**30
 ROOMS = ("encoder", "adapter", "projection", "lm", "ctc", "tags")
 
 
@@ -152,10 +154,11 @@ def check_aliases(source: TensorSource, spec: ModelSpec) -> None:
 def assign(model: nn.Module, tensors: Mapping[str, tuple[Tensor, str]], device: torch.device, dtype: torch.dtype | None) -> None:
     """Make tensors the parameters and buffers of ``model`` (name -> (tensor, key in the file)); one key under two names stays one tensor."""
     placed: dict[str, nn.Parameter] = {}
+    small = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors.values()) < COPY_BELOW_BYTES
     for name, (tensor, key) in tensors.items():
         parent, _, attribute = name.rpartition(".")
         module = model.get_submodule(parent)
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=small)
         if attribute in module._buffers:
             module._buffers[attribute] = tensor
             continue

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--checkpoint", type=Path, help="a checkpoint whose keys and shapes are compared (default: the folder's own)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the config, for example adapter.layers=2")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     checkpoint = args.checkpoint or (args.config if args.config.is_dir() else None)
     try:
         config = load_config(args.config / CONFIG_FILE if args.config.is_dir() else args.config, args.overrides)
