@@ -52,6 +52,7 @@ class Loader:
         agree: given whether this rank has a batch left, tells whether any rank has (a collective). ``auto``: by torch.distributed when
             it is initialised and ``world_size`` > 1. None: every rank ends by itself (where the caller agrees on steps).
         pin_memory: batches in page-locked memory, for copies to a GPU that do not wait.
+        repeat: every epoch is the same as the first (held-out data: figures of different epochs can be compared).
 
     Attributes:
         epoch: number of the epoch that the next batch belongs to.
@@ -67,6 +68,7 @@ class Loader:
         world_size: int = 1,
         agree: Agree | Literal["auto"] | None = "auto",
         pin_memory: bool = False,
+        repeat: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
@@ -77,7 +79,7 @@ class Loader:
         self.seconds = 0.0
         self._builder, self._rank, self._world_size = builder, rank, world_size
         self._agree = _distributed_agreement(world_size) if agree == "auto" else agree
-        self._pin_memory = pin_memory
+        self._pin_memory, self._repeat = pin_memory, repeat
         self._log = DropLog(_rank_path(config.drops_file, rank, world_size))
         self._notes: dict[str, int] = {}
         self._resumed = False  # the next epoch begins where a loaded state says
@@ -132,7 +134,7 @@ class Loader:
         if not order:
             return
         todo = [self._readers[i] for i in order]
-        shares = _Shares(self.streams, self._builder, self.config, self.epoch, todo, self._num_readers)
+        shares = _Shares(self.streams, self._builder, self.config, 0 if self._repeat else self.epoch, todo, self._num_readers)
         outputs: Iterable[tuple[int, Output]] = shares
         if self.config.workers > 0:
             outputs = DataLoader(
@@ -336,7 +338,7 @@ def build_loader(
     """The loader of a config.
 
     Args:
-        train: False: held-out data, in the order of the lists, without augmentation, every stream once.
+        train: False: held-out data, in the order of the lists, without augmentation, every stream once; the same whatever seed and epoch.
         prompts: instruction sentences by task, when not those of the file that ``config.processing`` names.
 
     Raises:
@@ -346,13 +348,13 @@ def build_loader(
         raise ValueError("data.streams is empty: name at least one list, such as data.streams={s2t: {list: conf/data_s2t.yaml}}")
     if not train:
         streams_once = {name: dataclasses.replace(stream, when_dry="leave") for name, stream in config.streams.items()}
-        config = dataclasses.replace(config, shuffle=False, split=1, streams=streams_once)
+        config = dataclasses.replace(config, seed=0, shuffle=False, split=1, streams=streams_once)
     streams = [Stream(name, stream, config.seed) for name, stream in config.streams.items()]
     streams = [stream for stream in streams if len(stream)]
     if not streams:
         raise ValueError("every stream of data.streams is empty: raise a weight in its data yaml")
     builder = ExampleBuilder(config, tokenizer, vocab, train, prompts)
-    return Loader(streams, builder, config, rank, world_size, agree, pin_memory)
+    return Loader(streams, builder, config, rank, world_size, agree, pin_memory, repeat=not train)
 
 
 def _distributed_agreement(world_size: int) -> Agree | None:

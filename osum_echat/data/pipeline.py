@@ -87,7 +87,7 @@ class Reader:
         self._pending = list(self._alive)  # streams that the epoch must still go through once
         self._rng = random.Random(f"mix/{config.seed}/{epoch}/{reader}/{readers}")
         self._buffer: list[tuple[Place, Item]] = []
-        self._pool: list[tuple[Place, int, Example]] = []
+        self._pool: list[tuple[Place, int, Example, Cost]] = []
         self._drops: list[Drop] = []
         self._notes: dict[str, int] = {}
 
@@ -99,11 +99,10 @@ class Reader:
             if taken is None:
                 break
             place, item = taken
-            self._pool += [(place, n, example) for n, example in enumerate(self._build(place, item))]
+            self._pool += [(place, n, example, _cost(example)) for n, example in enumerate(self._build(place, item))]
         batch, used = None, 0
         if self._pool:
-            costs = [Cost(e.positions, max((len(f) for f in e.feats), default=0), len(e.feats)) for _, _, e in self._pool]
-            plan = plan_batch(costs, config.batch)
+            plan = plan_batch([cost for *_, cost in self._pool], config.batch)
             chosen = [i for row in plan for i in row]
             number = {i: n for n, i in enumerate(chosen)}
             batch = collate(
@@ -183,7 +182,7 @@ class Reader:
             "pending": list(self._pending),
             "rng": _pack_rng(self._rng.getstate()),
             "buffer": np.array([_numbers(place) for place, _ in self._buffer], dtype=np.int64).reshape(-1, 5),
-            "pool": np.array([(*_numbers(place), n) for place, n, _ in self._pool], dtype=np.int64).reshape(-1, 6),
+            "pool": np.array([(*_numbers(place), n) for place, n, *_ in self._pool], dtype=np.int64).reshape(-1, 6),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,7 +208,7 @@ class Reader:
                 raise ValueError(
                     f"{items[place].source}: a sample that was read before cannot be read again; the list has been changed"
                 )
-        self._pool = [(place, n, built[place][n]) for place, n in pool]
+        self._pool = [(place, n, built[place][n], _cost(built[place][n])) for place, n in pool]
         self._drops, self._notes = [], {}
 
     def _fetch(self, places: set[Place]) -> dict[Place, Item]:
@@ -226,6 +225,10 @@ def _drop(error: RecordError, item: Item) -> Drop:
     drop = Drop.of(error)
     key = drop.key or str((item.fields or {}).get("key", ""))
     return Drop(key, drop.file or item.source, drop.line or item.number, drop.reason, drop.detail)
+
+
+def _cost(example: Example) -> Cost:
+    return Cost(example.positions, max((len(f) for f in example.feats), default=0), len(example.feats))
 
 
 def _numbers(place: Place) -> tuple[int, int, int, int, int]:

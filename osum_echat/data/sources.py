@@ -341,10 +341,9 @@ def _map(name: str) -> Any:
 def _line_spans(data: Any) -> tuple[np.ndarray, np.ndarray]:
     """First byte and end of each line, without a byte order mark at the start."""
     array = np.frombuffer(data, dtype=np.uint8)
-    breaks = np.concatenate(
-        [np.flatnonzero(array[i : i + (1 << 26)] == 10) + i for i in range(0, len(array), 1 << 26)] or [np.zeros(0)]
-    )
-    breaks = breaks.astype(np.int64)
+    step = 1 << 26  # a piece at a time: the mask of a list of gigabytes is as large as the list
+    found = [np.flatnonzero(array[i : i + step] == ord("\n")) + i for i in range(0, len(array), step)]
+    breaks = np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
     ends = np.append(breaks, len(array)) if not len(breaks) or breaks[-1] != len(array) - 1 else breaks
     starts = np.concatenate([[0], breaks + 1])[: len(ends)].astype(np.int64)
     if len(array) >= 3 and bytes(array[:3]) == b"\xef\xbb\xbf":
