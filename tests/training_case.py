@@ -1,17 +1,18 @@
-"""A tiny model, made-up samples and a loader for the tests of training; run as a script it is one rank of a training run.
+"""A tiny model, made-up samples, a loader, and runs of them in real processes, for the tests of training.
 
-    torchrun --nproc-per-node 2 -m tests.training_case case.json
-
-The JSON: ``config`` (a TrainConfig as plain data), ``batches`` (how the samples are split over ranks and micro-batches: a list for each
-rank of lists of sample numbers), ``result`` (where rank 0 writes weights and losses) and optional faults.
+A *case* is plain data: ``config`` (a TrainConfig), ``batches`` (how the samples are split over ranks and micro-batches: a list for each rank
+of lists of sample numbers), ``result`` (where rank 0 writes its weights) and optional faults. `launch` starts a process for each rank from a
+fork server that has the imports done.
 """
 
 from __future__ import annotations
 
-import json
+import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import sys
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model.config import AdapterConfig, CtcConfig, EncoderConfig, LlmConfig, ModelConfig
 from osum_echat.model.echat import EChatModel
+from osum_echat.training import distributed
 from osum_echat.training.build import assemble
 from osum_echat.training.config import TrainConfig
 from osum_echat.training.loop import Trainer
@@ -147,7 +149,7 @@ def base_config(out: Path, **changes: Any) -> dict[str, Any]:
         "save_every": 1000,
         "log_every": 1,
         "threads": 1,
-        "optim": {"lr": 1e-2, "schedule": "constant", "warmup_steps": 0, "clip": 1.0},
+        "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0, "clip": 1.0},
         "safety": {"try_largest_batch": False, "watchdog_seconds": 60},
     }
     return config_io.merge(plain, changes)
@@ -155,7 +157,6 @@ def base_config(out: Path, **changes: Any) -> dict[str, Any]:
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All weights on every rank, whatever the engine keeps where."""
-    engine = trainer.engine
     out = {}
     for name, param in trainer.objective.named_parameters():
         if hasattr(param, "full_tensor"):
@@ -167,7 +168,6 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
                 out[name] = param.detach().clone()
         else:
             out[name] = param.detach().clone()
-    del engine
     return out
 
 
@@ -206,17 +206,47 @@ def run(case: dict[str, Any]) -> Trainer:
     return trainer
 
 
-def main() -> None:
-    case = json.loads(Path(sys.argv[1]).read_text())
-    trainer = run(case)
-    weights = full_weights(trainer)
-    if trainer.world.is_main and "result" in case:
-        torch.save({"weights": weights, "step": trainer.state.step}, case["result"])
-    from osum_echat.training import distributed
-
-    trainer.world.barrier()
+def rank_main(case: dict[str, Any], rank: int, world: int, port: int) -> None:
+    """A rank of a case in a process of its own, as torchrun would start it."""
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO, filename=f"{case['config']['out']}.rank{rank}.log")
+    if world > 1 or case.get("torchrun"):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    try:
+        trainer = run(case)
+        weights = full_weights(trainer)
+        if trainer.world.is_main and "result" in case:
+            torch.save({"weights": weights, "step": trainer.state.step}, case["result"])
+        trainer.world.barrier()
+    except Exception:
+        logging.exception("failed")
+        raise
     distributed.stop()
 
 
-if __name__ == "__main__":
-    main()
+def launch(case: dict[str, Any], world: int = 1, timeout: float = 120.0) -> list[int]:
+    """Run a case in ``world`` real processes; exit codes (-9: killed). When one dies, the others are ended as torchrun would end them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training_case", "deepspeed"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=rank_main, args=(case, rank, world, port)) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout
+    while any(p.is_alive() for p in ranks):
+        failed = [p for p in ranks if p.exitcode not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            for process in ranks:
+                process.kill()
+        multiprocessing.connection.wait([p.sentinel for p in ranks if p.is_alive()], timeout=1.0)
+    return [p.exitcode if p.exitcode is not None else 1 for p in ranks]
+
+
+def logs(case: dict[str, Any]) -> str:
+    """What the ranks logged."""
+    out = Path(case["config"]["out"])
+    return "\n".join(p.read_text() for p in sorted(out.parent.glob(f"{out.name}.rank*.log")))
