@@ -4,6 +4,8 @@ A step at batch 1 reads every weight once, so its time is reading. PyTorch's `li
 machine of `benchmarks/results` it reads 60 % of what the memory gives in bfloat16 at batch 1, and less with more rows. The same weights in oneDNN's
 blocked order are read at the memory's speed, and at batch 16 a step is twice as fast. Results differ from `linear` by the order of a sum only.
 
+Small float32 matrices are the exception: they stay in the processor's cache, where PyTorch's own kernel is faster at batch 1, so they are left.
+
 `pack_linears` swaps the `nn.Linear` modules of a model that only decodes; the model cannot be trained or saved afterwards.
 """
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_FLOAT32_WEIGHTS = 2**19  # fewest weights, and fewest inputs, for which packing float32 pays at batch 1 (measured)
+_FLOAT32_INPUTS = 128
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -44,16 +48,23 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
 
 
-def pack_linears(module: nn.Module) -> int:
-    """Replace every `nn.Linear` inside ``module`` in place, one at a time (a weight exists twice only for that moment).
+def pays(linear: nn.Linear) -> bool:
+    """Whether this machine can pack the layer, and a step at batch 1 gains by it."""
+    weight = linear.weight
+    if weight.is_meta or not can_pack(weight.device, weight.dtype):
+        return False
+    return weight.dtype != torch.float32 or (weight.numel() >= _FLOAT32_WEIGHTS and linear.in_features >= _FLOAT32_INPUTS)
 
-    A weight that something else uses too (an LM head tied to the token table) is packed beside the original. Returns how many were packed;
-    0 where `can_pack` says no.
+
+def pack_linears(module: nn.Module) -> int:
+    """Replace each `nn.Linear` inside ``module`` that it `pays` for, in place, one at a time (a weight exists twice only for that moment).
+
+    A weight that something else uses too (an LM head tied to the token table) is packed beside the original. Returns how many were packed.
     """
     packed = 0
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not child.weight.is_meta and can_pack(child.weight.device, child.weight.dtype):
+            if type(child) is nn.Linear and pays(child):
                 setattr(parent, name, PackedLinear(child))
                 packed += 1
     return packed

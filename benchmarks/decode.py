@@ -1,0 +1,257 @@
+#!/usr/bin/env python3
+"""How fast decoding is: tokens a second and time to the first token at batch 1, 4 and 16, for a random model of Qwen2 shape.
+
+Compared in the same run with transformers' own `generate` on the same weights (text phase, greedy), and with the limit that memory sets: at batch 1
+every step reads every weight once, so no step can be shorter than (bytes of weights) / (copy bandwidth). Copy bandwidth is measured, reads and
+writes both counted, as STREAM does.
+
+    python benchmarks/decode.py                 # the 0.5 B shape, minutes
+    python benchmarks/decode.py --quick --json  # 0.3 B, within 50 s; one JSON object
+
+The machine may be noisy: what is compared is measured in turns, and medians over the rounds are reported. An utterance is PROMPT positions read and
+UTTERANCE ids written; its time is the measured prefill plus that many measured steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from osum_echat.dialogue.layout import Segment, flatten  # noqa: E402
+from osum_echat.dialogue.vocabulary import Vocabulary  # noqa: E402
+from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling  # noqa: E402
+from osum_echat.generation.events import Done  # noqa: E402
+from osum_echat.generation.generator import Generator  # noqa: E402
+from osum_echat.generation.packed import pack_linears  # noqa: E402
+from osum_echat.generation.request import Request  # noqa: E402
+from osum_echat.model.checkpoint import build_meta  # noqa: E402
+from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig  # noqa: E402
+from osum_echat.model.echat import EChatModel  # noqa: E402
+
+PROMPT = 64
+UTTERANCE = 200
+BATCHES = (1, 4, 16)
+_STEPS_OF_A_ROUND = 10
+"""About how many batch-1 steps a round costs for each id of a row, prefills included."""
+_SHAPE: dict[str, Any] = {  # Qwen2.5-0.5B
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+}
+
+
+class NoText:
+    """Stands for the tokenizer: turning ids into text is not what is measured."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return []
+
+    def decode(self, ids: list[int], **kwargs: object) -> str:
+        return ""
+
+
+def random_model(layers: int, dtype: torch.dtype) -> EChatModel:
+    """The model in memory; encoder and adapter are tiny, decoding does not use them."""
+    config = ModelConfig(
+        encoder=EncoderConfig(dim=64, heads=2, ffn=64, layers=1),
+        adapter=AdapterConfig(dim=64, heads=2, ffn=64, layers=1),
+        llm=LlmConfig(config={**_SHAPE, "num_hidden_layers": layers}),
+        vocabulary=Vocabulary(eos_id=_SHAPE["vocab_size"] - 1),  # an id that this model does not choose
+    )
+    model = build_meta(config)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                weight = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = nn.Parameter(_fill(weight, generator), requires_grad=False)
+    model.lm.llm.tie_weights()
+    return model.eval()
+
+
+def _fill(weight: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Norms 1, matrices from one random block repeated (drawing every number would take longer than the benchmark)."""
+    if weight.ndim == 1:
+        return weight.fill_(1.0)
+    flat = weight.view(-1)
+    block = torch.empty(min(len(flat), 2**20)).uniform_(-0.03, 0.03, generator=generator).to(weight.dtype)
+    for start in range(0, len(flat), len(block)):
+        part = flat[start : start + len(block)]
+        part.copy_(block[: len(part)])
+    return weight
+
+
+def twin(model: EChatModel) -> EChatModel:
+    """Another model object on the same weights."""
+    other = build_meta(model.config)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in other.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = weights[f"{prefix}.{name}" if prefix else name]
+    return other.eval()
+
+
+def requests(batch: int, new: int) -> list[Request]:
+    mode = Mode(text=Sampling(greedy=True), max_new=new)
+    rows = [flatten([Segment("prompt", tuple(range(1000 + i, 1000 + i + PROMPT)))], []) for i in range(batch)]
+    return [Request("text2text", row, mode=mode) for row in rows]
+
+
+def decode(generator: Generator, batch: int, new: int) -> tuple[float, float]:
+    """Seconds to the first token and for one step of the whole batch, through `Generator`."""
+    done = [event for _, event in generator.generate(requests(batch, new)) if isinstance(event, Done)]
+    assert all(len(event.generated) == new for event in done), "the random model ended early"
+    first = max(event.timings.first_token or 0.0 for event in done)
+    return first, (max(event.timings.total for event in done) - first) / (new - 1)
+
+
+def decode_with_transformers(llm: Any, new: int) -> float:
+    """Seconds for a step of `generate` at batch 1: of two calls, one with the first id only, so that prefill falls out."""
+    ids = torch.arange(1000, 1000 + PROMPT)[None]
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    seconds = []
+    for count in (1, new):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            llm.generate(ids, max_new_tokens=count, **options)
+        seconds.append(time.perf_counter() - start)
+    return (seconds[1] - seconds[0]) / (new - 1)
+
+
+def copy_bandwidth(size: int = 2**28) -> float:
+    """Bytes a second, read and written."""
+    source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    target.copy_(source)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / min(seconds)
+
+
+def measure(layers: int, dtype: torch.dtype, rounds: int, new: int, budget: float) -> dict[str, Any]:
+    """All measurements, in turns; ``budget`` seconds are not exceeded by another round."""
+    started = time.perf_counter()
+    plain = random_model(layers, dtype)
+    weight_bytes = sum(p.numel() * p.element_size() for p in plain.lm.llm.parameters())
+    model = twin(plain)
+    packed = pack_linears(model.lm)
+    config = GenerationConfig(guards=Guards.off())
+    generator = Generator(model, NoText(), config)
+    tasks: dict[str, Callable[[], Any]] = {
+        "copy": copy_bandwidth,
+        "batch1": lambda: decode(generator, 1, new),
+        "generate": lambda: decode_with_transformers(plain.lm.llm, new),
+        "generate_packed": lambda: decode_with_transformers(model.lm.llm, new),
+        "batch4": lambda: decode(generator, 4, max(new // 2, 8)),
+        "batch16": lambda: decode(generator, 16, max(new // 3, 8)),
+    }
+    decode(generator, 1, 4)  # warm up
+    _, step_seconds = decode(generator, 1, 4)
+    left = budget - (time.perf_counter() - started)
+    new = max(8, min(new, int(left / (_STEPS_OF_A_ROUND * step_seconds))))  # a busy machine gets shorter rounds, not a longer run
+    found: dict[str, list[Any]] = {name: [] for name in tasks}
+    for done in range(rounds):
+        took = (time.perf_counter() - started) / max(done, 1)
+        if done and time.perf_counter() - started + took > budget:
+            break
+        for name, task in tasks.items():
+            found[name].append(task())
+
+    bandwidth = statistics.median(found["copy"])
+    step = {b: statistics.median(s for _, s in found[f"batch{b}"]) for b in BATCHES}
+    first = {b: statistics.median(f for f, _ in found[f"batch{b}"]) for b in BATCHES}
+    utterances = {b: b / (first[b] + UTTERANCE * step[b]) for b in BATCHES}
+    generate, generate_packed = (statistics.median(found[name]) for name in ("generate", "generate_packed"))
+    limit = weight_bytes / bandwidth
+    return {
+        "ratio_to_generate": round(generate / step[1], 3),
+        "fraction_of_bandwidth": round(limit / step[1], 3),
+        "batch16_speedup": round(utterances[16] / utterances[1], 2),
+        "ratio_to_generate_on_packed_weights": round(generate_packed / step[1], 3),
+        "tokens_per_second": {f"batch{b}": round(b / step[b], 1) for b in BATCHES} | {"generate": round(1 / generate, 1)},
+        "first_token_ms": {f"batch{b}": round(1e3 * first[b], 1) for b in BATCHES},
+        "utterances_per_second": {f"batch{b}": round(utterances[b], 3) for b in BATCHES},
+        "copy_gb_per_second": round(bandwidth / 1e9, 2),
+        "weights_gb": round(weight_bytes / 1e9, 3),
+        "limit_ms": round(1e3 * limit, 2),
+        "step_ms": {f"batch{b}": round(1e3 * step[b], 2) for b in BATCHES} | {"generate": round(1e3 * generate, 2)},
+        "packed_linears": packed,
+        "rounds": len(found["copy"]),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def about() -> dict[str, Any]:
+    """Date, commit, hardware, versions."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    import transformers
+
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="12 layers instead of 24, few steps, within 50 s")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--save", type=Path, help="also write the result, with date, commit and hardware, to this file")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
+    layers, rounds, new, budget = (12, 3, 24, 38.0) if args.quick else (24, 5, 64, 600.0)
+    result = {
+        "model": f"qwen2 {layers} x {_SHAPE['hidden_size']}, {args.dtype}",
+        **measure(layers, dtype, rounds, new, budget),
+        **about(),
+    }
+    text = json.dumps(result, ensure_ascii=False)
+    if args.save:
+        args.save.parent.mkdir(parents=True, exist_ok=True)
+        args.save.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(text if args.json else "\n".join(f"{name:<36} {value}" for name, value in result.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
