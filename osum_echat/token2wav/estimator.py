@@ -122,9 +122,20 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(width, inner, bias=False)
         self.to_v = nn.Linear(width, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, width)])
+        self._joined: Tensor | None = None
+
+    def join(self) -> None:
+        """Inference only: one product for queries, keys and values. The three layers become views of its weight."""
+        layers = (self.to_q, self.to_k, self.to_v)
+        self._joined = torch.cat([f.weight.detach() for f in layers])
+        for layer, rows in zip(layers, self._joined.chunk(3), strict=True):
+            layer.weight = nn.Parameter(rows, requires_grad=False)
 
     def forward(self, x_BTC: Tensor, padding: Padding | None = None) -> Tensor:
-        q, k, v = (f(x_BTC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        if self._joined is None:
+            q, k, v = (f(x_BTC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        else:
+            q, k, v = F.linear(x_BTC, self._joined).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         keys = None if padding is None else padding.keys_B11T()
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2))
 

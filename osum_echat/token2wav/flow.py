@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from osum_echat.token2wav.config import FlowConfig, SolverConfig
 from osum_echat.token2wav.encoder import LengthRegulator, TokenEncoder, stretch, stretch_reply
-from osum_echat.token2wav.estimator import Estimator, Padding
+from osum_echat.token2wav.estimator import Estimator, Padding, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -72,18 +72,19 @@ class FlowDecoder(nn.Module):
         guidance = self.config.inference_cfg_rate if guidance is None else guidance
         grid = time_grid(steps, schedule or self.config.t_scheduler)
         times_S = torch.tensor(grid[:-1], device=noise_BTM.device)
-        embedded_SE = self.estimator.time_mlp(times_S)
+        dtype = self.estimator.final_proj.weight.dtype  # the ODE itself stays float32
+        embedded_SE = self.estimator.time_mlp(times_S).to(dtype)
         x_BTM = noise_BTM.clone()
         batch, _, bins = x_BTM.shape
         guided = guidance != 0.0
         rows = 2 * batch if guided else batch
-        inputs = x_BTM.new_zeros(rows, x_BTM.shape[1], 4 * bins)  # the unconditional rows keep their zeros
+        inputs = x_BTM.new_zeros(rows, x_BTM.shape[1], 4 * bins, dtype=dtype)  # the unconditional rows keep their zeros
         inputs[:batch, :, bins:] = torch.cat((mu_BTM, spk_BM[:, None].expand_as(mu_BTM), cond_BTM), dim=-1)
         if padding is not None and guided:
-            padding = Padding(padding.mask_BT1.repeat(2, 1, 1), padding.statistics)
+            padding = Padding(padding.mask_BT1.repeat(2, 1, 1).to(dtype), padding.statistics)
         for step in range(steps):
             inputs.view(-1, batch, *inputs.shape[1:])[..., :bins] = x_BTM
-            v = self.estimator.velocity(inputs, embedded_SE[step : step + 1], padding)
+            v = self.estimator.velocity(inputs, embedded_SE[step : step + 1], padding).to(x_BTM)
             if guided:
                 v = (1.0 + guidance) * v[:batch] - guidance * v[batch:]
             x_BTM = x_BTM + (grid[step + 1] - grid[step]) * v
@@ -91,7 +92,7 @@ class FlowDecoder(nn.Module):
 
 
 class FlowModel(nn.Module):
-    """Tokens to mel, released parameter names."""
+    """Tokens to mel, released parameter names. Encoder, regulator and the ODE run in float32; `prepare` chooses the U-Net's type."""
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -103,6 +104,14 @@ class FlowModel(nn.Module):
         self.encoder_proj = nn.Linear(config.encoder.output_size, bins)
         self.length_regulator = LengthRegulator(bins, config.regulator_blocks, config.regulator_groups)
         self.decoder = FlowDecoder(bins, config)
+
+    def prepare(self, dtype: torch.dtype = torch.float32) -> None:
+        """For inference, on the final device: the U-Net, nearly all of the work, in ``dtype``, with its projections joined."""
+        estimator = self.decoder.estimator.to(dtype)
+        estimator.time_mlp.float()
+        for module in estimator.modules():
+            if isinstance(module, SelfAttention):
+                module.join()
 
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raise ValueError for ids outside the codebook, naming the first one."""

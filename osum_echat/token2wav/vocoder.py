@@ -184,18 +184,22 @@ class Vocoder(nn.Module):
     def shape(self, mel_BMT: Tensor, spectrum_BFW: Tensor) -> Tensor:
         """The network proper: mel and excitation spectrum to the log magnitude and phase of `to_wave`, [B, n_fft + 2, W]."""
         config = self.config
-        kinds = len(config.resblock_kernel_sizes)
         x = self.conv_pre(mel_BMT)
         for stage, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, config.lrelu_slope))
             if stage == len(self.ups) - 1:
                 x = F.pad(x, (1, 0), mode="reflect")  # the centred STFT has one frame more than hops
-            x = x + self.source_resblocks[stage](self.source_downs[stage](spectrum_BFW))
-            mixed = self.resblocks[stage * kinds](x)
-            for block in list(self.resblocks)[stage * kinds + 1 : (stage + 1) * kinds]:
-                mixed = mixed + block(x)
-            x = mixed / kinds
+            x = self.stage(stage, x, self.source_downs[stage](spectrum_BFW))
         return self.conv_post(F.leaky_relu(x))  # torch's default slope here, not the configured one
+
+    def stage(self, index: int, x_BCT: Tensor, source_BCT: Tensor) -> Tensor:
+        """One stage after its upsampling: the excitation added, then the mean of the resblocks."""
+        kinds = len(self.config.resblock_kernel_sizes)
+        x_BCT = x_BCT + self.source_resblocks[index](source_BCT)
+        mixed = self.resblocks[index * kinds](x_BCT)
+        for block in list(self.resblocks)[index * kinds + 1 : (index + 1) * kinds]:
+            mixed = mixed + block(x_BCT)
+        return mixed / kinds
 
     def to_wave(self, shaped_BFW: Tensor, spectrum_BFW: Tensor | None = None) -> Tensor:
         """Inverse STFT of exp(first half) and the sine of the second half as phase, clipped; [B, S].
