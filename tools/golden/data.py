@@ -7,6 +7,7 @@ purpose is accepted by a rule of `DIFFERENCES` (each has a line in docs/compatib
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -82,11 +83,16 @@ def run(directory: Path) -> list[CaseResult]:
 
 
 def _tokenizer(directory: Path) -> Any:
+    places = [directory / "tiny_llm", *sorted((ROOT / "tests" / "data").glob("*/tiny_llm"))]
+    found = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    return _load_tokenizer(found) if found else None
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(place: Path) -> Any:
     from transformers import AutoTokenizer
 
-    places = [directory / "tiny_llm", *sorted((ROOT / "tests" / "data").glob("**/tiny_llm"))]
-    found = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-    return AutoTokenizer.from_pretrained(found) if found else None
+    return AutoTokenizer.from_pretrained(place)
 
 
 # Records through the pipeline
