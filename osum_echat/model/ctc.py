@@ -103,8 +103,8 @@ def segments(log_probs_NPC: Tensor, lengths_N: Tensor, blank: int, at_least_one:
 def segment_mean(x_NPD: Tensor, segment_NP: Tensor, valid_NP: Tensor) -> Tensor:
     """Each frame replaced by the mean of the valid frames of its segment."""
     n, p, d = x_NPD.shape
-    index_NP1 = (segment_NP + torch.arange(n, device=segment_NP.device)[:, None] * p).reshape(-1)
-    weight_NP1 = valid_NP[..., None].to(x_NPD.dtype)
-    total = x_NPD.new_zeros(n * p, d).index_add(0, index_NP1, (x_NPD * weight_NP1).reshape(n * p, d))
-    count = x_NPD.new_zeros(n * p, 1).index_add(0, index_NP1, weight_NP1.reshape(n * p, 1))
-    return (total / count.clamp(min=1))[index_NP1].view(n, p, d)
+    index = (segment_NP + torch.arange(n, device=segment_NP.device)[:, None] * p).reshape(-1)
+    weight = valid_NP.reshape(-1, 1).float()
+    total = torch.zeros(n * p, d, device=x_NPD.device).index_add(0, index, x_NPD.float().reshape(-1, d) * weight)
+    count = torch.zeros(n * p, 1, device=x_NPD.device).index_add(0, index, weight)
+    return (total / count.clamp(min=1))[index].view(n, p, d).to(x_NPD.dtype)

@@ -46,14 +46,9 @@ class TagHead(nn.Module):
         variance_NA = ((frames_NPA - mean_NA[:, None]).square() * share_NP1).sum(dim=1)
         pooled = torch.cat([attended_NA, mean_NA, variance_NA.clamp(min=1e-5).sqrt()], dim=1)
         logits = self.classifier(F.gelu(self.hidden(pooled.to(self.hidden.weight.dtype)))).float()
-        return logits, self.vector(logits.softmax(dim=1), pooled)
-
-    def vector(self, probs: Tensor, pooled: Tensor | None = None) -> Tensor:
-        """The vector for the LLM [N, D] of label probabilities [N, labels] and, when there was audio, its pooled features."""
-        vector_ND = probs.to(self.vectors.weight.dtype) @ self.vectors.weight
-        if pooled is not None:
-            vector_ND = vector_ND + self.gate * self.projection_norm(self.projection(pooled.to(self.projection.weight.dtype)))
-        return vector_ND
+        vector_ND = logits.softmax(dim=1).to(self.vectors.weight.dtype) @ self.vectors.weight
+        heard_ND = self.projection_norm(self.projection(pooled.to(self.projection.weight.dtype)))
+        return logits, vector_ND + self.gate * heard_ND
 
 
 class TagHeads(nn.Module):
@@ -68,7 +63,3 @@ class TagHeads(nn.Module):
         valid_NP = valid_frames(lengths_N, frames_NPA.shape[1])
         found = {name: head(frames_NPA, valid_NP) for name, head in self.heads.items()}
         return {name: logits for name, (logits, _) in found.items()}, torch.stack([v for _, v in found.values()]).sum(dim=0)
-
-    def from_probs(self, probs: Mapping[str, Tensor]) -> Tensor:
-        """The vectors for the LLM [N, D] of given label probabilities, without audio (text-only training)."""
-        return torch.stack([self.heads[name].vector(p) for name, p in probs.items()]).sum(dim=0)  # type: ignore[operator]
