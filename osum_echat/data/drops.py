@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 FILTERS = frozenset(
     {
-        "too_short", "too_long", "label_too_long", "label_empty", "sequence_too_long", "name_filter", "other_stream", "not_in_list",
+        "too_short", "too_long", "label_too_long", "label_empty", "sequence_too_long", "name_filter", "other_stream", "not_in_list", "replaced_line",
         "none_label", "text_speech_ratio", "speech_too_short", "interleave", "tag_extraction", "answer_extraction", "turn_limit",
     }
 )  # fmt: skip

@@ -309,6 +309,10 @@ def _read_labels(side: str) -> tuple[_Labels, list[RecordError]]:
         if not isinstance(key, (str, int)) or key == "":
             faults.append(RecordError("missing_key", f"field 'key' must be a text, found {key!r}", side, number))
         else:
+            if str(key) in labels:
+                faults.append(
+                    RecordError("replaced_line", f"line {number} has the same key and holds", side, labels[str(key)][0], str(key))
+                )
             labels[str(key)] = (number, label)
     return labels, faults
 
