@@ -242,7 +242,7 @@ class _Builder:
         if output.instruction:
             self.add("prompt", sample.prompt_ids)
         if output.spoken_text:
-            self.add("prompt", _without_end(sample.text_ids, self.vocab.eos_id), mask_unknown=output.speech == "after")
+            self.add("prompt", _without_end(sample.text_ids, self.vocab.eos_id))
         if output.audio:
             self.add_audio(marks=True)
         self.add_fixed("header", profile.turn_end + profile.assistant)
