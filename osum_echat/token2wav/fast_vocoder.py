@@ -43,7 +43,9 @@ def bases(tile: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
         turn = 2.0 * math.pi * f / tile * torch.arange(count, dtype=torch.float64)
         return turn.cos(), turn.sin()
 
-    into, weight, back = [], [], []
+    into: list[Tensor] = []
+    weight: list[Tensor] = []
+    back: list[Tensor] = []
     for f in range(tile // 2 + 1):
         (x_cos, x_sin), (w_cos, w_sin), (y_cos, y_sin) = angles(tile, f), angles(taps, f), angles(tile - taps + 1, f)
         if f in (0, tile // 2):

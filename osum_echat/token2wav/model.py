@@ -135,7 +135,7 @@ class Token2Wav:
         if speed <= 0:
             raise ValueError(f"speed must be positive, found {speed}")
         solver = SolverOptions(steps, guidance, schedule)
-        single = _is_single(tokens)
+        single = isinstance(speaker, Speaker) and _is_single(tokens)
         replies = [torch.as_tensor(t, dtype=torch.int64) for t in ([tokens] if single else tokens)]
         speakers = [speaker] * len(replies) if isinstance(speaker, Speaker) else list(speaker)
         if len(speakers) != len(replies):
