@@ -316,7 +316,10 @@ class Processor:
         if turn.wav is None:
             raise record.error("bad_history", "a past turn has no recording")
         self._check_codes(record, turn.speech_token)
-        reply = text.clean(turn.txt.replace("\n", " "), lower=False)
+        reply = turn.txt.replace("\n", " ")
+        if self.profile.strip_leading_tag and not text.only_tags(reply):
+            reply = text.split_leading_tag(reply)[1]
+        reply = text.clean(reply, lower=False)
         return PastTurn(reply_ids=encode(self.tokenizer, reply), speech=turn.speech_token)
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 
-_AROUND_CJK = re.compile(r"\s*([\u4e00-\u9fff])\s*")
-_AROUND_OPEN = re.compile(r"\s*<\s*")
-_AROUND_CLOSE = re.compile(r"\s*>\s*")
+# Blanks next to a Chinese character or an angle bracket.
+_NEEDLESS_BLANKS = re.compile(r"(?<=[\u4e00-\u9fff<>])\s+|\s+(?=[\u4e00-\u9fff<>])")
 _TAG = re.compile(r"<([^<>]+)>")
 _FIRST_TAG = re.compile(r"<[^>]+>")
 _LEADING_TAG = re.compile(r"<([^<>]+)>\s*")
@@ -48,10 +47,8 @@ OTHER_NAMES = (
 
 def clean(text: str, lower: bool) -> str:
     """No blanks around Chinese characters and around angle brackets; lower case if asked for."""
-    text = _AROUND_CJK.sub(r"\1", text)
-    if lower:
-        text = text.lower()
-    return _AROUND_CLOSE.sub(">", _AROUND_OPEN.sub("<", text))
+    text = _NEEDLESS_BLANKS.sub("", text)
+    return text.lower() if lower else text
 
 
 def first_tag(text: str) -> str | None:
