@@ -98,7 +98,7 @@ def test_repetition_guard_acts_on_a_planned_loop_and_is_off_as_released() -> Non
 
 def test_speech_that_outgrows_its_text_ends_and_is_counted() -> None:
     config = GenerationConfig(guards=replace(Guards.off(), length=LengthGuard(base=2, per_text_id=3)))
-    model, tokenizer, _ = tiny()
+    _, tokenizer, _ = tiny()
     says = "你好，我是你的语音助手。"
     result = done(run([request("text2token", config, say=says, max_new=200)], config)[0])
     assert len(result.speech_codes) == 2 + 3 * len(tokenizer.encode(says))
@@ -106,7 +106,7 @@ def test_speech_that_outgrows_its_text_ends_and_is_counted() -> None:
 
 
 def test_a_think_that_never_closes_is_closed_and_the_reply_goes_on() -> None:
-    model, tokenizer, _ = tiny()
+    _, tokenizer, _ = tiny()
     config = GenerationConfig(guards=replace(Guards.off(), think=ThinkGuard(longest=9)))
     opening = dict(enumerate(tokenizer.encode("<think>嗯")))
     row = request("s2t_chat_think", config, recordings=[0], plan=opening, max_new=30)

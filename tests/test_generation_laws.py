@@ -14,6 +14,7 @@ from osum_echat.generation.batch import Batch
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, SpeechTokens, TextDelta, ThinkDelta
+from osum_echat.generation.request import build_request
 from osum_echat.generation.session import Session
 from tests.generation_case import done, every_kind, generator, request, run, tiny
 
@@ -134,7 +135,7 @@ def test_a_session_answers_as_if_everything_were_read_anew(profile: str) -> None
 
 
 def test_a_kept_cache_serves_rows_of_a_batch_with_different_pasts() -> None:
-    model, _, heard = tiny()
+    model, _, _ = tiny()
     rows = []
     for length in (3, 6):
         first = request("speech2text_token", recordings=[0], max_new=30, plan={length: model.vocabulary.eos_id})
@@ -170,10 +171,29 @@ def test_a_session_drops_old_turns_to_fit_its_limit_and_refuses_what_never_fits(
 
 
 def test_prompts_that_hide_positions_are_the_same_batched_and_alone() -> None:
-    rows = [request("text2token", say="你&&好<&&>啊"), request("text2token", say="今天天气很好，我们出去走走")]
-    assert not rows[0].prompt.visible_T.all(), "the case is about masked positions"
+    """As CTC compression hides frames of a recording."""
+    rows = [request("speech2text_token", recordings=[0]), request("text", recordings=[1])]
+    plain = done(run([rows[0]])[0]).generated
+    for row, step in zip(rows, (2, 3), strict=True):
+        visible_P = torch.arange(len(row.heard[0].visible_P)) % step == 0
+        row.heard = (replace(row.heard[0], visible_P=visible_P),)
     alone = [done(run([row])[0]).generated for row in rows]
+    assert alone[0] != plain, "hiding positions must change something"
     assert [done(events).generated for events in run(rows)] == alone
+
+
+def test_hidden_positions_equal_positions_that_are_not_there() -> None:
+    model, _, _ = tiny()
+    hidden, shorter = (request("s2t_chat", recordings=[0]) for _ in range(2))
+    keep_P = torch.arange(len(hidden.heard[0].visible_P)) % 2 == 0
+    hidden.heard = (replace(hidden.heard[0], visible_P=keep_P),)
+    kept = replace(
+        hidden.heard[0], embeds_PD=hidden.heard[0].embeds_PD[keep_P], visible_P=keep_P[keep_P], lengths_N=keep_P.sum()[None]
+    )
+    config, (_, tokenizer, _) = GenerationConfig(), tiny()
+    without = build_request("s2t_chat", config, tokenizer, model.vocabulary, heard=[kept], greedy=True)
+    without.mode = shorter.mode
+    assert done(run([hidden])[0]).generated == done(run([without])[0]).generated
 
 
 def test_the_cache_layer_grows_and_selects_without_loss() -> None:

@@ -120,7 +120,7 @@ def test_words_are_given_and_only_codes_and_delimiters_chosen() -> None:
 
 def test_word_form_of_text_to_speech_begins_behind_the_given_delimiter() -> None:
     config = GenerationConfig(speech_form="word", guards=Guards.off())
-    model, tokenizer, _ = tiny()
+    _, tokenizer, _ = tiny()
     ids = encode(tokenizer, WORDS)
     sample = Sample("text2token", text_ids=ids, speech=tuple(range(10)), words=tuple(WORDS.split()), word_lengths=(3, 1, 4, 2))
     row = state("text2token", config, say=WORDS)
