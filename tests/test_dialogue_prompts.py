@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from osum_echat.dialogue.prompts import AS_RELEASED, AS_TRAINED, FALLBACK_SYSTEM, MINI, OUTPUT_TYPES, PROFILES, get_profile
+from osum_echat.dialogue.prompts import AS_RELEASED, AS_TRAINED, MINI, OUTPUT_TYPES, PROFILES, get_profile
 from osum_echat.dialogue.tasks import OUTPUTS, Sample, build_layout
 from osum_echat.dialogue.tokens import encode
 from tests.dialogue_case import VOCAB, golden, tokenizer
@@ -43,7 +43,6 @@ def test_released_dialogue_with_a_past_opens_without_a_user_header():
 
 def test_other_fixed_strings_are_exact():
     assert AS_TRAINED.turn_end + AS_TRAINED.assistant == PROMPTS["assistant_prefix"]
-    assert FALLBACK_SYSTEM + AS_TRAINED.user_header == PROMPTS["fallback_training"]
     assert AS_TRAINED.system["speech2text_token_streaming_think"] == PROMPTS["unused_but_defined"]
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -202,8 +201,3 @@ def _name(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return os.fspath(source)
     return f"{len(source)} bytes of audio" if isinstance(source, bytes) else "the recording"
-
-
-def join(parts: Sequence[npt.ArrayLike]) -> Samples:
-    """Sample arrays [n] one after another."""
-    return np.concatenate([np.asarray(p, dtype=np.float32) for p in parts]) if parts else np.zeros(0, dtype=np.float32)

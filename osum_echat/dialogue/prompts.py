@@ -153,9 +153,6 @@ MINI = Profile(
 
 PROFILES: Mapping[str, Profile] = {p.name: p for p in (AS_TRAINED, AS_RELEASED, MINI)}
 
-FALLBACK_SYSTEM = _system("You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
-"""What the reference puts before an output type it does not know (and then rejects)."""
-
 
 def get_profile(profile: str | Profile) -> Profile:
     """A profile by name. Raises ValueError for an unknown one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT_TASK = "<TRANSCRIBE>"
@@ -153,9 +153,6 @@ class Record:
                 extra[f"speech_token_{n}"] = list(turn.speech_token)
         out["extra"] = extra
         return out
-
-    def with_task(self, task: str) -> Record:
-        return replace(self, task=task)
 
 
 def parse_codes(value: Any, name: str, source: str = "", line: int = 0, key: str = "") -> tuple[int, ...]:

@@ -15,7 +15,6 @@ OPEN = "<think>"
 CLOSE = "<think end>"
 # Generated text sometimes closes with what the system prompts call the mark.
 CLOSE_MARKS = (CLOSE, "</think end>", "</think>")
-FIELDS = ("transcript", "age", "gender", "emotion", "event", "reply_emotion")
 
 
 @dataclass(frozen=True)
