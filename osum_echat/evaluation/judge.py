@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+log = logging.getLogger(__name__)
 
 Samples = npt.NDArray[np.float32]
 RATE = 16_000
@@ -183,8 +185,10 @@ class Dnsmos:
 
     @cached_property
     def _session(self) -> Any:
-        import onnxruntime
-
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise JudgeUnavailable("DNSMOS needs onnxruntime") from error
         package = importlib.util.find_spec("speechmos")
         if package is None or package.origin is None:
             raise JudgeUnavailable("DNSMOS needs the package speechmos: pip install 'osum-echat[evaluation]'")
@@ -192,6 +196,10 @@ class Dnsmos:
         options.intra_op_num_threads = 1
         path = Path(package.origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def check(self) -> None:
+        """Open the network. Raises JudgeUnavailable when it is not there."""
+        _ = self._session
 
     def overall(self, samples_16k: Samples) -> float:
         """Mean over windows of nine seconds, one a second; shorter recordings are repeated. Raises ValueError for an empty one."""
@@ -208,16 +216,3 @@ class Dnsmos:
             if len(samples) < 2 * self.WINDOW:  # a repeated recording: every window holds the same
                 break
         return float(np.mean(scores))
-
-
-def word_errors(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Word error rate in percent of normalised texts, all sentences together."""
-    import jiwer
-
-    from osum_echat.evaluation.text import normalise
-
-    pairs = [(normalise(r), normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
-    pairs = [(r, h) for r, h in pairs if r]
-    if not pairs:
-        raise ValueError("no reference has a word")
-    return 100.0 * float(jiwer.wer([r for r, _ in pairs], [h for _, h in pairs]))

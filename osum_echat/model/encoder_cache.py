@@ -52,9 +52,9 @@ class EncoderCache:
         frames_N = (lengths_N + 1) // 2
         like = encoder.conv1.weight
         out = torch.zeros(len(self.layers), len(names), int(frames_N.max()), like.shape[0], dtype=like.dtype)
-        for n, entry in enumerate(kept):
-            assert entry is not None and entry.shape[1] == int(frames_N[n]), f"entry {names[n]} has another length"
-            out[:, n, : entry.shape[1]] = entry
+        for n, found in enumerate(kept):
+            assert found is not None and found.shape[1] == int(frames_N[n]), f"entry {names[n]} has another length"
+            out[:, n, : found.shape[1]] = found
         return list(out.to(like.device)), frames_N
 
     def describe(self) -> str:

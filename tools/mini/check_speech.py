@@ -10,7 +10,8 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from osum_echat.evaluation.judge import Recogniser, word_errors
+from osum_echat.evaluation.judge import Recogniser
+from osum_echat.metrics import total_errors
 from tools.mini import labels, texts
 
 
@@ -32,7 +33,7 @@ def check(
             sentence = rng.choice(sentences)
             said.append(sentence)
             heard.append(recogniser.transcribe(labels.speak(sentence, voice, wanted, rng)))
-        result[name] = word_errors(said, heard)
+        result[name] = 100 * total_errors(said, heard).rate
         print(f"{name:<28}{result[name]:6.1f} %", flush=True)
     return result
 
