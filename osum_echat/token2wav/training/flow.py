@@ -61,7 +61,12 @@ class FlowTraining:
     prompt_most: float = 0.3  # of a single recording at most
     joined_share: float = 0.3  # of the rows have another recording before them, half of these as the prompt
     prior_weight: float = 0.0  # squared distance between mel and regulated tokens; 0 as published, more converges sooner
+    prior_steps: int = 0  # at the start, only that distance: it needs the encoder alone, a tenth of the cost of a step
     export_half: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prior_steps and not self.prior_weight:
+            raise ValueError("prior_steps needs a prior_weight above 0: what only the start trained would be forgotten")
 
 
 @dataclass
@@ -211,8 +216,17 @@ class FlowRecipe:
     def train_step(self, step: int) -> dict[str, float]:
         rng = step_rng(self.cfg.run.seed, step)
         batch = self._batch(self._rows(self.batches(step), rng))
-        loss, parts = self._loss(batch, rng, self.cfg.model.solver.training_cfg_rate)
+        if step < self.cfg.prior_steps:
+            loss, parts = self._prior_loss(batch)
+        else:
+            loss, parts = self._loss(batch, rng, self.cfg.model.solver.training_cfg_rate)
         return {**parts, "grad": update(self.optimizers["flow"], loss, self.cfg.optim.clip_norm)}
+
+    def _prior_loss(self, batch: FlowBatch) -> tuple[Tensor, dict[str, float]]:
+        with device.autocast(self.device, self.dtype):
+            mu_BTM = self._regulated(batch)
+        loss = _masked_mean((mu_BTM - batch.mel_BTM).square(), Padding.of(batch.lengths_B, batch.mel_BTM.shape[1]))
+        return loss, {"prior": float(loss.detach())}
 
     def _loss(self, batch: FlowBatch, rng: np.random.Generator, drop_rate: float) -> tuple[Tensor, dict[str, float]]:
         rows = len(batch.rows)
@@ -231,12 +245,10 @@ class FlowRecipe:
             velocity_BTM = self.flow.decoder.estimator(
                 noisy_BTM, mu_BTM * kept_B11, t_B, spk_BM * kept_B11[:, 0], batch.cond_BTM * kept_B11, padding
             ).float()
-        mask_BT1 = torch.ones_like(noise_BTM[..., :1]) if padding is None else padding.mask_BT1
-        count = mask_BT1.sum() * batch.mel_BTM.shape[-1]
-        flow_loss = ((velocity_BTM - (batch.mel_BTM - keep * noise_BTM)).square() * mask_BT1).sum() / count
+        flow_loss = _masked_mean((velocity_BTM - (batch.mel_BTM - keep * noise_BTM)).square(), padding)
         loss, parts = flow_loss, {"flow": float(flow_loss.detach())}
         if self.cfg.prior_weight:
-            prior = ((mu_BTM.float() - batch.mel_BTM).square() * mask_BT1).sum() / count
+            prior = _masked_mean((mu_BTM - batch.mel_BTM).square(), padding)
             loss = loss + self.cfg.prior_weight * prior
             parts["prior"] = float(prior.detach())
         return loss, parts
@@ -268,6 +280,13 @@ class FlowRecipe:
             state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         write_atomically(self.cfg.target, lambda path: torch.save(state, path))
         return [self.cfg.target, describe(self.cfg.target.parent, flow=self.cfg.model)]
+
+
+def _masked_mean(x_BTM: Tensor, padding: Padding | None) -> Tensor:
+    """Mean over real frames and all bins."""
+    if padding is None:
+        return x_BTM.mean()
+    return (x_BTM * padding.mask_BT1).sum() / (padding.mask_BT1.sum() * x_BTM.shape[-1])
 
 
 def _existing(path: Path, name: str, remedy: str) -> Path:
