@@ -363,7 +363,8 @@ def _check_dataset(name: str, recorded: Mapping[str, Any], directory: Path, toke
         return
     if not recorded["samples"]:
         # The published combine list misspells its task field, so the reference read nothing from it.
-        yield CaseResult(name, 0, 0, "deliberate difference: the reference read no sample here; this reader does")
+        why = f" ({recorded['error']})" if recorded.get("error") else ""
+        yield CaseResult(name, 0, 0, f"deliberate difference: the reference read no sample here{why}; this reader does")
         return
     augmented = rest.startswith("train")
     yield from _check_fields(name, recorded, tokenizer)
@@ -403,7 +404,9 @@ def _replay(name: str, recorded: Mapping[str, Any], raw: Path, processor: Proces
         if sample["key"] not in records:
             return not_understood(name, f"no record {sample['key']!r} in {raw.name}/data.list")
         record = records[sample["key"]]
-        first = full[sample.get("same_as_first", sample.get("hash"))]
+        first = full.get(sample.get("same_as_first", sample.get("hash")))
+        if first is None or "label_ids" not in first:
+            return not_understood(name, f"{sample['key']!r} has no recorded label")
         label = tuple(first["label_ids"])
         drawn = [processor(record, random.Random(seed)) for seed in range(SEEDS)]
         processed = next((p for p in drawn if p.sample.text_ids == label), drawn[0])
