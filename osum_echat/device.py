@@ -204,3 +204,8 @@ def describe(device: torch.device) -> str:
     module = _accelerator(device.type)
     assert module is not None
     return f"{device} ({module.get_device_name(device)}, {gib:.0f} GiB)"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether kernels written in Triton can be launched on ``device`` (and Triton is installed)."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

@@ -68,3 +68,20 @@ def test_chunks_keep_logits_within_the_budget(monkeypatch: pytest.MonkeyPatch) -
     hidden, targets, heads = case()
     linear_nll(hidden, targets, heads).sum().backward()
     assert max(largest) <= 59 * 4 and len(largest) == 2 * 6  # 23 positions in sixes, forward and again backward
+
+
+@pytest.mark.parametrize("number_of_heads", [1, 2])
+def test_ligers_fused_loss_gives_the_same_numbers(number_of_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # before triton is imported
+    for package in ("triton", "liger_kernel"):
+        pytest.importorskip(package, reason="needs `pip install liger-kernel triton` (runs on a CPU too, interpreted)")
+    fused = loss._liger()
+    assert fused is not None
+    weights, found = torch.rand(23), []
+    for function in (plain_nll, lambda *a: loss._liger_nll(fused, *a)):
+        hidden, targets, heads = case()
+        nll = function(hidden, targets % 50, heads[:number_of_heads])
+        (nll * weights).sum().backward()
+        found.append([nll, hidden.grad, *(p.grad for head in heads[:number_of_heads] for p in head.parameters())])
+    for wanted, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=0)

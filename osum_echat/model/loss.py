@@ -5,16 +5,25 @@ gradient as much again. Here positions go through the heads in chunks; the backw
 states. The trade-off: one more matrix product per chunk, for a memory that does not grow with the number of targets. When the heads are frozen
 their gradient is not needed, the hidden states' gradient is computed in the forward pass, and nothing is computed twice.
 
+Where Liger's fused loss is installed (0.8 or newer, which takes a gradient per target) and the device runs Triton, it is used instead; its
+numbers are these to 1e-5.
+
 M supervised positions, D width of the LLM, C classes of a head.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from osum_echat import device as devices
 
 # Float32 logits held at a time: 2**25 numbers, 128 MB (215 positions of the published model).
 LOGIT_BUDGET = 2**25
@@ -34,6 +43,8 @@ def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear],
     Returns:
         [M] float32; gradients flow to hidden states, weights and biases.
     """
+    if len(targets_M) and devices.runs_triton(hidden_MD.device) and (fused := _liger()) is not None:
+        return _liger_nll(fused, hidden_MD, targets_M, heads)
     flat: list[Tensor | None] = []
     for head in heads:
         flat += [head.weight, head.bias]
@@ -43,6 +54,26 @@ def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear],
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
     with torch.autocast(device, enabled=False):
         return _LinearNll.apply(hidden_MD.to(dtype), targets_M, chunk, *flat)
+
+
+@functools.cache
+def _liger() -> Any:
+    """Liger's autograd function, None when it is not installed or too old to take a gradient per target."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    module = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
+    known = inspect.signature(module.fused_linear_cross_entropy_forward).parameters
+    return module.LigerFusedLinearCrossEntropyFunction if "token_grad_output" in known else None
+
+
+def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
+    """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits saved)."""
+    weight_CD, bias_C = heads[0].weight, heads[0].bias
+    if len(heads) > 1:
+        weight_CD = torch.cat([head.weight for head in heads])
+        biases = [weight_CD.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+        bias_C = torch.cat(biases)
+    return fused.apply(hidden_MD, weight_CD, targets_M, bias_C, None, -100, 0.0, 0.0, "none")[0]
 
 
 class _LinearNll(torch.autograd.Function):
