@@ -25,7 +25,7 @@ import torch
 from osum_echat import config as config_io
 from osum_echat import device as devices
 from osum_echat.audio.features import LogMel
-from osum_echat.audio.io import Source, to_mono_16k
+from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
 from osum_echat.dialogue.prompts import get_profile
 from osum_echat.dialogue.tasks import find_task
 from osum_echat.dialogue.think import Think
@@ -168,6 +168,8 @@ class EChat:
         self.token2wav = token2wav
         self.voice = speaker
         self._log_mel = LogMel(model.config.encoder.mels)
+        # What the position tables hold: 50 encoder frames and 12.5 adapter positions a second.
+        self.max_seconds = min(MAX_SECONDS, model.config.encoder.max_positions / 50, model.config.adapter.max_positions / 12.5)
 
     @classmethod
     def load(
@@ -203,6 +205,8 @@ class EChat:
         path = Path(checkpoint)
         kind = "bfloat16" if dtype == "auto" and _size(path) > _LARGE else dtype
         model, tokenizer = load_model(checkpoint, config, device=target, dtype=devices.dtype(kind, target))
+        if model.lm.llm.config._attn_implementation == "eager":
+            model.lm.llm.set_attn_implementation("sdpa")  # eager is a choice for training; a step of one id is faster without
         if pack:
             pack_linears(model.lm)
         settings = generation if isinstance(generation, GenerationConfig) else _settings(path, generation)
@@ -404,7 +408,7 @@ class EChat:
 
     def hear(self, wavs: Sequence[Source]) -> list[AudioFeatures]:
         """Recordings as the LLM hears them. Raises AudioError for what cannot be used."""
-        return listen(self.model, [self._log_mel(to_mono_16k(wav)) for wav in wavs])
+        return listen(self.model, [self._log_mel(to_mono_16k(wav, max_seconds=self.max_seconds)) for wav in wavs])
 
     def _listen(self, asks: Sequence[Ask]) -> list[AudioFeatures | None]:
         for ask in asks:
