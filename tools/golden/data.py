@@ -24,6 +24,7 @@ from osum_echat.data import text
 from osum_echat.data.config import LimitConfig
 from osum_echat.data.processing import PROFILES, Processed, ProcessingConfig, Processor, check_limits, load_prompts
 from osum_echat.dialogue.record import Record, RecordError
+from osum_echat.dialogue.tasks import find_task
 from osum_echat.dialogue.think import CLOSE
 from osum_echat.dialogue.tokens import decode, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -380,6 +381,8 @@ def _check_fields(name: str, recorded: Mapping[str, Any], tokenizer: Any) -> Ite
     delimiter = Vocabulary().speech_codes
     for sample in recorded["samples"]:
         key = sample.get("key", "?")
+        if find_task(sample.get("task", "?")).output_type != sample.get("output_type"):
+            wrong.append(f"{key}: output type")
         if "label_text" in sample and list(encode(tokenizer, sample["label_text"])) != sample["label_ids"]:
             wrong.append(f"{key}: label ids")
         if sample.get("prompt_text") and list(encode(tokenizer, sample["prompt_text"])) != sample["prompt_ids"]:
