@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from osum_echat.data.batch import Batch
 from osum_echat.data.config import StreamConfig
 from osum_echat.data.convert import convert
+from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.loader import Loader, filler
 from osum_echat.dialogue.layout import IGNORE
 from tests.data_case import config, loader, record, same, write_raw, write_shard
@@ -196,6 +198,45 @@ def test_streams_are_mixed_by_their_weights_and_a_dry_one_restarts_or_leaves(tmp
     assert set(keys(list(loader(streams)))) == set(order), "when all begin again the epoch ends after the last has been through"
     streams["a"] = StreamConfig(big, weight=0.0)
     assert set(keys(list(loader(streams)))) == {f"k{n:03d}" for n in range(100, 110)}
+
+
+def test_restoring_builds_only_what_was_held_back(lists: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    def make() -> Loader:
+        reader = loader(lists, shuffle_buffer=3)
+        reader.config.batch.pool, reader.config.batch.max_samples = 4, 1
+        return reader
+
+    first = make()
+    running = iter(first)
+    for _ in range(25):
+        next(running)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    built = 0
+    build = ExampleBuilder.build
+
+    def counted(*args: Any) -> Any:
+        nonlocal built
+        built += 1
+        return build(*args)
+
+    monkeypatch.setattr(ExampleBuilder, "build", counted)
+    assert same(next(iter(second)), next(running))
+    assert built <= 2 * 4, "the 25 samples before are not read again"
+
+
+def test_usual_wavs_are_read_like_any_other(tmp_path: Path):
+    from osum_echat.audio.io import to_mono_16k
+    from osum_echat.data.wav import pcm16_mono_16k
+    from tests.data_case import wav_bytes
+
+    data = wav_bytes(0.5)
+    samples = pcm16_mono_16k(data)
+    assert samples is not None and samples.dtype == np.float32 and (samples == to_mono_16k(data)).all()
+    listed = data[:36] + b"LIST\x03\x00\x00\x00abc\x00" + data[36:]
+    assert (pcm16_mono_16k(listed) == samples).all()
+    for other in (wav_bytes(0.5, rate=8000), data[:-100], b"RIFF", b"", data[:40]):
+        assert pcm16_mono_16k(other) is None
 
 
 def test_dialogues_are_expanded_and_survive_a_restore(tmp_path: Path):

@@ -268,15 +268,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--profile", default="processor", choices=list(PROFILES), help="processing profile (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", help="tokenizer folder or hub name: judge lengths in ids, too")
+    parser.add_argument("--speech-codes", type=int, default=4096, help="codes of the speech tokenizer (default: %(default)s)")
     parser.add_argument("--headers-only", action="store_true", help="do not decode recordings (faster; finds no NaN)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: %(default)s, this one)")
     args = parser.parse_args(argv)
-    tokenizer = vocab = None
+    tokenizer, vocab = None, plain_vocabulary(args.speech_codes)
     if args.tokenizer:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        vocab = Vocabulary(max(len(tokenizer), Vocabulary().text_size), tokenizer.eos_token_id, None)
+        vocab = Vocabulary(max(len(tokenizer), Vocabulary().text_size), tokenizer.eos_token_id, None, args.speech_codes)
     try:
         found = examine(
             args.list, args.profile, tokenizer, vocab, not args.headers_only, args.workers, progress=sys.stderr.isatty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping, Sequence
 
@@ -13,11 +14,12 @@ from torch import Tensor
 from osum_echat import config as config_io
 from osum_echat.audio import augment
 from osum_echat.audio.features import HOP, LogMel
-from osum_echat.audio.io import SAMPLE_RATE, AudioError, to_mono_16k
+from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
 from osum_echat.data import paths
 from osum_echat.data.batch import TAGS, Example
 from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
 from osum_echat.data.processing import Processed, ProcessingConfig, Processor, check_limits, expand_dialogue
+from osum_echat.data.wav import pcm16_mono_16k
 from osum_echat.dialogue.interleave import ImpossibleInterleave
 from osum_echat.dialogue.layout import audio_positions, flatten
 from osum_echat.dialogue.record import Record, RecordError
@@ -25,6 +27,7 @@ from osum_echat.dialogue.tasks import OUTPUTS, build_layout
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
 
+_READ_WHOLE = 1 << 25  # bytes; of longer files only what is asked for is read
 Samples = npt.NDArray[np.float32]
 
 
@@ -116,16 +119,21 @@ class ExampleBuilder:
     def _recordings(self, processed: Processed, resolve: paths.Resolver) -> list[Samples]:
         """16 kHz samples of each recording. Raises RecordError with ``audio_...`` for one that cannot be used."""
         record, out = processed.record, []
+        longest = self.config.limits.max_audio_seconds * SAMPLE_RATE
         for n, wav in enumerate(processed.recordings):
             current = n == len(processed.recordings) - 1
             if wav is None:
                 raise record.error("audio_missing", f"task {processed.task} needs a recording, the record has none")
             try:
+                start, end = (record.start, record.end) if current else (None, None)
                 if isinstance(wav, str):
                     path = resolve(wav)
-                    wav = paths.read_bytes(path) if paths.is_url(path) else path
-                start, end = (record.start, record.end) if current else (None, None)
-                out.append(to_mono_16k(wav, start, end, max_seconds=self.config.limits.max_audio_seconds))
+                    small = paths.is_url(path) or os.path.getsize(path) <= _READ_WHOLE
+                    wav = paths.read_bytes(path) if small else path
+                samples = pcm16_mono_16k(wav) if isinstance(wav, bytes) and start is None and end is None else None
+                if samples is None or not MIN_SECONDS * SAMPLE_RATE <= len(samples) <= longest:
+                    samples = to_mono_16k(wav, start, end, max_seconds=self.config.limits.max_audio_seconds)
+                out.append(samples)
             except AudioError as error:
                 raise record.error(f"audio_{error.reason}", str(error)) from error
             except OSError as error:

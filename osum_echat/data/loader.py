@@ -122,9 +122,8 @@ class Loader:
             self.seconds = time.monotonic() - began
             yield batch
         self.report.check(self.config.max_bad_fraction, final=True)
-        log.info("epoch %d, rank %d: %d batches, %s", self.epoch, self._rank, self.batches_done, self.report.text())
-        if self.report.bad:
-            log.warning("epoch %d, rank %d: %d bad samples: %s", self.epoch, self._rank, self.report.bad, self.report.text())
+        level = logging.WARNING if self.report.bad else logging.INFO
+        log.log(level, "epoch %d, rank %d: %d batches, %s", self.epoch, self._rank, self.batches_done, self.report.text())
         self.epoch += 1
 
     def _outputs(self) -> Iterator[tuple[int, Output]]:

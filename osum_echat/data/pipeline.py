@@ -87,6 +87,7 @@ class Reader:
         self._pending = list(self._alive)  # streams that the epoch must still go through once
         self._rng = random.Random(f"mix/{config.seed}/{epoch}/{reader}/{readers}")
         self._buffer: list[tuple[Place, Item]] = []
+        self._buffer_places = np.zeros((config.shuffle_buffer + 1, 5), np.int64)  # the same places, kept up to date for the state
         self._pool: list[tuple[Place, int, Example, Cost]] = []
         self._drops: list[Drop] = []
         self._notes: dict[str, int] = {}
@@ -139,11 +140,13 @@ class Reader:
             taken = self._mixed()
             if taken is None:
                 break
+            self._buffer_places[len(self._buffer)] = _numbers(taken[0])
             self._buffer.append(taken)
         if not self._buffer:
             return None
         at = self._rng.randrange(len(self._buffer)) if size else 0
         self._buffer[at], self._buffer[-1] = self._buffer[-1], self._buffer[at]
+        self._buffer_places[at] = self._buffer_places[len(self._buffer) - 1]
         return self._buffer.pop()
 
     def _mixed(self) -> tuple[Place, Item] | None:
@@ -181,7 +184,7 @@ class Reader:
             "alive": list(self._alive),
             "pending": list(self._pending),
             "rng": _pack_rng(self._rng.getstate()),
-            "buffer": np.array([_numbers(place) for place, _ in self._buffer], dtype=np.int64).reshape(-1, 5),
+            "buffer": self._buffer_places[: len(self._buffer)].copy(),
             "pool": np.array([(*_numbers(place), n) for place, n, *_ in self._pool], dtype=np.int64).reshape(-1, 6),
         }
 
@@ -199,6 +202,8 @@ class Reader:
         pool = [(Place(*row[:5]), row[5]) for row in np.asarray(state["pool"]).tolist()]
         items = self._fetch({*buffer, *(place for place, _ in pool)})
         self._buffer = [(place, items[place]) for place in buffer]
+        self._buffer_places = np.zeros((max(len(buffer), self._config.shuffle_buffer) + 1, 5), np.int64)
+        self._buffer_places[: len(buffer)] = state["buffer"]
         built: dict[Place, list[Example]] = {}
         for place, _ in pool:
             if place not in built:
