@@ -5,7 +5,7 @@ pipeline (read, decode, process, spec-augment, log-mel, flatten, pack) with one 
 features (decode, log-mel, spec-augment, spec-substitution), pads instead of packing, and makes no sequences: an upper bound for it.
 
     python benchmarks/loader.py --json         # 2,000 utterances, about two minutes
-    python benchmarks/loader.py --quick        # a few hundred, within 50 s
+    python benchmarks/loader.py --quick        # 300 utterances, within 50 s
 """
 
 from __future__ import annotations
@@ -161,10 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer utterances: ends within 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--utterances", type=int, help="default 2000, with --quick 400")
+    parser.add_argument("--utterances", type=int, help="default 2000, with --quick 300")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    count = args.utterances or (400 if args.quick else 2000)
+    count = args.utterances or (300 if args.quick else 2000)
     torch.set_num_threads(1)
     result: dict[str, Any] = {"utterances": count}
     with tempfile.TemporaryDirectory() as folder:
