@@ -295,3 +295,19 @@ def test_flow_weights_have_the_names_that_synthesis_loads(tmp_path: Path, camppl
     recipe.export()
     state, _ = read_weights(tmp_path, "flow")
     load_into(FlowModel(recipe.cfg.model), state, "flow.pt")
+
+
+def test_prior_steps_train_the_encoder_and_leave_the_estimator_alone(tmp_path: Path, campplus: Path) -> None:
+    recipe = _flow(tmp_path, campplus, prior_weight=1.0, prior_steps=2)
+    before = {name: value.clone() for name, value in recipe.flow.state_dict().items()}
+    assert set(recipe.train_step(0)) == {"prior", "grad"}
+    after = recipe.flow.state_dict()
+    changed = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
+    assert {"encoder", "length_regulator"} <= changed
+    assert "decoder" not in changed
+    assert set(recipe.train_step(2)) == {"flow", "prior", "grad"}
+
+
+def test_prior_steps_without_its_weight_are_refused() -> None:
+    with pytest.raises(ValueError, match="prior_weight"):
+        config.from_dict(flow.FlowTraining, {"data": {"lists": ["x"]}, "prior_steps": 10})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ class FlowBatch:
 class FlowRecipe:
     """The flow, its loss, measures and export."""
 
-    averaged = ("flow",)
+    averaged: tuple[str, ...] = ("flow",)
 
     def __init__(self, cfg: FlowTraining) -> None:
         self.cfg = cfg
@@ -161,9 +161,9 @@ class FlowRecipe:
         return np.asarray(found[0]).reshape(-1).astype(np.int64)
 
     def _embedding(self, samples_16k: np.ndarray) -> np.ndarray:
-        fbank = features.kaldi_fbank(samples_16k)
-        fbank = (fbank - fbank.mean(0, keepdim=True)).numpy()
-        return self._campplus.run(None, {self._campplus.get_inputs()[0].name: fbank[None]})[0].reshape(-1).astype(np.float32)
+        fbank_TF = features.kaldi_fbank(samples_16k)
+        centred_TF = (fbank_TF - fbank_TF.mean(0, keepdim=True)).numpy()
+        return self._campplus.run(None, {self._campplus.get_inputs()[0].name: centred_TF[None]})[0].reshape(-1).astype(np.float32)
 
     # -- batches -------------------------------------------------------------------------------------------------------------
 
@@ -255,13 +255,14 @@ class FlowRecipe:
 
     def validate(self) -> dict[str, float]:
         """The loss without dropping, and the L1 distance between solved and true log-mel, over at most 16 held-out recordings."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         count = 0
         for count, spoken in enumerate(itertools.islice(self.valid, 16), 1):
             rng = step_rng(self.cfg.run.seed, 0, count)
             batch = self._batch([Row([spoken], 0)])
             _, parts = self._loss(batch, rng, drop_rate=0.0)
-            sums.update(parts)
+            for name, value in parts.items():
+                sums[name] += value
             condition = self.flow.condition(
                 torch.from_numpy(spoken.tokens_N).to(self.device),
                 torch.zeros(0, dtype=torch.long, device=self.device),

@@ -95,7 +95,7 @@ class SpeakerNet(nn.Module):
 class SpeakerRecipe:
     """The net, one direction per voice for training, measures and export."""
 
-    averaged = ("net",)
+    averaged: tuple[str, ...] = ("net",)
 
     def __init__(self, cfg: SpeakerTraining) -> None:
         self.cfg = cfg

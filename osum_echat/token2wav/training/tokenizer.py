@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +130,7 @@ def warp_mel(mel_BTM: Tensor, factors_B: Tensor) -> Tensor:
 class TokenizerRecipe:
     """Encoder and decoder, their losses, measures and export."""
 
-    averaged = ("encoder", "decoder")
+    averaged: tuple[str, ...] = ("encoder", "decoder")
 
     def __init__(self, cfg: TokenizerTraining) -> None:
         self.cfg = cfg
@@ -211,7 +211,7 @@ class TokenizerRecipe:
 
     def validate(self) -> dict[str, float]:
         """Losses per record, phone accuracy, and how many codes are in use and how evenly (perplexity)."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         counts: Counter[str] = Counter()
         used = np.zeros(self.encoder.fsq.size)
         for item in self.valid:

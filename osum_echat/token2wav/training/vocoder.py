@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +91,7 @@ class VocoderBatch:
 class VocoderRecipe:
     """Vocoder and critics, their losses, measures and export."""
 
-    averaged = ("vocoder",)
+    averaged: tuple[str, ...] = ("vocoder",)
 
     def __init__(self, cfg: VocoderTraining) -> None:
         self.cfg = cfg
@@ -195,7 +195,7 @@ class VocoderRecipe:
 
     def validate(self) -> dict[str, float]:
         """The regression losses over whole recordings with the pitch that the network predicts itself, and how often it errs on voicing."""
-        sums: Counter[str] = Counter()
+        sums: defaultdict[str, float] = defaultdict(float)
         count = 0
         threshold = self.cfg.model.nsf_voiced_threshold
         for count, clip in enumerate(itertools.islice(self.valid, 16), 1):
