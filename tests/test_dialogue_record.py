@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat.dialogue.record import Record, RecordError
@@ -91,6 +91,7 @@ json_values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*FULL, "history", "duration", "gender"]), json_values, max_size=8))
 def test_any_json_object_is_a_record_or_a_record_error(data):
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat.dialogue.think import NATURAL, TAG_CHINESE, TAG_ENGLISH, Think, split_think
@@ -70,12 +70,14 @@ def test_think_and_reply_are_separated(text, think, reply, closed):
     assert (split.think, split.reply, split.closed) == (think, reply, closed)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80), st.sampled_from([TAG_CHINESE, TAG_ENGLISH, NATURAL]))
 def test_parsing_never_fails(raw, template):
     assert template.parse(raw).raw == raw
     split_think(raw)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 120))
 def test_a_cut_think_keeps_the_fields_before_the_cut(length):
     whole = split_think(TAG_CHINESE.write(FULL)).think

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat import metrics
@@ -65,6 +65,7 @@ def test_english_numbers_are_written_out():
     assert metrics.normalize("1000001 and 0") == "one million one and zero"
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_normalising_twice_is_normalising_once_and_a_text_has_no_errors_against_itself(text):
     once = metrics.normalize(text)
