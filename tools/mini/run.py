@@ -1,0 +1,123 @@
+"""The whole recipe of mini, from nothing to an evaluated model: ``make mini``.
+
+    python -m tools.mini.run                          every step that is not done yet
+    python -m tools.mini.run --list                   what there is to do
+    python -m tools.mini.run --only evaluate --again  one step once more
+
+Each step is a command of its own (shown before it runs), skipped when it is done, and goes on where it was interrupted: speech is made in parts,
+trainings resume from their checkpoints. On two cores, steps that do not wait for each other can be run side by side with ``--only``
+(``needs`` in the list). Speech needs the Debian packages flite, espeak-ng and wordnet-base; nothing else does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OUT = Path("out/mini")
+DATA, LISTS, TOKEN2WAV = OUT / "data", OUT / "lists", OUT / "token2wav"
+SOUND = TOKEN2WAV / "model"
+DONE = OUT / "done"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command. It is done when it has ended well once: then a file of its name stands in ``out/mini/done``."""
+
+    name: str
+    about: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def marker(self) -> Path:
+        return DONE / self.name
+
+
+def module(name: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *map(str, arguments))
+
+
+def stage(name: str, kind: str) -> tuple[str, ...]:
+    return module("osum_echat.training", "--stage", kind, "--config", f"conf/mini/{name}.yaml")
+
+
+def sound(part: str) -> tuple[str, ...]:
+    return module(f"osum_echat.token2wav.training.{part}", "--config", f"conf/mini/token2wav/{part}.yaml")
+
+
+STEPS = (
+    Step("encoder", "Whisper tiny.en's published data, for the encoder", module("tools.mini.fetch_encoder", "--out", OUT / "whisper")),
+    Step("speech", "say some 7 + 4.5 hours with free synthesisers", module("tools.mini.synthesize", "--out", DATA, "--user-hours", 7, "--reply-hours", 4.5)),
+    Step("text_lists", "sentences to read", module("tools.mini.prepare", "text", "--out", LISTS)),
+    Step("hear_lists", "recordings to understand", module("tools.mini.prepare", "hear", "--data", DATA, "--out", LISTS), ("speech",)),
+    Step("speech_tokenizer", "256 speech codes", sound("tokenizer"), ("speech",)),
+    Step("tokens", "codes of the reply voice", module("tools.mini.prepare", "tokens", "--data", DATA, "--token2wav", SOUND), ("speech_tokenizer",)),
+    Step("speak_lists", "sentences to say, spoken dialogue", module("tools.mini.prepare", "speak", "--data", DATA, "--out", LISTS), ("tokens",)),
+    Step("speaker", "speaker embedding", sound("speaker"), ("speech",)),
+    Step("flow", "codes to log-mel", sound("flow"), ("tokens", "speaker")),
+    Step("vocoder", "log-mel to samples", sound("vocoder"), ("speech",)),
+    Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
+    Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
+    Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
+    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding"), ("understanding_ctc", "generation_tts")),
+    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation"), ("understanding",)),
+    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy"), ("generation_s2s",)),
+    Step(
+        "export",
+        "one folder, 8-bit",
+        module("tools.mini.export", "--run", OUT / "empathy", "--token2wav", SOUND, "--voice", DATA / "heldout/reply/reply_003.wav", "--out", OUT / "export"),
+        ("empathy", "flow", "vocoder"),
+    ),
+    Step("evaluate", "every number of the model card", module("osum_echat.evaluation.mini", "--checkpoint", OUT / "export", "--out", OUT / "evaluation"), ("export",)),
+)  # fmt: skip
+
+
+def run(step: Step, again: bool) -> None:
+    """Run a step unless it is done. Raises ValueError when what it needs is missing or it fails."""
+    if step.marker.exists() and not again:
+        print(f"{step.name}: done before")
+        return
+    missing = [need for need in step.needs if not (DONE / need).exists()]
+    if missing:
+        raise ValueError(f"{step.name} needs {', '.join(missing)}; run without --only, or run those first")
+    print(f"{step.name}: {step.about}\n  {shlex.join(step.command)}", flush=True)
+    began = time.monotonic()
+    code = subprocess.run(step.command, check=False).returncode
+    if code:
+        raise ValueError(f"{step.name} ended with code {code}; what it has made is kept, run again to go on")
+    DONE.mkdir(parents=True, exist_ok=True)
+    step.marker.write_text(f"{time.monotonic() - began:.0f} s\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="tools.mini.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="show the steps and stop")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP", help="these steps")
+    parser.add_argument("--again", action="store_true", help="also steps that are done")
+    args = parser.parse_args(argv)
+    if args.list:
+        for step in STEPS:
+            state = "done" if step.marker.exists() else "    "
+            print(f"{state:<5}{step.name:<18}{step.about:<52}{'needs ' + ', '.join(step.needs) if step.needs else ''}")
+        return 0
+    try:
+        for step in STEPS:
+            if args.only is None or step.name in args.only:
+                run(step, args.again)
+    except ValueError as error:
+        print(f"mini: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
