@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -57,6 +58,36 @@ def test_the_path_without_a_mask_equals_the_one_with() -> None:
     )
     real = inputs.documents_BT >= 0
     torch.testing.assert_close(plain[real], masked[real], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_kernels_that_take_document_lengths_give_the_same_hidden_states() -> None:
+    """With a kernel of transformers' flash interface, written out here; the real ones need an accelerator."""
+    from transformers import AttentionInterface
+
+    seen = []
+
+    def by_document(module, query, key, value, attention_mask, cu_seq_lens_q=None, **kwargs):
+        assert attention_mask is None
+        seen.append(cu_seq_lens_q.tolist())
+        groups = query.shape[1] // key.shape[1]
+        pieces = []
+        for start, end in itertools.pairwise(cu_seq_lens_q.tolist()):
+            q, k, v = query[:, :, start:end], *(x[:, :, start:end].repeat_interleave(groups, 1) for x in (key, value))
+            pieces.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return torch.cat(pieces, 2).transpose(1, 2), None
+
+    AttentionInterface.register("documents_in_python", by_document)
+    model, wanted = make_model(), MODELS["sdpa"]
+    model.lm.flash = "documents_in_python"
+    rows, feats = [make_row([30], 1), make_row([], 2), make_row([17], 3)], make_feats([30, 17])
+    for plan in (None, [[2, 0], [1]]):
+        torch.testing.assert_close(run(model, rows, feats, plan).nll_M, run(wanted, rows, feats, plan).nll_M, atol=2e-5, rtol=0)
+    lengths = [len(row) for row in rows]
+    assert seen[0] == [0, lengths[0], sum(lengths[:2]), sum(lengths)]
+    count, masked = len(seen), [make_row([30], 1, unknown=True)]
+    torch.testing.assert_close(run(model, masked, feats[:1]).nll_M, run(wanted, masked, feats[:1]).nll_M, atol=2e-5, rtol=0)
+    assert len(seen) == count, "a masked position goes through the mask"
 
 
 def test_a_masked_position_is_seen_by_nobody_but_itself_asks() -> None:

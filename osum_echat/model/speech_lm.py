@@ -77,6 +77,7 @@ class SpeechLM(nn.Module):
     def __init__(self, config: LlmConfig, vocabulary: Vocabulary, recompute: bool = False) -> None:
         super().__init__()
         self.vocabulary = vocabulary
+        self.flash = config.attention if config.attention.startswith("flash") else None
         self.llm = build_llm(config)
         rows = self.llm.get_output_embeddings().weight.shape[0]
         if rows != vocabulary.text_size:
@@ -125,6 +126,14 @@ class SpeechLM(nn.Module):
         """
         if documents_BT is not None and visible_BT is not None:
             assert cache is None and attention_mask is None, "packed rows are attended without a cache and bring their own mask"
+            if self.flash is not None:
+                masked = bool((~visible_BT & (documents_BT != PAD_DOCUMENT)).any())
+                # A masked position cannot be told to a kernel that takes lengths. Set for this batch, and left so: recomputation of
+                # activations in its backward pass must find the same.
+                self.llm.set_attn_implementation("sdpa" if masked else self.flash)
+                if not masked:
+                    assert positions_BT is not None
+                    return self._hidden_by_document(inputs_BTD, positions_BT, documents_BT)
             if is_plain(documents_BT, visible_BT):
                 # Padding is at the right end, where causal attention does not look. Consecutive numbers also keep transformers from
                 # taking a jump in the position numbers for the border of a packed sequence.
@@ -140,6 +149,24 @@ class SpeechLM(nn.Module):
             **kwargs,
         )
         return out.last_hidden_state
+
+    def _hidden_by_document(self, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor) -> Tensor:
+        """All documents end to end without padding, for attention kernels that take the documents' lengths (flash "varlen")."""
+        where = torch.nonzero(documents_BT != PAD_DOCUMENT, as_tuple=True)
+        _, lengths = torch.unique_consecutive(documents_BT[where], return_counts=True)
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        longest = int(lengths.max())
+        out = self.llm.get_decoder()(
+            inputs_embeds=inputs_BTD[where][None],
+            position_ids=positions_BT[where][None],
+            attention_mask=None,
+            use_cache=False,
+            cu_seq_lens_q=ends,
+            cu_seq_lens_k=ends,
+            max_length_q=longest,
+            max_length_k=longest,
+        )
+        return torch.zeros_like(inputs_BTD).index_put(where, out.last_hidden_state[0].to(inputs_BTD.dtype))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text ids: [..., D] to [..., V]."""
