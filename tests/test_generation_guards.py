@@ -69,7 +69,11 @@ def test_age_is_chosen_in_a_think_and_counted() -> None:
     config = GenerationConfig(guards=replace(Guards.off(), age=AgeGuard()))
     plan = dict(enumerate(written))
     rows = [request("speech2text_token_think", config, recordings=[0], plan=plan), request("s2t_chat", config, recordings=[0])]
+    rows.append(request("s2t_chat", config, recordings=[1], plan=plan))
     results = [done(events) for events in run(rows, config)]
+    spoken = GenerationConfig(guards=Guards.as_released())
+    assert [done(events).guards for events in run([replace(row, plan=plan) for row in rows], spoken)] == [{"age": 1}, {}, {}]
+    assert results[2].guards == {"age": 1}
     age = AgeChoice.compile(AgeGuard(), tokenizer, model.vocabulary)
     assert age is not None and results[0].text_ids[len(written)] in age.choice_ids
     assert results[0].guards == {"age": 1} and results[1].guards == {}

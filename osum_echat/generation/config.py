@@ -84,10 +84,14 @@ class RepetitionGuard:
 
 @dataclass(frozen=True)
 class AgeGuard:
-    """When a think has come to ``trigger``, the next id must begin one of ``choices``; once per reply."""
+    """When a text has come to ``trigger``, the next id must begin one of ``choices``; once per reply.
+
+    ``&&`` (not known) is one of them, as in the training data; the published code leaves it out, and guards spoken replies only.
+    """
 
     trigger: str = "年龄为:<"
     choices: tuple[str, ...] = ("CHILD>", "ADULT>", "OLD>", "&&>")
+    spoken_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,8 @@ class Guards:
 
     @classmethod
     def as_released(cls) -> Guards:
-        """What the published code really had: its age guard, without ``&&``. Its repetition blocker was never switched on."""
-        return replace(cls.off(), age=AgeGuard(choices=("CHILD>", "ADULT>", "OLD>")))
+        """What the published code really had: its age guard. Its repetition blocker was never switched on."""
+        return replace(cls.off(), age=AgeGuard(choices=("CHILD>", "ADULT>", "OLD>"), spoken_only=True))
 
 
 _S2S = Sampling(temperature=1.2, top_k=10, top_p=0.9)

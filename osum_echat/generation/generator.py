@@ -38,7 +38,7 @@ class _Live:
     def __init__(self, index: int, request: Request, state: RowState, started: float) -> None:
         self.index, self.request, self.state, self.started = index, request, state, started
         self.dice = Dice(request.seed)
-        self.age_armed = True
+        self.age_armed = True  # the age guard may still act
         self.prefill = 0.0
         self.first: dict[str, float] = {}
 
@@ -91,6 +91,9 @@ class Generator:
             return
         started = time.perf_counter()
         live = [_Live(i, request, self._state(request), started) for i, request in enumerate(requests)]
+        if self.config.guards.age is not None and self.config.guards.age.spoken_only:
+            for row in live:
+                row.age_armed = row.state.form != "none"
         room = min(max(r.mode.max_new for r in requests), 512)
         with torch.inference_mode():
             batch = Batch(self.model, requests, room)
@@ -181,8 +184,8 @@ class Generator:
         return choose(logits_RV, settings, uniform_R).tolist()
 
     def _guard_text(self, rows: list[_Live], logits_RV: Tensor) -> Tensor:
-        if self._age is not None and any(row.age_armed and row.state.thinking for row in rows):
-            armed_R = torch.tensor([row.age_armed and row.state.thinking for row in rows], device=logits_RV.device)
+        if self._age is not None and any(row.age_armed for row in rows):
+            armed_R = torch.tensor([row.age_armed for row in rows], device=logits_RV.device)
             logits_RV, acted_R = self._age(logits_RV, self._recent(rows, 0, logits_RV.device), armed_R)
             for row, acted in zip(rows, acted_R.tolist(), strict=True):
                 row.age_armed &= not acted
