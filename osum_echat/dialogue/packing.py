@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,15 +60,13 @@ def pack(rows: Sequence[Row], plan: Sequence[Sequence[int]] | None = None, multi
     length = max((sum(len(rows[i]) for i in group) for group in plan), default=0)
     length = -(-length // multiple_of) * multiple_of
     shape = (len(plan), length)
-    out = PackedRows(
-        ids_BT=torch.zeros(shape, dtype=torch.long),
-        positions_BT=torch.zeros(shape, dtype=torch.long),
-        documents_BT=torch.full(shape, PAD_DOCUMENT, dtype=torch.long),
-        visible_BT=torch.zeros(shape, dtype=torch.bool),
-        targets_BT=torch.full(shape, IGNORE, dtype=torch.long),
-        text_softmax_BT=torch.zeros(shape, dtype=torch.bool),
-        audio_index_BT=torch.full(shape, -1, dtype=torch.long),
-    )
+    ids = np.zeros(shape, np.int64)
+    positions = np.zeros(shape, np.int64)
+    documents = np.full(shape, PAD_DOCUMENT, np.int64)
+    visible = np.zeros(shape, np.bool_)
+    targets = np.full(shape, IGNORE, np.int64)
+    text_softmax = np.zeros(shape, np.bool_)
+    audio_index = np.full(shape, -1, np.int64)
     audio_start, offset = [], 0
     for row in rows:
         audio_start.append(offset)
@@ -76,15 +75,16 @@ def pack(rows: Sequence[Row], plan: Sequence[Sequence[int]] | None = None, multi
         start = 0
         for i in group:
             row, end = rows[i], start + len(rows[i])
-            out.ids_BT[b, start:end] = torch.from_numpy(row.ids_T)
-            out.positions_BT[b, start:end] = torch.from_numpy(row.positions_T)
-            out.documents_BT[b, start:end] = i
-            out.visible_BT[b, start:end] = torch.from_numpy(row.visible_T)
-            out.targets_BT[b, start:end] = torch.from_numpy(row.targets_T)
-            out.text_softmax_BT[b, start:end] = row.text_softmax
+            ids[b, start:end] = row.ids_T
+            positions[b, start:end] = row.positions_T
+            documents[b, start:end] = i
+            visible[b, start:end] = row.visible_T
+            targets[b, start:end] = row.targets_T
+            text_softmax[b, start:end] = row.text_softmax
             audio = audio_start[i]
             for _, first, count in row.audio:
-                out.audio_index_BT[b, start + first : start + first + count] = torch.arange(audio, audio + count)
+                audio_index[b, start + first : start + first + count] = np.arange(audio, audio + count)
                 audio += count
             start = end
-    return out
+    arrays = (ids, positions, documents, visible, targets, text_softmax, audio_index)
+    return PackedRows(*(torch.from_numpy(array) for array in arrays))
