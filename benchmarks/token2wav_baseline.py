@@ -7,6 +7,8 @@ every convolution, Snake in five passes. The numbers are those of `osum_echat.to
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ def solve(flow: FlowModel, condition: Condition, noise_TM: Tensor, steps: int = 
     x, mu, cond = noise_TM.T[None], condition.mu_TM.T[None], condition.cond_TM.T[None]
     mask = torch.ones_like(x[:, :1])
     grid = time_grid(steps)
-    for now, then in zip(grid[:-1], grid[1:], strict=True):
+    for now, then in itertools.pairwise(grid):
         two_x, two_mask = torch.cat((x, x)), torch.cat((mask, mask))
         two_mu = torch.cat((mu, torch.zeros_like(mu)))
         two_spk = torch.cat((condition.spk_M[None], torch.zeros_like(condition.spk_M[None])))
