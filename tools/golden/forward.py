@@ -7,6 +7,7 @@ and the recorded difference is told.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from osum_echat.dialogue.layout import Row, audio_positions, flatten
+from osum_echat.dialogue.layout import Layout, Row, audio_positions, flatten
 from osum_echat.dialogue.packing import pack
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
 from osum_echat.dialogue.tokens import encode
@@ -105,9 +106,9 @@ def _rows(case: dict[str, Any], model: EChatModel, tokenizer: Any, feats: dict[i
             speech=_codes(speech, vocab.text_size, vocab.speech_codes),
             history=tuple(turn for turn, _ in turns),
         )
-        recordings = [f for _, f in turns] + ([current] if output.audio else [])
         layout = build_layout(sample, tokenizer, vocab)
-        row = flatten(layout.segments, [audio_positions(len(f)) for f in recordings], layout.text_softmax)
+        choices = [*(candidates for _, candidates in turns), *([[current]] if output.audio else [])]
+        row, recordings = _fitting(layout, choices, sum(case["mask"][n]))
         targets = [t for t in row.targets_T.tolist() if t >= 0]
         spoken = [i for i, t in enumerate(targets) if t == vocab.speech_delimiter]
         after_text = output.speech == "after" and output.reply_text
@@ -125,6 +126,18 @@ def _rows(case: dict[str, Any], model: EChatModel, tokenizer: Any, feats: dict[i
     return out
 
 
+def _fitting(layout: Layout, choices: list[list[Tensor]], positions: int) -> tuple[Row, list[Tensor]]:
+    """The row whose recordings make it as long as the recorded one (any, when none does: the comparison will tell)."""
+    row, recordings = None, []
+    for picked in itertools.product(*choices):
+        recordings = list(picked)
+        row = flatten(layout.segments, [audio_positions(len(f)) for f in recordings], layout.text_softmax)
+        if int(row.visible_T.sum()) == positions:
+            break
+    assert row is not None
+    return row, recordings
+
+
 def _number(key: str) -> int:
     match = re.fullmatch(r"\D*(\d+)", key)
     if match is None:
@@ -138,42 +151,45 @@ def _codes(ids: list[int], text_size: int, codes: int) -> tuple[int, ...]:
     return tuple(i for i in plain if 0 <= i < codes)
 
 
-_TURN_AUDIO = ("feat", "feats", "feat_index", "wav", "wav_index", "audio", "utt", "key", "feats_index")
-_TURN_TEXT = ("txt", "text", "txt_ids", "text_ids", "target", "ids", "label")
-_TURN_SPEECH = ("speech_token", "speech_tokens", "speech", "speech_ids")
+_TURN_FIELDS = {
+    "speech": re.compile(r"speech|code", re.IGNORECASE),
+    "text": re.compile(r"txt|text|label|target|reply|ids", re.IGNORECASE),
+    "audio": re.compile(r"wav|feat|audio|mel|utt|key|frame|rec", re.IGNORECASE),
+}
 
 
-def _turn(turn: Any, tokenizer: Any, vocab: Any, feats: dict[int, Tensor]) -> tuple[PastTurn, Tensor]:
-    """A recorded past turn: a mapping with a recording (its number or frames), a text (string or ids) and speech ids."""
+def _turn(turn: Any, tokenizer: Any, vocab: Any, feats: dict[int, Tensor]) -> tuple[PastTurn, list[Tensor]]:
+    """A recorded past turn and the recordings that it may have held (all, when the record does not say which).
+
+    A turn is a mapping, or a list in the order recording, text, speech. Fields are told by their names; the text is a string or ids.
+    """
+    if isinstance(turn, list):
+        turn = dict(zip(("audio", "text", "speech"), turn, strict=False))
     if not isinstance(turn, dict):
         raise NotUnderstood(f"a past turn that is {type(turn).__name__}")
-    audio = next((turn[k] for k in _TURN_AUDIO if k in turn), None)
-    frames = next((turn[k] for k in ("frames", "wav_frames", "feats_length", "wav_shape", "feat_shape") if k in turn), None)
-    text = next((turn[k] for k in _TURN_TEXT if k in turn), None)
-    speech = next((turn[k] for k in _TURN_SPEECH if turn.get(k) is not None), [])
-    if text is None or (audio is None and frames is None):
+    found: dict[str, list[Any]] = {kind: [] for kind in _TURN_FIELDS}
+    for name, value in turn.items():
+        kind = next((kind for kind, pattern in _TURN_FIELDS.items() if pattern.search(name)), None)
+        if kind is not None and value is not None and not (name.endswith(("length", "lengths", "len")) and kind != "audio"):
+            found[kind].append(value)
+    if not found["text"]:
         raise NotUnderstood(f"a past turn with the fields {sorted(turn)}")
-    if isinstance(frames, list):
-        frames = frames[0] if frames[0] != 1 else frames[1]
-    recording = _recording(audio, frames, feats)
+    text = next((value for value in found["text"] if isinstance(value, list)), found["text"][0])
     ids = encode(tokenizer, text) if isinstance(text, str) else tuple(int(i) for i in text)
-    return PastTurn(ids, _codes(list(speech), vocab.text_size, vocab.speech_codes)), recording
+    speech = next((value for value in found["speech"] if isinstance(value, list)), [])
+    recordings = next((r for r in (_recordings(value, feats) for value in found["audio"]) if r), list(feats.values()))
+    return PastTurn(ids, _codes(speech, vocab.text_size, vocab.speech_codes)), recordings
 
 
-def _recording(audio: Any, frames: int | None, feats: dict[int, Tensor]) -> Tensor:
-    if isinstance(audio, str):
-        audio = _number(audio)
-    if isinstance(audio, int) and audio in feats:
-        return feats[audio]
-    if isinstance(audio, list):  # a shape, or the features themselves
-        if len(audio) in (2, 3) and all(isinstance(i, int) for i in audio):
-            frames = audio[-2]
-        else:
-            return torch.tensor(audio, dtype=torch.float32)
-    for feat in feats.values():
-        if len(feat) == frames:
-            return feat
-    raise NotUnderstood(f"a past turn's recording {str(audio)[:40]} of {frames} frames")
+def _recordings(value: Any, feats: dict[int, Tensor]) -> list[Tensor]:
+    """The recording that a field names: its number, a key that ends in it, its frames or its shape; empty when it names none."""
+    if isinstance(value, str) and re.fullmatch(r"\D*\d+", value):
+        value = _number(value)
+    if isinstance(value, list) and len(value) in (2, 3) and all(isinstance(i, int) for i in value):
+        value = value[-2]
+    if isinstance(value, int):
+        return [feats[value]] if value in feats else [feat for feat in feats.values() if len(feat) == value]
+    return []
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------------------
