@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,46 @@ class DeepSpeedEngine(Engine):
         )
 
     def load(self, folder: Path) -> None:
-        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False)
+        """On another number of ranks the checkpoint goes through DeepSpeed's universal form, which rank 0 makes beside it."""
+        tag, universal = TAG, folder.parent / f".tmp-universal-{folder.name}"
+        written_by = len(list((folder / TAG).glob("*_optim_states.pt")))
+        resharding = written_by != self.world.size
+        if resharding:
+            problem = _make_universal(folder / TAG, universal / TAG, self.device) if self.world.is_main else ""
+            if problem := self.world.broadcast(problem):
+                raise ValueError(
+                    f"{folder} was written by {written_by} ranks and cannot be re-shared over {self.world.size}: {problem}"
+                )
+        self.engine._config.load_universal_checkpoint = resharding
+        path, _ = self.engine.load_checkpoint(
+            str(universal if resharding else folder), tag=tag, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise ValueError(f"{folder}: DeepSpeed found no checkpoint there")
+        self.world.barrier()
+        if self.world.is_main:
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def _make_universal(source: Path, target: Path, device: torch.device) -> str:
+    """DeepSpeed's own converter, in a process of its own; what went wrong, or ""."""
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        str(target),
+    ]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    done = subprocess.run(
+        command,
+        env={**kept, "DS_ACCELERATOR": devices.deepspeed_accelerator(device)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["unknown reason"])[-1]

@@ -1,0 +1,176 @@
+"""One real optimisation step of the full-size model (3,458.8 M parameters) on a CPU: memory and seconds.
+
+    python benchmarks/full_size_step.py                      # adapter only
+    python benchmarks/full_size_step.py --lora --threads 2   # LoRA (rank 64) and adapter
+
+The published sizes (`conf/ct_config.yaml`), weights in bfloat16, float32 masters, activation checkpointing, AdamW, clipping: the training code
+as it is, with one short made-up sample (a recording of two seconds and twenty target ids). Weights are random numbers of the usual size,
+drawn once and repeated, because drawing 3.5 billion takes longer than the step. Needs about 10 GB of free memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import nn
+
+from osum_echat import config as config_io
+from osum_echat import device as devices
+from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.dialogue.layout import Segment, audio_positions, flatten
+from osum_echat.model.checkpoint import build_meta
+from osum_echat.model.config import LoraConfig, load_config
+from osum_echat.model.echat import EChatModel
+from osum_echat.training.build import assemble
+from osum_echat.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+GB = 2**30
+CPU = torch.device("cpu")
+
+
+def made_up(config: Any) -> EChatModel:
+    """The model with bfloat16 weights in memory, without ever holding them in float32."""
+    torch.manual_seed(0)
+    pattern = torch.randn(1_000_003).mul_(0.02).bfloat16()
+    model = build_meta(config)
+    placed: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if id(param) not in placed:
+                value = torch.empty(param.shape, dtype=torch.bfloat16)
+                flat = value.view(-1)
+                for start in range(0, flat.numel(), len(pattern)):
+                    part = flat[start : start + len(pattern)]
+                    part.copy_(pattern[: len(part)])
+                if param.dim() == 1 and "norm" in f"{type(module).__name__}".lower() and name == "weight":
+                    value.fill_(1.0)
+                placed[id(param)] = nn.Parameter(value)
+            setattr(module, name, placed[id(param)])
+    return model
+
+
+def sample(model: EChatModel) -> Batch:
+    """A transcription of two seconds: instruction, recording, twenty target ids."""
+    vocabulary, rng = model.vocabulary, np.random.default_rng(0)
+    frames = 200
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(int(i) for i in rng.integers(0, 100_000, count))
+
+    segments = [
+        Segment("system", ids(40)),
+        Segment("audio", (vocabulary.audio_begin,)),
+        Segment("audio", audio=0),
+        Segment("audio", (vocabulary.audio_end,)),
+        Segment("header", ids(5)),
+        Segment("text", (*ids(19), vocabulary.eos_id), supervised=True),
+    ]
+    feats = torch.from_numpy(rng.standard_normal((frames, model.config.encoder.mels)).astype(np.float32))
+    row = flatten(segments, [audio_positions(frames)])
+    return collate([Example("made-up", "<TRANSCRIBE>", row, [feats])], model.config.encoder.mels)
+
+
+class OneBatch:
+    """A loader of one batch an epoch."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield self.batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state, state
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lora", action="store_true", help="train LoRA on the LLM beside the adapter")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(args.threads)
+    began = time.monotonic()
+    config = load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true"])
+    if args.lora:
+        from osum_echat.model.lora import add_lora
+
+    model = made_up(config)
+    if args.lora:
+        add_lora(model.lm.llm, LoraConfig())
+    built = time.monotonic() - began
+    weights = devices.memory_allocated(CPU)
+    with tempfile.TemporaryDirectory() as out:
+        plain = {
+            "stage": "understanding",
+            "out": out,
+            "device": "cpu",
+            "precision": "bf16",
+            "accumulation": 1,
+            "max_steps": 1,
+            "max_epochs": None,
+            "threads": args.threads,
+            "rooms": {"encoder": 0.0},
+            "safety": {"try_largest_batch": False, "watchdog_seconds": 0.0},
+        }
+        train = config_io.from_dict(TrainConfig, plain, where="this benchmark")
+        trainer = assemble(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        micro = trainer.objective.prepare(trainer.loader.batch, CPU)  # type: ignore[attr-defined]
+        began = time.monotonic()
+        outcome = trainer.engine.forward(micro, micro.counts)
+        forward = time.monotonic() - began
+        began = time.monotonic()
+        trainer.engine.backward(outcome.loss, last=True)
+        backward = time.monotonic() - began
+        began = time.monotonic()
+        result = trainer.engine.step(1.0)
+        update = time.monotonic() - began
+    # A rate of 1e-6 moves every float32 master, but few of the bfloat16 weights rounded from them.
+    masters = {name: master for name, _, master in trainer.engine.optimizer.pairs}  # type: ignore[attr-defined]
+    moved = sum(int((masters[f"model.{n}"] != b.float()).sum()) for n, b in before.items())
+    found = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained": sum(b.numel() for b in before.values()),
+        "moved": moved,
+        "loss": float(outcome.loss.detach()),
+        "grad_norm": result.grad_norm,
+        "seconds": {
+            "build": round(built, 1),
+            "forward": round(forward, 1),
+            "backward": round(backward, 1),
+            "update": round(update, 1),
+        },
+        "memory_gb": {"weights": round(weights / GB, 2), "peak": round(devices.peak_memory(CPU) / GB, 2)},
+        "threads": args.threads,
+        "machine": platform.platform(),
+    }
+    for key, value in found.items():
+        print(f"{key:<12}{value}")
+    if args.json:
+        print(json.dumps(found))
+    return 0 if moved and result.updated else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
