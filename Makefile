@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-dev test lint types clean
+.PHONY: help demo test venv venv-dev lint types mini evaluate-mini clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -25,6 +25,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,ui,deepspeed]'
 	@touch $@
 
+$(VENV)/.installed-evaluation: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[evaluation]'
+	@touch $@
+
+demo: venv  ## talk to the mini model (WAV=me.wav for a recording of your own)
+	$(BIN)/python -m osum_echat.cli demo $(if $(WAV),--wav "$(WAV)")
+
 venv: $(VENV)/.installed  ## make .venv with what the program needs
 
 venv-dev: $(VENV)/.installed-dev  ## the same, with what tests and lint need
@@ -39,6 +46,12 @@ types: venv-dev  ## mypy
 
 test: lint types  ## lint, types and tests
 	$(BIN)/python -m pytest
+
+mini: $(VENV)/.installed-evaluation  ## make the mini model from nothing; goes on where it stopped (hours)
+	$(BIN)/python -m tools.mini.run
+
+evaluate-mini: $(VENV)/.installed-evaluation  ## measure the mini model on held-out speech; the last line is one JSON object
+	$(BIN)/python -m osum_echat.evaluation.mini
 
 clean:  ## remove what runs left behind (not .venv, not checkpoints)
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis
