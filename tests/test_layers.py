@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = ["deepspeed", "gradio", "torch_npu", "liger_kernel", "flash_attn", "faster_whisper", "speechmos", "webdataset", "pyworld"]
+OPTIONAL = ["deepspeed", "gradio", "torch_npu", "liger_kernel", "flash_attn", "faster_whisper", "speechmos", "webdataset"]
 
 
 def test_imports_point_one_way(root_dir):

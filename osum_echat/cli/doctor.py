@@ -19,7 +19,6 @@ OPTIONAL = {
     "liger-kernel": "a fused loss on GPUs",
     "faster-whisper": "the judge of `make evaluate-mini`",
     "speechmos": "DNSMOS of `make evaluate-mini`",
-    "pyworld": "the recipe of the mini model",
 }
 
 
