@@ -68,11 +68,10 @@ def _liger() -> Any:
 
 def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
     """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits saved)."""
-    weight_CD, bias_C = heads[0].weight, heads[0].bias
-    if len(heads) > 1:
-        weight_CD = torch.cat([head.weight for head in heads])
-        biases = [weight_CD.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
-        bias_C = torch.cat(biases)
+    weights: list[Tensor] = [head.weight for head in heads]
+    biases: list[Tensor] = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
+    weight_CD = weights[0] if len(heads) == 1 else torch.cat(weights)
+    bias_C = heads[0].bias if len(heads) == 1 else torch.cat(biases)
     return fused.apply(hidden_MD, weight_CD, targets_M, bias_C, None, -100, 0.0, 0.0, "none")[0]
 
 
