@@ -1,0 +1,155 @@
+"""Lists, tokenizer and configs of the mini recipe fit the general code that reads them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from osum_echat import config as config_io
+from osum_echat.data.processing import ProcessingConfig, Processor
+from osum_echat.dialogue.interleave import spell
+from osum_echat.dialogue.record import Record
+from osum_echat.dialogue.tasks import build_layout
+from osum_echat.dialogue.think import TAG_ENGLISH, split_think
+from osum_echat.dialogue.tokens import decode, encode
+from osum_echat.generation.config import GenerationConfig
+from osum_echat.model.config import load_config
+from osum_echat.training.config import TrainConfig
+from tools.mini import prepare, run, texts, tokenizer
+
+CONF = Path("conf/mini")
+STAGES = ["text", "generation_tts", "understanding_ctc", "understanding", "generation_s2s", "empathy"]
+
+
+@pytest.fixture(scope="module")
+def tok() -> Any:
+    return AutoTokenizer.from_pretrained(CONF / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def processor(tok: Any) -> Processor:
+    train = config_io.load(TrainConfig, CONF / "empathy.yaml")
+    settings = config_io.from_dict(ProcessingConfig, train.data.processing)
+    return Processor(settings, tok, load_config(CONF / "model.yaml").vocabulary)
+
+
+def recording(topic: str | None = "exam") -> dict[str, Any]:
+    extra = {"age": "child", "gender": "female", "emotion": "sad", "event": "cough", "voice": "v", "topic": topic}
+    extra["reply"] = texts.reply("exam", texts.Labels("child", "female", "sad", "cough"), random.Random(0))
+    return {"key": "u1", "wav": "u1.wav", "txt": "i got my math exam back", "task": "<TRANSCRIBE>", "extra": extra}
+
+
+def processed(processor: Processor, line: dict[str, Any]) -> Any:
+    return processor(Record.from_json(json.dumps(line)), random.Random(0))
+
+
+def test_a_word_has_the_same_ids_at_the_beginning_and_in_the_middle(tok):
+    assert encode(tok, "my sister") == encode(tok, "so my sister")[1:]
+    think = encode(tok, "<think>words: my sister, age: child")
+    assert think[2:4] == encode(tok, "my sister")[:2]
+
+
+def test_any_text_survives_the_tokenizer(tok):
+    for text in ["i am here", "Wow, that was sudden!", "naïve 你好 42 %"]:
+        assert decode(tok, encode(tok, text)).strip() == text
+
+
+def test_thinks_tags_and_spelled_letters_are_single_tokens(tok):
+    for piece in tokenizer.pieces():
+        assert len(tok.encode(piece, add_special_tokens=False)) == 1
+    assert all(len(spell(character, tok)) == 2 for character in "aZ9.?'")  # the character and the blank after it
+    assert len(tok) == load_config(CONF / "model.yaml").vocabulary.text_size == tokenizer.SIZE
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_configs_load_and_name_lists_that_the_recipe_makes(name):
+    train = config_io.load(TrainConfig, CONF / f"{name}.yaml")
+    for stream in (*train.data.streams.values(), *train.validation.streams.values()):
+        assert Path(stream.list).parent == run.LISTS
+    assert train.threads == 1 and train.rooms.encoder == 0.0
+    assert any(step.name == name and f"conf/mini/{name}.yaml" in step.command for step in run.STEPS)
+
+
+def test_generation_settings_ask_what_training_asked():
+    settings = config_io.load(GenerationConfig, CONF / "generation.yaml")
+    prompts = config_io.read_yaml(CONF / "prompts.yaml")
+    assert {task: sentences[0] for task, sentences in prompts.items()} == dict(settings.instructions)
+    train = config_io.load(TrainConfig, CONF / "empathy.yaml")
+    assert settings.profile == train.data.processing["dialogue"] and settings.speech_form == train.data.speech_form
+
+
+def test_hearing_records_become_samples_without_telling_the_answer(processor):
+    for line in prepare.hearing_records(recording(), random.Random(1), every_task=True):
+        sample = processed(processor, line)
+        assert sample.transcripts == ("i got my math exam back",)
+        assert "math" not in sample.prompt
+        assert sample.tags["emotion"] == "sad"
+
+
+def test_think_records_write_a_think_that_parses_back(processor):
+    lines = list(prepare.hearing_records(recording(), random.Random(1), every_task=True))
+    label = processed(processor, next(line for line in lines if line["task"] == "<S2TCHAT> <THINKER>")).label
+    split = split_think(label)
+    think = TAG_ENGLISH.parse(split.think)
+    assert (think.transcript, think.age, think.event, think.reply_emotion) == (
+        "i got my math exam back",
+        "child",
+        "cough",
+        "gentle",
+    )
+    assert texts.reply_fits("exam", texts.Labels("child", "female", "sad", "cough"), split.reply)
+
+
+def test_open_vocabulary_has_no_answer():
+    tasks = {line["task"] for line in prepare.hearing_records(recording(None), random.Random(1), every_task=True)}
+    assert tasks and not any("S2TCHAT" in task for task in tasks)
+
+
+def test_spoken_dialogue_takes_only_answers_that_fit_and_lays_words_and_codes_out(processor, tok):
+    labels = texts.Labels("child", "female", "sad", "cough")
+    fitting = next(texts.reply_parts("exam", labels).variants())
+    lengths = [2] * len(fitting.split())
+    speech = {"speech_token": [7] * sum(lengths), "word_lengths": lengths}
+    spoken = {fitting: [{"txt": fitting, "extra": speech}], "Something else.": [{"txt": "Something else.", "extra": speech}]}
+    lines = list(prepare.spoken_dialogue(recording(), spoken, random.Random(0)))
+    assert [line["task"] for line in lines] == ["<S2TCHAT> <TEXT2TOKEN>", "<S2TCHAT> <TEXT2TOKEN> <THINK>"]
+    for line in lines:
+        sample = processed(processor, line)
+        assert sample.sample.words == tuple(fitting.split())
+        layout = build_layout(sample.sample, tok, processor.vocab, "mini", "word")
+        codes = sum(i == processor.vocab.speech_id(7) for segment in layout.segments for i in segment.ids)
+        assert codes == sum(lengths)
+    assert not list(prepare.spoken_dialogue(recording(), {}, random.Random(0)))
+
+
+def test_misheard_text_is_exact_at_rate_zero_and_close_at_a_low_one():
+    rng = random.Random(0)
+    words = ["my", "sister", "bought", "a", "ring"]
+    assert prepare.misheard(" ".join(words), rng, 0.0) == " ".join(words)
+    wrong = [prepare.misheard(" ".join(words), rng, 0.2).split() for _ in range(200)]
+    changed = sum(a != b for heard in wrong for a, b in zip(heard, words, strict=False))
+    assert 0.1 < changed / 1000 < 0.4
+
+
+def test_steps_need_only_steps_before_them():
+    seen: set[str] = set()
+    for step in run.STEPS:
+        assert set(step.needs) <= seen, step.name
+        seen.add(step.name)
+
+
+def test_a_step_that_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "DONE", tmp_path)
+    step = run.Step("try", "nothing", ("false",))
+    (tmp_path / "try").write_text("1 s\n")
+    run.run(step, again=False)
+    assert "done before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="ended with code 1"):
+        run.run(step, again=True)
+    with pytest.raises(ValueError, match="needs missing"):
+        run.run(run.Step("later", "", ("true",), ("missing",)), again=False)

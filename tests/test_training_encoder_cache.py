@@ -1,0 +1,58 @@
+"""A frozen encoder's outputs from disk are those that it would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from osum_echat.model.config import EncoderConfig
+from osum_echat.model.encoder import AudioEncoder
+from osum_echat.model.encoder_cache import EncoderCache
+
+CONFIG = EncoderConfig(mels=8, dim=16, heads=2, ffn=32, layers=2, max_positions=64, dropout=0.0)
+LENGTHS = torch.tensor([21, 40, 33])
+
+
+def recordings() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(3, 40, 8)
+
+
+def encoder(seed: int = 0) -> AudioEncoder:
+    torch.manual_seed(seed)
+    return AudioEncoder(CONFIG).eval()
+
+
+def test_cached_layers_equal_those_of_the_encoder(tmp_path: Path):
+    own = encoder()
+    cache = EncoderCache(tmp_path, own, (1, 2))
+    expected, frames = own(recordings(), LENGTHS, (1, 2))
+    for _ in range(2):
+        found, found_frames = cache(own, recordings(), LENGTHS)
+        assert torch.equal(found_frames, frames)
+        for a, b in zip(found, expected, strict=True):
+            for n, count in enumerate(frames.tolist()):
+                torch.testing.assert_close(a[n, :count], b[n, :count], atol=5e-3, rtol=0)  # half precision on disk
+    assert (cache.found, cache.missed) == (3, 3)
+
+
+def test_only_new_recordings_are_encoded(tmp_path: Path):
+    own = encoder()
+    cache = EncoderCache(tmp_path, own, (2,))
+    cache(own, recordings()[:2], LENGTHS[:2])
+    found, _ = cache(own, recordings(), LENGTHS)
+    assert (cache.found, cache.missed) == (2, 3)
+    alone, _ = own(recordings()[2:, :33], LENGTHS[2:], (2,))
+    torch.testing.assert_close(found[0][2, :17], alone[0][0], atol=5e-3, rtol=0)
+
+
+def test_another_encoder_or_other_features_find_nothing(tmp_path: Path):
+    first, second = encoder(0), encoder(1)
+    EncoderCache(tmp_path, first, (2,))(first, recordings(), LENGTHS)
+    other = EncoderCache(tmp_path, second, (2,))
+    other(second, recordings(), LENGTHS)
+    assert (other.found, other.missed) == (0, 3)
+    changed = EncoderCache(tmp_path, first, (2,))
+    changed(first, recordings() + 0.1, LENGTHS)
+    assert changed.found == 0
