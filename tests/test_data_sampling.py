@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from osum_echat.config import ConfigError
 from osum_echat.data.config import StreamConfig
 from osum_echat.data.lists import Stream, read_data_yaml
-from osum_echat.data.sampling import draw, epoch_order, shares, weighted_lines
+from osum_echat.data.sampling import Shares, draw, epoch_order, weighted_lines
 from tests.data_case import record, write_raw
 
 
@@ -45,7 +45,7 @@ def test_readers_share_every_sample_of_every_line_once(lines: int, readers: int,
     seen: Counter[tuple[int, int]] = Counter()
     loads = []
     for reader in range(readers):
-        mine = [(s.line, n) for s in shares(order, reader, readers) for n in range(samples) if n % s.parts == s.part]
+        mine = [(s.line, n) for s in Shares(order, reader, readers) for n in range(samples) if n % s.parts == s.part]
         seen.update(mine)
         loads.append(len(mine))
     assert seen == Counter({(line, n): 1 for line in range(lines) for n in range(samples)})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,6 @@ class Batch:
         tags: one mapping a sample; see `tag_ids`.
         transcripts: one a recording (length N), "" where unknown: the target of a CTC loss.
         sample_N: the sample that each recording belongs to.
-        state: where the loader stood after this batch, when it was asked to say (see `data.loader`); not for the model.
     """
 
     rows: PackedRows
@@ -82,7 +80,6 @@ class Batch:
     sample_N: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     texts: list[str] = field(default_factory=list)
     streams: list[str] = field(default_factory=list)
-    state: Any = None
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -18,7 +18,7 @@ import numpy as np
 from osum_echat.config import ConfigError, read_yaml
 from osum_echat.data import paths
 from osum_echat.data.config import ListType, StreamConfig
-from osum_echat.data.sampling import Share, epoch_order, shares, weighted_lines
+from osum_echat.data.sampling import Share, Shares, epoch_order, weighted_lines
 from osum_echat.data.sources import END, Item, Source, open_source
 
 _PASS_STRIDE = 1_000_003  # seeds of the repetitions of a restarted stream lie far from those of the next epochs
@@ -101,10 +101,10 @@ class Stream:
     def weight(self) -> float:
         return float(len(self)) if self.config.weight is None else self.config.weight
 
-    def shares(self, epoch: int, repetition: int, reader: int, readers: int, split: int, shuffle: bool) -> list[Share]:
+    def shares(self, epoch: int, repetition: int, reader: int, readers: int, split: int, shuffle: bool) -> Shares:
         """What ``reader`` reads in an epoch, in order; ``line`` counts through the table."""
         order = epoch_order(len(self), epoch, self.seed + repetition * _PASS_STRIDE, split, shuffle)
-        return shares(order, reader, readers)
+        return Shares(order, reader, readers)
 
     def source(self, line: int) -> Source:
         return self.sources[self._table[line, 0]]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
-T = TypeVar("T")
+import numpy as np
 
 
 def weighted_lines(count: int, weight: float, rng: random.Random) -> list[int]:
@@ -55,19 +55,32 @@ class Share:
     parts: int = 1
 
 
-def shares(order: Sequence[int], reader: int, readers: int, world_size: int = 1) -> list[Share]:
+class Shares(Sequence[Share]):
     """What one of ``readers`` equal readers reads of ``order``.
+
+    Whole lines are dealt one by one; the last ``len(order) % readers`` lines are read by all, each taking every ``readers``-th sample.
+    Holds eight bytes a line: raw lists have millions.
 
     Args:
         reader: ``rank + world_size * worker``: ranks are dealt to first, then the workers of a rank.
-        world_size: only used to check the numbering.
-
-    Whole lines are dealt one by one; the last ``len(order) % readers`` lines are read by all, each taking every ``readers``-th sample.
     """
-    assert 0 <= reader < readers and readers % world_size == 0, (reader, readers, world_size)
-    whole = len(order) - len(order) % readers
-    mine = [Share(line) for line in order[:whole][reader::readers]]
-    return mine + [Share(line, (reader + i) % readers, readers) for i, line in enumerate(order[whole:])]
+
+    def __init__(self, order: Sequence[int], reader: int, readers: int) -> None:
+        assert 0 <= reader < readers, (reader, readers)
+        whole = len(order) - len(order) % readers
+        self._lines = np.asarray(order[:whole][reader::readers], dtype=np.int64)
+        self._shared = [Share(line, (reader + i) % readers, readers) for i, line in enumerate(order[whole:])]
+
+    def __len__(self) -> int:
+        return len(self._lines) + len(self._shared)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        at %= len(self)
+        return Share(int(self._lines[at])) if at < len(self._lines) else self._shared[at - len(self._lines)]
 
 
 def draw(weights: Sequence[float], alive: Sequence[bool], rng: random.Random) -> int:

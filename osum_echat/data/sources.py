@@ -2,7 +2,7 @@
 
 A source has lines (a record of a raw list; a tar of a shard list; a jsonl with its tar of a combine list). `read` goes through one line
 from any sample on, `read_one` fetches a single sample again by where it starts: that is all that mixing, shuffling and resume need.
-Objects hold no open file between calls, so they may be shared with worker processes.
+Objects may be shared with worker processes: no file offset is held across a fork.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -104,10 +104,11 @@ class RawSource(Source):
         self._data = paths.read_bytes(name) if paths.is_url(name) else b""
         data = self._data or _map(name)
         starts, ends = _line_spans(data)
-        blank = [i for i in range(len(starts)) if ends[i] - starts[i] < 3 and not bytes(data[starts[i] : ends[i]]).strip()]
+        short = np.flatnonzero(ends - starts < 3)  # empty lines, and those of a carriage return alone
+        blank = [i for i in short if not bytes(data[starts[i] : ends[i]]).strip()]
         self._numbers = np.delete(np.arange(1, len(starts) + 1), blank)
         self._starts, self._ends = np.delete(starts, blank), np.delete(ends, blank)
-        self._fd: tuple[int, int] | None = None
+        self._file: tuple[int, IO[bytes]] | None = None
         if len(self._numbers):
             self._probe()
 
@@ -123,15 +124,16 @@ class RawSource(Source):
             self.resolve.probe(wav)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fd": None}
+        return {**self.__dict__, "_file": None}
 
     def _line(self, line: int) -> bytes:
         start, end = int(self._starts[line]), int(self._ends[line])
         if self._data:
             return self._data[start:end]
-        if self._fd is None or self._fd[0] != os.getpid():  # positioned reads: a forked worker may not share a file offset
-            self._fd = (os.getpid(), os.open(self.name, os.O_RDONLY))
-        return os.pread(self._fd[1], end - start, start)
+        if self._file is None or self._file[0] != os.getpid():  # a forked worker must not share an offset in a file
+            self._file = (os.getpid(), open(self.name, "rb"))  # noqa: SIM115 - closed with this object
+        self._file[1].seek(start)
+        return self._file[1].read(end - start)
 
     def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
         if share.part or index:
