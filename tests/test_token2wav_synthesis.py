@@ -15,8 +15,11 @@ from osum_echat.token2wav.draws import Draws, NoiseField
 from osum_echat.token2wav.encoder import RelativeAttention, TokenEncoder, relative_table
 from osum_echat.token2wav.estimator import Estimator, Padding
 from osum_echat.token2wav.fast_vocoder import FastConv, FastVocoder, bases
+from osum_echat.token2wav.flow import Condition
+from osum_echat.token2wav.packed_linear import can_pack
 from osum_echat.token2wav.vocoder import Snake, Vocoder
-from tests.token2wav_case import recorded_speaker, recorded_tokens, tiny_model
+from tests.token2wav_case import DATA, recorded_speaker, recorded_tokens, tiny_model
+from tools.golden import token2wav as golden
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +210,24 @@ def test_estimator_rows_do_not_depend_on_padding(lengths: tuple[int, int]) -> No
             one = slice(row, row + 1)
             alone = net(x[one, :n], mu[one, :n], t[one], spk[one], cond[one, :n])
             assert (both[row, :n] - alone[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("lengths", [(31, 22), (17, 17)])
+def test_prepared_flow_equals_the_plain_one(lengths: tuple[int, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if packed and not can_pack(torch.device("cpu")):
+        pytest.skip("this PyTorch has no oneDNN operators to pack for")
+    monkeypatch.setattr("osum_echat.token2wav.flow.can_pack", lambda _: packed)
+    plain = golden.Networks.load(DATA).flow
+    fast = golden.Networks.load(DATA).flow
+    torch.manual_seed(0)
+    noises = [torch.randn(n, 80) for n in lengths]
+    conditions = [Condition(torch.randn(n, 80), torch.randn(80), torch.randn(n, 80), 3) for n in lengths]
+    with torch.inference_mode():
+        fast.prepare()
+        assert not any(key.endswith("to_q.weight") for key in fast.state_dict())
+        for a, b in zip(plain.solve(conditions, noises, 3), fast.solve(conditions, noises, 3), strict=True):
+            assert (a - b).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(("tile", "taps"), [(16, 7), (32, 11), (8, 3)])

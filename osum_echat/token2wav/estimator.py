@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osum_echat.token2wav.config import EstimatorConfig
+from osum_echat.token2wav.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,25 @@ class SelfAttention(nn.Module):
         self.to_k = nn.Linear(width, inner, bias=False)
         self.to_v = nn.Linear(width, inner, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(inner, width)])
-        self._joined: Tensor | None = None
+        self._joined: nn.Module | None = None
 
-    def join(self) -> None:
-        """Inference only: one product for queries, keys and values. The three layers become views of its weight."""
-        layers = (self.to_q, self.to_k, self.to_v)
-        self._joined = torch.cat([f.weight.detach() for f in layers])
-        for layer, rows in zip(layers, self._joined.chunk(3), strict=True):
-            layer.weight = nn.Parameter(rows, requires_grad=False)
+    def prepare(self, pack: bool) -> None:
+        """Inference only: one product for queries, keys and values, with packed weights if ``pack``."""
+        weight = torch.cat([f.weight.detach() for f in (self.to_q, self.to_k, self.to_v)])
+        out = cast(nn.Linear, self.to_out[0])
+        if pack:
+            self._joined = PackedLinear(weight, None)
+            self.to_out[0] = PackedLinear(out.weight, out.bias)
+        else:
+            self._joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            self._joined.weight = nn.Parameter(weight, requires_grad=False)
+        del self.to_q, self.to_k, self.to_v
 
     def forward(self, x_BTC: Tensor, padding: Padding | None = None) -> Tensor:
         if self._joined is None:
             q, k, v = (f(x_BTC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
         else:
-            q, k, v = F.linear(x_BTC, self._joined).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = self._joined(x_BTC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         keys = None if padding is None else padding.keys_B11T()
         return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2))
 
@@ -157,6 +163,12 @@ class EstimatorFeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.net = nn.Sequential(Projection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def prepare(self, pack: bool) -> None:
+        """Inference only: packed weights, GELU within the first product."""
+        if pack:
+            first, last = cast(Projection, self.net[0]).proj, cast(nn.Linear, self.net[2])
+            self.net = nn.Sequential(PackedLinear(first.weight, first.bias, gelu=True), PackedLinear(last.weight, last.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)

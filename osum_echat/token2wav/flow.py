@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from osum_echat.token2wav.config import FlowConfig, SolverConfig
 from osum_echat.token2wav.encoder import LengthRegulator, TokenEncoder, stretch, stretch_reply
-from osum_echat.token2wav.estimator import Estimator, Padding, SelfAttention
+from osum_echat.token2wav.estimator import Estimator, EstimatorFeedForward, Padding, SelfAttention
+from osum_echat.token2wav.packed_linear import can_pack
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,16 @@ class FlowModel(nn.Module):
         self.decoder = FlowDecoder(bins, config)
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> None:
-        """For inference, on the final device: the U-Net, nearly all of the work, in ``dtype``, with its projections joined."""
+        """For inference only, on the final device: the U-Net, nearly all of the work, in ``dtype``, its products joined and on a CPU packed.
+
+        The model cannot be trained or saved afterwards.
+        """
         estimator = self.decoder.estimator.to(dtype)
         estimator.time_mlp.float()
-        for module in estimator.modules():
-            if isinstance(module, SelfAttention):
-                module.join()
+        pack = can_pack(estimator.final_proj.weight.device)
+        for module in list(estimator.modules()):
+            if isinstance(module, (SelfAttention, EstimatorFeedForward)):
+                module.prepare(pack)
 
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raise ValueError for ids outside the codebook, naming the first one."""
