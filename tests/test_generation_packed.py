@@ -1,0 +1,59 @@
+"""Packed weights: the same numbers, the same ids, and only where they pay."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.generator import Generator
+from osum_echat.generation.packed import PackedLinear, can_pack, pack_linears
+from tests.generation_case import done, request, tiny
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this CPU build of torch has no oneDNN kernels")
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1, 256), (16, 256), (2, 37, 256)])
+def test_a_packed_layer_computes_what_linear_does(bias: bool, shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(256, 2048, bias=bias)
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=1e-5)
+        if can_pack(CPU, torch.bfloat16):
+            half, exact = linear.bfloat16(), linear(x.bfloat16()).float()
+            assert (PackedLinear(half)(x.bfloat16()).float() - exact).abs().max() < 0.02 * exact.abs().max()
+
+
+@needs_kernels
+def test_only_what_gains_is_packed() -> None:
+    class Odd(nn.Linear):
+        """Somebody's own linear layer."""
+
+    model = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(64, 64), nn.Sequential(nn.Linear(1024, 2048), Odd(1024, 1024)))
+    model.append(nn.Linear(1024, 1024, device="meta"))
+    assert pack_linears(model) == 2
+    assert [type(m).__name__ for m in model] == ["PackedLinear", "Linear", "Sequential", "Linear"]
+    assert [type(m).__name__ for m in model[2]] == ["PackedLinear", "Odd"]  # type: ignore[arg-type]
+
+
+@needs_kernels
+def test_a_model_with_packed_weights_decodes_the_same_ids() -> None:
+    model, tokenizer, _ = tiny()
+    packed = copy.deepcopy(model)
+    packed.lm.llm.lm_head = PackedLinear(packed.lm.llm.lm_head)  # by hand: the tiny layers are too small to pay
+    row = request("s2t_chat", recordings=[1], max_new=20)
+    generators = [Generator(m, tokenizer, GenerationConfig()) for m in (model, packed)]
+    results = [done([e for _, e in g.generate([replace(row)])]).generated for g in generators]
+    assert results[0] == results[1]
+
+
+def test_other_devices_and_types_are_left_alone() -> None:
+    assert not can_pack(torch.device("meta"), torch.float32)
+    assert not can_pack(CPU, torch.float16)
