@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from osum_echat.training import checkpoint
+from osum_echat.training import checkpoint, export
 from tests import training_case as tc
 from tests.test_training_engines import engine, largest_difference
 
@@ -60,6 +60,8 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(name: str, step: int, ph
     resumed = finish(case, world)
     assert "resumed" in tc.logs(case)
     assert all(resumed[key].equal(whole[key]) for key in whole)
+    stored = export.trained_weights(checkpoint.step_folder(tmp_path / "run"))
+    assert all(stored[key.removeprefix("model.")].equal(whole[key]) for key in whole)
 
 
 @pytest.mark.parametrize(("name", "before", "after"), [("fsdp", 2, 1), ("ddp", 1, 2), ("zero2", 2, 1)])

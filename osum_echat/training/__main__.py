@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m osum_echat.training --stage generation --config conf/stage2_s2s.yaml engine.name=fsdp
 
 A run that finds checkpoints in its output folder continues the newest one; ``--fresh`` refuses to. Exit codes: 0 done (or stopped by a signal,
-with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite steps.
+with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite steps, 4 the last checkpoint could not be written.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         validators = {name.partition(":")[2]: find_validator(name) for name in args.validators}
         trainer = build.trainer(config, validators, bar=not args.no_bar)
-        if trainer.resume() and args.fresh:
+        if args.fresh and trainer.checkpoints.latest() is not None:
             raise ConfigError(f"--fresh, but {config.out} has checkpoints; choose another out=, or remove it")
+        trainer.resume()
         trainer.run()
+        if not trainer.is_saved:
+            print("the last steps could not be saved (see the log); make room and start again", file=sys.stderr)
+            return 4
     except TooManyBadSteps as error:
         print(error, file=sys.stderr)
         return 3

@@ -69,11 +69,11 @@ def assemble(
             add_lora(model.lm.llm, model_config.lora)
         tokenizer = model_io.load_tokenizer(step, model.config, tokenizer_folder) if tokenizer_folder.is_dir() else None
     else:
+        config.model_changes = config_io.merge(config.model_changes, changes or {})
         model, tokenizer = start.load_start(config)
-        model.config = start.changed(model.config, changes or {})
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))  # DeepSpeed names tied weights twice
     for name, tensor in (trained_weights(step) if weights is None else weights).items():
-        own[name].data = tensor.to(own[name].dtype if own[name].dtype != torch.float32 else torch.float32)
+        own[name].data = tensor.to(own[name].dtype)
     return model, tokenizer
 
 

@@ -365,12 +365,17 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, unless there is one already."""
-        if self._saved_step == self.state.step:
+        if self.is_saved:
             return
         self._beat("save")
         mine = {"rng": devices.rng_state(self.device), "data": self.loader.state_dict()}
         if self.checkpoints.save(self.engine, self.state, mine, self.facts):
             self._saved_step = self.state.step
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        return self._saved_step == self.state.step
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

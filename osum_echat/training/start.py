@@ -50,14 +50,23 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
     return model, tokenizer
 
 
+def local(name: str, files: list[str] | None = None) -> Path:
+    """A path of this machine: ``name`` itself, or the download of a hub repository (of ``files`` only). Raises ConfigError."""
+    path = Path(name)
+    if path.exists() or name.count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"{name} is neither a path here nor on the hub ({str(error).splitlines()[0]})") from error
+
+
 def put_whisper(model: EChatModel, name: str) -> None:
     """Copy a Whisper encoder (any published form, or a hub name) into the model. Its position table may be shorter than the model's."""
-    path = Path(name)
-    if not path.exists():
-        from huggingface_hub import snapshot_download
-
-        path = Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    sizes, state = read_whisper(path)
+    sizes, state = read_whisper(local(name, ["config.json", "model.safetensors"]))
     ours = model.config.encoder
     wrong = [f for f in ("mels", "dim", "heads", "ffn", "layers") if getattr(sizes, f) != getattr(ours, f)]
     if wrong:
@@ -80,10 +89,13 @@ def changed(model_config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
 
 
 def _from_checkpoint(config: TrainConfig, name: str) -> tuple[EChatModel, Any]:
-    file = Path(config.model) if config.model is not None else Path(name) / model_io.CONFIG_FILE
+    """A checkpoint folder's own config goes before ``model``, which is for files that bring none."""
+    path = local(name)
+    own = path / model_io.CONFIG_FILE
+    file = own if own.is_file() or config.model is None else Path(config.model)
     if not file.is_file():
         raise ConfigError(f"init.checkpoint: {name} has no {model_io.CONFIG_FILE}; state its model config with model: (a file)")
-    return model_io.load_model(name, changed(load_config(file), _changes(config)), tokenizer=config.init.tokenizer)
+    return model_io.load_model(path, changed(load_config(file), _changes(config)), tokenizer=config.init.tokenizer)
 
 
 def _new(config: TrainConfig) -> tuple[EChatModel, Any]:
