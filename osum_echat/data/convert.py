@@ -213,16 +213,10 @@ def _to_side_list(run: _Run, job: Job) -> tuple[int, list[Drop]]:
             drops += [_drop(problem, item) for problem in item.problems]
             continue
         record = item.fields
-        front = {
-            "key": record["key"],
-            "txt": record.get("txt", ""),
-            "task": record.get("task", ""),
-            "extra": record.get("extra", {}),
-        }
-        front = {name: value for name, value in front.items() if name in record}
+        front = {"key": item.name} | {name: record[name] for name in ("txt", "task", "extra") if name in record}
         if isinstance(record.get("wav"), bytes):
             front["wav"] = ONLY_META
-        text = {name: value for name, value in record.items() if not isinstance(value, bytes)}
+        text = {name: value for name, value in record.items() if not isinstance(value, bytes) and name != "key"}
         lines.append(json.dumps({**front, "tar_path_key": job.stem, **text}, ensure_ascii=False))
     _write(run.path(f"{job.stem}.list"), lines)
     return len(lines), drops

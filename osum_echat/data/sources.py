@@ -40,7 +40,7 @@ class Item:
         next_offset: byte where the next one starts, `END` after the last.
         source, number: file and line (from 1; 0 in a tar) to name in messages.
         fields: what `Record.from_dict` takes. None when there are only problems.
-        members: names of the tar members it was made of.
+        name, members: key in the tar (a record may have another, see `convert`) and names of the members there.
         problems: why there is no record (several for the keys that a tar lacks).
     """
 
@@ -51,6 +51,7 @@ class Item:
     source: str
     number: int = 0
     fields: dict[str, Any] | None = None
+    name: str = ""
     members: tuple[str, ...] = ()
     problems: list[RecordError] = field(default_factory=list)
 
@@ -180,7 +181,7 @@ class ShardSource(Source):
 
 
 def _shard_item(group: tar.Group, line: int, path: str) -> Item:
-    item = Item(line, group.index, group.offset, group.next_offset, path, members=tuple(group.members))
+    item = Item(line, group.index, group.offset, group.next_offset, path, name=group.key, members=tuple(group.members))
     if group.damage is not None:
         item.problems = [RecordError(group.damage.reason, str(group.damage), path, 0, group.key)]
         return item
