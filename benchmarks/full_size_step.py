@@ -106,12 +106,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", action="store_true", help="train LoRA on the LLM beside the adapter")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--layers", type=int, help="fewer LLM layers than the published 36, to try the script itself")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     began = time.monotonic()
-    config = load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true"])
+    fewer = [f"llm.config.num_hidden_layers={args.layers}"] if args.layers else []
+    config = load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true", *fewer])
     if args.lora:
         from osum_echat.model.lora import add_lora
 
