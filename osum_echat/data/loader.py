@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +75,6 @@ class Loader:
         self.epoch = 0
         self.report = DropReport()
         self.batches_done = 0
-        self.seconds = 0.0
         self._builder, self._rank, self._world_size = builder, rank, world_size
         self._agree = _distributed_agreement(world_size) if agree == "auto" else agree
         self._pin_memory, self._repeat = pin_memory, repeat
@@ -107,7 +105,6 @@ class Loader:
         if not self._resumed:
             self._fresh()
         self._resumed = False
-        began = time.monotonic()
         outputs = self._outputs()
         while True:
             output = self._next_output(outputs)
@@ -119,7 +116,6 @@ class Loader:
                     break
                 batch = filler(self.config.num_mels)
             self.batches_done += 1
-            self.seconds = time.monotonic() - began
             yield batch
         self.report.check(self.config.max_bad_fraction, final=True)
         level = logging.WARNING if self.report.bad else logging.INFO

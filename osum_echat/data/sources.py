@@ -55,11 +55,6 @@ class Item:
     members: tuple[str, ...] = ()
     problems: list[RecordError] = field(default_factory=list)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of audio that the item holds in memory."""
-        return sum(len(v) for v in (self.fields or {}).values() if isinstance(v, bytes))
-
     def record(self) -> Record:
         """The checked record. Raises RecordError."""
         if self.problems:
