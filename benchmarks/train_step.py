@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer samples and steps, within 50 s")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args(argv)
-    count, steps = (16, 2) if args.quick else (24, 4)
+    count, steps = (8, 1) if args.quick else (32, 3)
     sizes: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
                 "padded_memory_mb": padded["memory"] / 2**20,
             }
             print(f"{size:<5}" + "  ".join(f"{k} {v:.3g}" for k, v in sizes[size].items()), flush=True)
-        scaling_2p = scaling("mid", 8, steps, folder)
+        scaling_2p = scaling("mid", count // 2, steps, folder)
     print(
         f"two processes: {scaling_2p:.2f} x the targets/s of one ({os.cpu_count()} cores, {platform.processor() or platform.machine()})"
     )

@@ -7,6 +7,7 @@ fork server that has the imports done.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -216,7 +217,9 @@ def run(case: dict[str, Any]) -> Trainer:
         from osum_echat.model.config import LoraConfig
         from osum_echat.model.lora import add_lora
 
-        add_lora(model.lm.llm, LoraConfig(rank=4, alpha=8, dropout=0.0))
+        lora = LoraConfig(rank=4, alpha=8, dropout=0.0)
+        add_lora(model.lm.llm, lora)
+        model.config = dataclasses.replace(model.config, lora=lora)
     trainer = assemble(config, model, LetterTokenizer(), loader, validation, bar=False)
     if rank == case.get("kill_rank", -1):
         _kill_in(trainer, case["kill_at_step"], case["kill_in"])

@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on every checkpoint of one process
     try:
         config = load_config(args.config, args.stage, args.overrides)
         if args.print_config:

@@ -299,12 +299,12 @@ class Trainer:
         guilty = [
             micro.batch.keys[d]
             for micro, outcome in zip(micros, outcomes, strict=True)
-            for d in torch.nonzero(~torch.isfinite(outcome.nll_D))[:, 0].tolist()
+            for d in spoiled(micro.batch, outcome.nll_D)
         ]
         finite = all(bool(torch.isfinite(o.loss)) for o in outcomes)
         kind = "loss" if not finite else "gradient"
         scaled = self.config.precision == "fp16" and not self.world.any(not finite)
-        keys = guilty or ([k for m in micros for k in m.batch.keys] if finite or not guilty else [])
+        keys = guilty or [k for m in micros for k in m.batch.keys]
         self.state.bad_steps += 0 if scaled else 1
         everyone = [line for line in self.world.gather((self.world.rank, kind, keys, finite and not guilty)) if line[2]]
         if any(not line[3] for line in everyone):  # some rank knows the culprit: the others' gradients only inherited it
@@ -426,6 +426,16 @@ class Trainer:
         has_lora = any(".lora_" in name for name, _ in self.objective.named_parameters())
         self.objective.train()
         set_modes(self.objective.model, rates(self.config, has_lora))
+
+
+def spoiled(batch: Batch, nll_D: torch.Tensor) -> list[int]:
+    """Numbers of the samples that made a loss non-finite: those with a non-finite recording, else those whose own loss is.
+
+    Inside a packed row a NaN spreads to the samples behind it (a masked key counts zero times NaN), so the recordings are asked first.
+    """
+    bad_N = ~torch.isfinite(batch.feats_NTF).flatten(1).all(dim=1) if len(batch.feats_NTF) else torch.zeros(0, dtype=torch.bool)
+    by_recording = sorted({int(d) for d in batch.sample_N[bad_N] if int(d) < len(batch)})
+    return by_recording or torch.nonzero(~torch.isfinite(nll_D))[:, 0].tolist()
 
 
 def _sum_maps(maps: list[dict[str, float]]) -> dict[str, float]:
