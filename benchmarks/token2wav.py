@@ -232,7 +232,7 @@ def run(directory: Path, quick: bool) -> dict[str, Any]:
         for prompt in [headline] if quick else PROMPTS:
             flow[f"{prompt}, {threads} thread(s)"] = measure_flow(plain, model, half, prompt, threads, 1, 2 if quick else 3)
     out |= {"flow": flow, "vocoder": vocoder, "prompt_features_s": measure_prompt(1)}
-    stream = StreamConfig(first_hop=12, hop=12, left_context=12, look_ahead=6) if quick else StreamConfig()
+    stream = StreamConfig(first_hop=8, hop=8, left_context=8, look_ahead=5) if quick else StreamConfig()
     out["stream"] = measure_stream(model, stream, 1 if quick else 2, 20)
     theirs, ours = (flow[f"{headline}, 1 thread(s)"][k] + vocoder["1 thread(s)"][k] for k in ("baseline_s", "ours_s"))
     spoken = mel_frames(REPLY_TOKENS) * 256 / 22050

@@ -82,14 +82,15 @@ class FastConv:
         # A block is a whole number of tiles for every dilation phase, so that blocks do not overlap.
         unit = self.dilation * (self.tile - self.taps + 1 if self.tile else 1)
         block = unit * max(1, BLOCK // unit)
-        out_TC = x_TC.new_empty(frames, channels)
+        out_TC = x_TC.new_empty(-(-frames // unit) * unit, channels)
         for start in range(0, frames, block):
-            count = min(block, frames - start)
-            whole = -(-count // unit) * unit
-            h_TC = self._input(x_TC, start - reach // 2, whole + reach)
-            y_TC = self._tiles(h_TC, whole) if self.tile else self._direct(h_TC, whole)
-            torch.add(y_TC[:count], self.bias_C, out=out_TC[start : start + count])
-        return out_TC
+            out = out_TC[start : start + block]
+            h_TC = self._input(x_TC, start - reach // 2, len(out) + reach)
+            if self.tile:
+                self._tiles(h_TC, out)
+            else:
+                self._direct(h_TC, out)
+        return out_TC[:frames]
 
     def _input(self, x_TC: Tensor, start: int, count: int) -> Tensor:
         """snake(x) from ``start`` on, zeros outside of the signal (Snake keeps zero)."""
@@ -98,24 +99,23 @@ class FastConv:
         h_TC = torch.mul(piece, self.alpha_C).sin_().square_().mul_(self.scale_C).add_(piece)
         return F.pad(h_TC, (0, 0, before, count - before - len(piece)))
 
-    def _tiles(self, h_TC: Tensor, count: int) -> Tensor:
+    def _tiles(self, h_TC: Tensor, out_TC: Tensor) -> None:
         """Tiles of every dilation phase, their spectra, one matrix product each, and back."""
         channels, dilation = h_TC.shape[1], self.dilation
         valid = self.tile - self.taps + 1
-        rows = count // (valid * dilation)
+        rows = len(out_TC) // (valid * dilation)
         step = dilation * channels
         tiles = h_TC.as_strided((self.tile, rows, dilation, channels), (step, valid * step, channels, 1))
         spectra = (self.into_RN @ tiles.reshape(self.tile, -1)).view(-1, rows * dilation, channels)
         products = torch.bmm(spectra, self.weight_RIO)
         y = (self.back_VR @ products.view(len(products), -1)).view(valid, rows, dilation, channels)
-        return y.transpose(0, 1).reshape(count, channels)
+        torch.add(y.transpose(0, 1), self.bias_C, out=out_TC.view(rows, valid, dilation, channels))
 
-    def _direct(self, h_TC: Tensor, count: int) -> Tensor:
+    def _direct(self, h_TC: Tensor, out_TC: Tensor) -> None:
         """One matrix product for each tap."""
-        y_TC = h_TC[:count] @ self.weight_KIO[0]
+        torch.addmm(self.bias_C, h_TC[: len(out_TC)], self.weight_KIO[0], out=out_TC)
         for tap in range(1, self.taps):
-            y_TC.addmm_(h_TC[tap * self.dilation :][:count], self.weight_KIO[tap])
-        return y_TC
+            out_TC.addmm_(h_TC[tap * self.dilation :][: len(out_TC)], self.weight_KIO[tap])
 
 
 class FastResBlock:
