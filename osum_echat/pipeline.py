@@ -183,6 +183,7 @@ class EChat:
         speaker: Voice | None = None,
         generation: str | Path | GenerationConfig | None = None,
         pack: bool = True,
+        compile: bool = False,
     ) -> EChat:
         """Load everything.
 
@@ -197,6 +198,7 @@ class EChat:
                 checkpoint's ``token2wav/speaker.safetensors``, else the first name).
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
             pack: reorder the weights for decoding on a CPU (`generation.packed`); the model cannot be trained or saved then.
+            compile: `torch.compile` the LLM (see `Generator.compile`).
 
         Raises:
             ValueError: what is missing or does not fit together.
@@ -214,6 +216,8 @@ class EChat:
             settings = settings.with_profile(profile)
         sound = _token2wav(path, token2wav, target)
         echat = cls(model, tokenizer, settings, sound)
+        if compile:
+            echat.generator.compile()
         if sound is not None:
             echat.voice = echat.speaker(speaker) if speaker is not None else _default_voice(path / TOKEN2WAV_FOLDER, sound)
         return echat

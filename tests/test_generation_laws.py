@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from osum_echat.generation.batch import Batch
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, SpeechTokens, TextDelta, ThinkDelta
+from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import build_request
 from osum_echat.generation.session import Session
 from tests.generation_case import done, every_kind, generator, request, run, tiny
@@ -210,3 +212,13 @@ def test_the_cache_layer_grows_and_selects_without_loss() -> None:
 
 def test_no_requests_no_events() -> None:
     assert list(generator().generate([])) == []
+
+
+def test_a_compiled_decoder_gives_the_same_ids() -> None:
+    """With the back end that compiles nothing: what is tested is that the graphs are captured right as the cache grows."""
+    model, tokenizer, _ = tiny()
+    expected = done(run([request("s2t_chat", recordings=[1], max_new=12)])[0]).generated
+    compiled = Generator(copy.deepcopy(model), tokenizer)
+    compiled.compile(backend="eager")
+    events = [event for _, event in compiled.generate([request("s2t_chat", recordings=[1], max_new=12)])]
+    assert done(events).generated == expected

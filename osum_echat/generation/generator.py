@@ -79,6 +79,14 @@ class Generator:
             self._speech_guards.append(Silence(guards.silence))
         self._memory = max([guard.memory for guard in self._speech_guards] + [self._age.memory if self._age else 0, 1])
 
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile the LLM's decoder with `torch.compile`, in place; meant for accelerators.
+
+        Lengths are dynamic, so a few graphs serve all steps. The first steps wait for the compiler (minutes on a CPU, where
+        `packed.pack_linears` gives more).
+        """
+        self.model.lm.llm.get_decoder().compile(dynamic=True, backend=backend)
+
     def generate(self, requests: Sequence[Request], on_logits: OnLogits | None = None) -> Iterator[tuple[int, Event]]:
         """Decode all requests together; yields (number of the request, event) as they happen, `Done` last for each.
 
