@@ -154,7 +154,8 @@ def peak_memory(device: torch.device) -> int:
     module = _accelerator(device.type)
     if module is not None:
         return int(module.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    with open("/proc/self/status", encoding="ascii") as status:  # not ru_maxrss: after a fork that begins with the parent's peak
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def reset_peak_memory(device: torch.device) -> None:
