@@ -13,10 +13,12 @@ import os
 import random
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 KINDS = ("cuda", "npu", "cpu")
@@ -145,8 +147,7 @@ def memory_allocated(device: torch.device) -> int:
     module = _accelerator(device.type)
     if module is not None:
         return int(module.memory_allocated(device))
-    with open("/proc/self/statm", encoding="ascii") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
+    return int(psutil.Process().memory_info().rss)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -154,8 +155,10 @@ def peak_memory(device: torch.device) -> int:
     module = _accelerator(device.type)
     if module is not None:
         return int(module.max_memory_allocated(device))
-    with open("/proc/self/status", encoding="ascii") as status:  # not ru_maxrss: after a fork that begins with the parent's peak
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; getrusage begins with the parent's peak after a fork
+        return next(int(line.split()[1]) * 1024 for line in status.read_text("ascii").splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def reset_peak_memory(device: torch.device) -> None:
