@@ -11,7 +11,8 @@ from torch import nn
 
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.packed import PackedLinear, can_pack, pack_linears
+from osum_echat.generation.packed import pack_linears
+from osum_echat.packed_linear import PackedLinear, can_pack
 from tests.generation_case import done, request, tiny
 
 CPU = torch.device("cpu")
@@ -25,10 +26,10 @@ def test_a_packed_layer_computes_what_linear_does(bias: bool, shape: tuple[int, 
     linear = nn.Linear(256, 2048, bias=bias)
     x = torch.randn(shape)
     with torch.inference_mode():
-        assert torch.allclose(PackedLinear(linear)(x), linear(x), atol=1e-5)
+        assert torch.allclose(PackedLinear(linear.weight, linear.bias)(x), linear(x), atol=1e-5)
         if can_pack(CPU, torch.bfloat16):
             half, exact = linear.bfloat16(), linear(x.bfloat16()).float()
-            assert (PackedLinear(half)(x.bfloat16()).float() - exact).abs().max() < 0.02 * exact.abs().max()
+            assert (PackedLinear(half.weight, half.bias)(x.bfloat16()).float() - exact).abs().max() < 0.02 * exact.abs().max()
 
 
 @needs_kernels
@@ -47,7 +48,8 @@ def test_only_what_gains_is_packed() -> None:
 def test_a_model_with_packed_weights_decodes_the_same_ids() -> None:
     model, tokenizer, _ = tiny()
     packed = copy.deepcopy(model)
-    packed.lm.llm.lm_head = PackedLinear(packed.lm.llm.lm_head)  # by hand: the tiny layers are too small to pay
+    head = packed.lm.llm.lm_head
+    packed.lm.llm.lm_head = PackedLinear(head.weight, None)  # by hand: the tiny layers are too small to pay
     row = request("s2t_chat", recordings=[1], max_new=20)
     generators = [Generator(m, tokenizer, GenerationConfig()) for m in (model, packed)]
     results = [done([e for _, e in g.generate([replace(row)])]).generated for g in generators]

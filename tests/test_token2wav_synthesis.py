@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from osum_echat.packed_linear import can_pack
 from osum_echat.token2wav import Speaker, Token2Wav, encoder, vocoder_stream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, VocoderConfig, mel_frames
 from osum_echat.token2wav.draws import Draws, NoiseField
@@ -16,7 +17,6 @@ from osum_echat.token2wav.encoder import RelativeAttention, TokenEncoder, relati
 from osum_echat.token2wav.estimator import Estimator, Padding
 from osum_echat.token2wav.fast_vocoder import FastConv, FastVocoder, bases
 from osum_echat.token2wav.flow import Condition
-from osum_echat.token2wav.packed_linear import can_pack
 from osum_echat.token2wav.vocoder import Snake, Vocoder
 from tests.token2wav_case import DATA, recorded_speaker, recorded_tokens, tiny_model
 from tools.golden import token2wav as golden

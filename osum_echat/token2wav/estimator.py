@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osum_echat.packed_linear import PackedLinear
 from osum_echat.token2wav.config import EstimatorConfig
-from osum_echat.token2wav.packed_linear import PackedLinear
+
+PACKED_ROWS = 512
+"""Rows (frames of both halves of a step) that packed weights are tuned for; any number works."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ class SelfAttention(nn.Module):
         weight = torch.cat([f.weight.detach() for f in (self.to_q, self.to_k, self.to_v)])
         out = cast(nn.Linear, self.to_out[0])
         if pack:
-            self._joined = PackedLinear(weight, None)
-            self.to_out[0] = PackedLinear(out.weight, out.bias)
+            self._joined = PackedLinear(weight, None, rows_hint=PACKED_ROWS)
+            self.to_out[0] = PackedLinear(out.weight, out.bias, rows_hint=PACKED_ROWS)
         else:
             self._joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
             self._joined.weight = nn.Parameter(weight, requires_grad=False)
@@ -168,7 +171,10 @@ class EstimatorFeedForward(nn.Module):
         """Inference only: packed weights, GELU within the first product."""
         if pack:
             first, last = cast(Projection, self.net[0]).proj, cast(nn.Linear, self.net[2])
-            self.net = nn.Sequential(PackedLinear(first.weight, first.bias, gelu=True), PackedLinear(last.weight, last.bias))
+            self.net = nn.Sequential(
+                PackedLinear(first.weight, first.bias, gelu=True, rows_hint=PACKED_ROWS),
+                PackedLinear(last.weight, last.bias, rows_hint=PACKED_ROWS),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
