@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -166,3 +167,28 @@ def test_run_config_is_written_beside_the_checkpoint(tmp_path: Path) -> None:
     assert config.load(tokenizer.TokenizerTraining, tmp_path / "run" / "config.yaml").run == RunConfig(
         **{**TINY_RUN, "steps": 1, "out": tmp_path / "run"}
     )
+
+
+@pytest.mark.parametrize("kind", [tokenizer, speaker, flow, vocoder])
+def test_a_wrong_configuration_ends_with_a_sentence(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        kind.main(["data.lists=[nowhere.jsonl]", "run.stepps=3"])
+    assert end.value.code == 2
+    assert "did you mean run.steps?" in capsys.readouterr().err
+
+
+def test_the_command_trains_and_again_resumes(tmp_path: Path) -> None:
+    write_records(tmp_path)
+    sizes = [f"model.{key}={value}" for key, value in TINY_TOKENIZER.items()]
+    run = [
+        f"run.out={tmp_path / 'run'}",
+        "run.tensorboard=false",
+        "run.threads=1",
+        f"target={tmp_path / 't.onnx'}",
+        "batch_size=2",
+    ]
+    argv = [f"data.lists=[{tmp_path / 'list.jsonl'}]", "data.held_out=2", *sizes, *run]
+    assert tokenizer.main([*argv, "run.steps=1"]) == 0
+    assert tokenizer.main([*argv, "run.steps=2"]) == 0
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2

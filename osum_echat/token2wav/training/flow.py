@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osum_echat import config, device
+from osum_echat import device
 from osum_echat.audio import features, io
 from osum_echat.token2wav.config import FlowConfig, mel_frames
 from osum_echat.token2wav.encoder import stretch_reply
@@ -35,9 +35,8 @@ from osum_echat.token2wav.training.directory import describe
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
-    Trainer,
     adamw,
-    parse_command,
+    command,
     step_rng,
     update,
     write_atomically,
@@ -297,9 +296,7 @@ def _existing(path: Path, name: str, remedy: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_command(FlowTraining, __doc__, argv)
-    Trainer(FlowRecipe(cfg), cfg.run, cfg.optim, config.to_dict(cfg)).fit()
-    return 0
+    return command(FlowTraining, FlowRecipe, __doc__, argv)
 
 
 if __name__ == "__main__":

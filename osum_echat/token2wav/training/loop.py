@@ -18,11 +18,11 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from tqdm import tqdm
 from osum_echat import config, device
 
 log = logging.getLogger(__name__)
-ConfigT = TypeVar("ConfigT")
 
 
 @dataclass
@@ -401,11 +400,22 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     plt.close(figure)
 
 
-def parse_command(cls: type[ConfigT], description: str | None, argv: list[str] | None = None) -> ConfigT:
-    """The command line that all four trainings share: ``--config FILE key=value ...``."""
+def command(
+    config_class: type[Any], recipe_class: Callable[[Any], Recipe], description: str | None, argv: list[str] | None
+) -> int:
+    """The command line that all four trainings share: ``--config FILE key=value ...``. Returns the exit code.
+
+    What is wrong with the configuration or the data ends with its message and code 2; a fault during training is a traceback.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; see conf/mini/token2wav/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example run.max_minutes=10 run.threads=1")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return config.load(cls, args.config, args.overrides)
+    try:
+        cfg = config.load(config_class, args.config, args.overrides)
+        recipe = recipe_class(cfg)
+    except ValueError as error:
+        parser.error(str(error))
+    Trainer(recipe, cfg.run, cfg.optim, config.to_dict(cfg)).fit()
+    return 0

@@ -24,16 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osum_echat import config, device
+from osum_echat import device
 from osum_echat.audio import io
 from osum_echat.audio.features import kaldi_fbank
 from osum_echat.token2wav.training import onnx_export
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
-    Trainer,
     adamw,
-    parse_command,
+    command,
     step_rng,
     update,
     write_atomically,
@@ -186,9 +185,7 @@ class SpeakerRecipe:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_command(SpeakerTraining, __doc__, argv)
-    Trainer(SpeakerRecipe(cfg), cfg.run, cfg.optim, config.to_dict(cfg)).fit()
-    return 0
+    return command(SpeakerTraining, SpeakerRecipe, __doc__, argv)
 
 
 if __name__ == "__main__":

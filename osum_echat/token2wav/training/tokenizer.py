@@ -21,16 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osum_echat import config, device
+from osum_echat import device
 from osum_echat.audio import io
 from osum_echat.audio.features import LogMel
 from osum_echat.token2wav.training import onnx_export
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
-    Trainer,
     adamw,
-    parse_command,
+    command,
     step_rng,
     update,
     write_atomically,
@@ -238,10 +237,7 @@ class TokenizerRecipe:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_command(TokenizerTraining, __doc__, argv)
-    recipe = TokenizerRecipe(cfg)
-    Trainer(recipe, cfg.run, cfg.optim, config.to_dict(cfg)).fit()
-    return 0
+    return command(TokenizerTraining, TokenizerRecipe, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osum_echat import config, device
+from osum_echat import device
 from osum_echat.audio.features import mel_filter_bank
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.training.audio import load_22k
@@ -32,9 +32,8 @@ from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, 
 from osum_echat.token2wav.training.loop import (
     OptimConfig,
     RunConfig,
-    Trainer,
     adamw,
-    parse_command,
+    command,
     step_rng,
     update,
     write_atomically,
@@ -220,9 +219,7 @@ class VocoderRecipe:
 
 
 def main(argv: list[str] | None = None) -> int:
-    cfg = parse_command(VocoderTraining, __doc__, argv)
-    Trainer(VocoderRecipe(cfg), cfg.run, cfg.optim, config.to_dict(cfg)).fit()
-    return 0
+    return command(VocoderTraining, VocoderRecipe, __doc__, argv)
 
 
 if __name__ == "__main__":
