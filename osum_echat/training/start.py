@@ -38,8 +38,7 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
     else:
         model, tokenizer = _new(config)
     for room, path in init.rooms.items():
-        names = model_io.load_rooms(model, path, [room])
-        log.info("%s: %d tensors from %s", room, len(names), path)
+        log.info("%s: %d tensors from %s", room, _put_room(model, room, Path(path)), path)
     if init.whisper is not None:
         put_whisper(model, init.whisper)
     if init.llm is not None:
@@ -48,6 +47,21 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
         model.config = dataclasses.replace(model.config, lora=config.lora)
         add_lora(model.lm.llm, config.lora)
     return model, tokenizer
+
+
+def _put_room(model: EChatModel, room: str, path: Path) -> int:
+    """Copy one room from a checkpoint or from a training run that has trained (or kept) it; returns the number of tensors."""
+    if not checkpoint.is_training_folder(path):
+        return len(model_io.load_rooms(model, path, [room]))
+    weights = export.trained_weights(checkpoint.step_folder(path))
+    wanted = {name: param for name, param in model.named_parameters() if name.startswith(f"{room}.")}
+    missing = [name for name in wanted if name not in weights]
+    if missing or not wanted:
+        raise ConfigError(f"init.rooms.{room}: {path} has not stored {(missing or [room])[0]}; export that run and name the exported folder")
+    with torch.no_grad():
+        for name, param in wanted.items():
+            param.copy_(weights[name])
+    return len(wanted)
 
 
 def local(name: str, files: list[str] | None = None) -> Path:
