@@ -3,7 +3,8 @@
 One position is 80 ms of audio. Options that the published model does not use, all in the config: several encoder layers side by side
 (`encoder_layers`), a CTC head and tag heads (`ctc.py`, `tags.py`; they are attached by `echat.EChatModel`).
 
-N recordings, S encoder frames (50/s), P positions (12.5/s, P = ceil(ceil(S / 2) / 2)), E encoder width, A adapter width.
+N recordings, S encoder frames (50/s), P positions (12.5/s, P = ceil(ceil(S / 2) / 2)), V valid positions of all
+recordings, E encoder width, A adapter width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osum_echat.model.blocks import NORM_EPS, Block, attention_mask, run_block, valid_frames
+from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block
 from osum_echat.model.config import AdapterConfig
 
 
@@ -93,9 +94,10 @@ class Adapter(nn.Module):
                 f"a recording of {down_NPA.shape[1] / 12.5:.1f} s is longer than the adapter's {self.config.max_positions / 12.5:.1f} s; "
                 "cut it, or raise adapter.max_positions"
             )
-        x_NPA = self.dropout(self.input_norm(self.input(down_NPA)))
-        x_NPA = self.dropout(x_NPA * math.sqrt(self.config.dim) + self.positions_PA[: x_NPA.shape[1]].to(x_NPA.dtype))
-        mask_N11P = attention_mask(valid_frames(lengths_N, x_NPA.shape[1]))
+        rows = EndToEnd(lengths_N, down_NPA.shape[1])
+        positions_NPA = self.positions_PA[: down_NPA.shape[1]].to(down_NPA.dtype).expand_as(down_NPA)
+        x_1VA = self.dropout(self.input_norm(self.input(rows.join(down_NPA))))
+        x_1VA = self.dropout(x_1VA * math.sqrt(self.config.dim) + rows.join(positions_NPA))
         for block in self.blocks:
-            x_NPA = run_block(block, x_NPA, mask_N11P, self.recompute and self.training)
-        return self.norm(x_NPA), down_NPA, lengths_N
+            x_1VA = run_block(block, x_1VA, rows.lengths, self.recompute and self.training)
+        return rows.part(self.norm(x_1VA)), down_NPA, lengths_N

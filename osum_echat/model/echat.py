@@ -226,6 +226,7 @@ class EChatModel(nn.Module):
         audio: AudioFeatures | None = None,
         transcripts: Sequence[Tensor] | None = None,
         tags: Mapping[str, Tensor] | None = None,
+        weights_D: Tensor | None = None,
         every_room: bool = False,
         language: bool = True,
     ) -> LossParts:
@@ -237,6 +238,7 @@ class EChatModel(nn.Module):
             encoded: instead of features: what `encode` returned. ``audio``: instead of both: what `adapt` returned.
             transcripts: text ids of each recording for CTC, empty where unknown.
             tags: label number of each recording for each tag head, `IGNORE` where unknown.
+            weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the backward pass.
             every_room: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
                 loss: ranks that share parameters must make the same calls.
             language: False leaves the LLM out; only the losses of the CTC and tag heads remain.
@@ -257,28 +259,23 @@ class EChatModel(nn.Module):
             inputs.embeds_BTD = inputs.embeds_BTD + 0.0 * torch.stack(touched).sum().to(inputs.embeds_BTD.dtype)
         hidden_BTD = self.hidden(inputs.embeds_BTD, inputs.positions_BT, inputs.documents_BT, inputs.visible_BT)
         supervised = torch.nonzero(rows.targets_BT != IGNORE, as_tuple=True)
-        nll_M = self._nll(hidden_BTD[supervised], rows.targets_BT[supervised], rows.text_softmax_BT[supervised], every_room)
+        text_M, documents_M = rows.text_softmax_BT[supervised], rows.documents_BT[supervised]
+        heads = [self.lm.text_head, self.lm.speech_head]
+        if bool(text_M.all()) and not every_room:
+            heads.pop()  # tasks without speech are scored over the text classes, the others over text and speech together
+        weights_M = None if weights_D is None else weights_D[documents_M]
+        nll_M = linear_nll(hidden_BTD[supervised], rows.targets_BT[supervised], heads, text_M, weights_M)
         ctc_nll_N, ctc_labels_N = self._ctc_loss(audio, transcripts, nll_M)
         tag_nll_N, tag_known_N = self._tag_loss(audio, tags)
         return LossParts(
             nll_M,
             rows.targets_BT[supervised],
-            rows.documents_BT[supervised],
+            documents_M,
             ctc_nll_N,
             ctc_labels_N,
             tag_nll_N,
             tag_known_N,
         )
-
-    def _nll(self, hidden_MD: Tensor, targets_M: Tensor, text_M: Tensor, every_room: bool) -> Tensor:
-        """Tasks without speech are scored over the text classes, the others over text and speech together."""
-        text_head, speech_head = self.lm.text_head, self.lm.speech_head
-        nll_M = hidden_MD.new_zeros(len(targets_M), dtype=torch.float32)
-        for chosen_M, heads in ((text_M, [text_head]), (~text_M, [text_head, speech_head])):
-            where = torch.nonzero(chosen_M)[:, 0]
-            if len(where) or (every_room and len(heads) == 2):
-                nll_M = nll_M.index_put((where,), linear_nll(hidden_MD[where], targets_M[where], heads))
-        return nll_M
 
     def _ctc_loss(self, audio: AudioFeatures | None, transcripts: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.ctc is None or audio is None or audio.ctc_log_probs_NPC is None or transcripts is None:

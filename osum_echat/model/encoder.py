@@ -3,7 +3,8 @@
 A recording gives the same frames alone and in a padded batch: activations after its end are zeroed between the convolutions, as the zero
 padding of the convolution does for a recording alone. (The published code lets them leak, which costs recordings of an odd length a frame.)
 
-N recordings, T feature frames (100/s), S encoder frames (50/s, S = ceil(T / 2)), F mel bins, E width.
+N recordings, T feature frames (100/s), S encoder frames (50/s, S = ceil(T / 2)), P encoder frames of all recordings, F mel bins,
+E width.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osum_echat.model.blocks import NORM_EPS, Block, attention_mask, run_block, valid_frames
+from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block, valid_frames
 from osum_echat.model.config import EncoderConfig
 
 
@@ -73,13 +74,14 @@ class AudioEncoder(nn.Module):
                 f"a recording of {feats_NTF.shape[1] / 100:.1f} s is longer than the encoder's {self.config.max_positions / 50:.1f} s; "
                 "cut it, or raise encoder.max_positions"
             )
-        x_NSE = self.dropout(x_NSE + self.positions_SE[: x_NSE.shape[1]].to(x_NSE.dtype))
-        mask_N11S = attention_mask(valid_frames(lengths_N, x_NSE.shape[1]))
-        kept = {0: x_NSE} if 0 in layers else {}
+        x_NSE = x_NSE + self.positions_SE[: x_NSE.shape[1]].to(x_NSE.dtype)
+        rows = EndToEnd(lengths_N, x_NSE.shape[1])
+        x_1PE = self.dropout(rows.join(x_NSE))
+        kept = {0: rows.part(x_1PE)} if 0 in layers else {}
         for number, block in enumerate(self.blocks, start=1):
             if number > max(layers):
                 break
-            x_NSE = run_block(block, x_NSE, mask_N11S, self.recompute and self.training)
+            x_1PE = run_block(block, x_1PE, rows.lengths, self.recompute and self.training)
             if number in layers:
-                kept[number] = self.norm(x_NSE) if number == self.config.layers else x_NSE
+                kept[number] = rows.part(self.norm(x_1PE) if number == self.config.layers else x_1PE)
         return [kept[layer] for layer in layers], lengths_N

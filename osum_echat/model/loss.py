@@ -1,14 +1,15 @@
 """Cross-entropy at supervised positions, without ever holding [positions x classes].
 
 The LM head of the published model has 151,936 rows and the speech head 4,097: logits of 4,000 positions would be 2.5 GB in float32, and their
-gradient as much again. Here positions go through the heads in chunks; the backward pass computes a chunk's logits again from the hidden
-states. The trade-off: one more matrix product per chunk, for a memory that does not grow with the number of targets. When the heads are frozen
-their gradient is not needed, the hidden states' gradient is computed in the forward pass, and nothing is computed twice.
+gradient as much again. Here positions go through the heads in chunks, and a chunk's part of all gradients is computed while its logits are
+there: three matrix products a chunk (logits, gradient of the hidden states, gradient of the heads), the least that there can be. The gradient
+that comes from above is not known then; it is expected to be proportional to the targets' weights, which training knows, and only scales what
+is there. Where it turns out otherwise, the heads' gradient is computed again. The trade-off: the heads' gradient exists from the forward pass on.
 
 Where Liger's fused loss is installed (0.8 or newer, which takes a gradient per target) and the device runs Triton, it is used instead; its
 numbers are these to 1e-5.
 
-M supervised positions, D width of the LLM, C classes of a head.
+M supervised positions, D width of the LLM, C classes of the heads, K positions of a chunk.
 """
 
 from __future__ import annotations
@@ -31,20 +32,32 @@ LOGIT_BUDGET = 2**25
 Head = tuple[Tensor, "Tensor | None"]  # weight [C, D], bias [C]
 
 
-def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], chunk: int | None = None) -> Tensor:
+def linear_nll(
+    hidden_MD: Tensor,
+    targets_M: Tensor,
+    heads: Sequence[nn.Linear],
+    first_only_M: Tensor | None = None,
+    weights_M: Tensor | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     """-log softmax(logits)[target] per position, softmax over the classes of all ``heads`` together.
 
     Args:
         hidden_MD: hidden states.
         targets_M: class numbers; those of the second head follow those of the first.
         heads: linear layers (``weight`` [C, D], ``bias`` [C] or None), their classes side by side.
+        first_only_M: True where the softmax is over the classes of the first head alone (default: nowhere).
+        weights_M: what the gradient from above is expected to be proportional to (default: ones). Right or wrong, gradients are exact; when
+            it is right, they cost less.
         chunk: positions at a time; default by `LOGIT_BUDGET`.
 
     Returns:
         [M] float32; gradients flow to hidden states, weights and biases.
     """
+    if first_only_M is None:
+        first_only_M = torch.zeros(len(targets_M), dtype=torch.bool, device=hidden_MD.device)
     if len(targets_M) and devices.runs_triton(hidden_MD.device) and (fused := _liger()) is not None:
-        return _liger_nll(fused, hidden_MD, targets_M, heads)
+        return _liger_nll(fused, hidden_MD, targets_M, heads, first_only_M)
     flat: list[Tensor | None] = []
     for head in heads:
         flat += [head.weight, head.bias]
@@ -52,8 +65,10 @@ def linear_nll(hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear],
     chunk = chunk or max(1, LOGIT_BUDGET // classes)
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
+    weights_M = torch.ones(len(targets_M), device=hidden_MD.device) if weights_M is None else weights_M.detach().float()
     with torch.autocast(device, enabled=False):
-        return _LinearNll.apply(hidden_MD.to(dtype), targets_M, chunk, *flat)
+        wanted = torch.is_grad_enabled()  # inside the function it never is
+        return _LinearNll.apply(hidden_MD.to(dtype), targets_M, first_only_M, weights_M, chunk, wanted, *flat)
 
 
 @functools.cache
@@ -66,63 +81,85 @@ def _liger() -> Any:
     return module.LigerFusedLinearCrossEntropyFunction if "token_grad_output" in known else None
 
 
-def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear]) -> Tensor:
+def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], first_only_M: Tensor) -> Tensor:
     """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits saved)."""
-    weights: list[Tensor] = [head.weight for head in heads]
-    biases: list[Tensor] = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in heads]
-    weight_CD = weights[0] if len(heads) == 1 else torch.cat(weights)
-    bias_C = heads[0].bias if len(heads) == 1 else torch.cat(biases)
-    return fused.apply(hidden_MD, weight_CD, targets_M, bias_C, None, -100, 0.0, 0.0, "none")[0]
+    nll_M = hidden_MD.new_zeros(len(targets_M), dtype=torch.float32)
+    for where, used in ((torch.nonzero(first_only_M)[:, 0], heads[:1]), (torch.nonzero(~first_only_M)[:, 0], heads)):
+        if len(where):
+            weights: list[Tensor] = [head.weight for head in used]
+            biases: list[Tensor] = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in used]
+            weight_CD = weights[0] if len(used) == 1 else torch.cat(weights)
+            bias_C = used[0].bias if len(used) == 1 else torch.cat(biases)
+            found_K = fused.apply(hidden_MD[where], weight_CD, targets_M[where], bias_C, None, -100, 0.0, 0.0, "none")[0]
+            nll_M = nll_M.index_put((where,), found_K.float())
+    return nll_M
 
 
 class _LinearNll(torch.autograd.Function):
-    """Saves hidden states and log-sum-exps (or, with frozen heads, the hidden states' gradient)."""
+    """Keeps the gradients for an incoming gradient of ones (hidden states) and of ``weights_M`` (heads)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, targets_M: Tensor, chunk: int, *flat: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_MD: Tensor,
+        targets_M: Tensor,
+        first_only_M: Tensor,
+        weights_M: Tensor,
+        chunk: int,
+        wanted: bool,
+        *flat: Tensor | None,
+    ) -> Tensor:
         heads = _pairs(flat, hidden_MD.dtype)
+        ctx.chunk, ctx.number = chunk, 6 + len(flat)
+        ctx.head_needs = [wanted and needed for needed in ctx.needs_input_grad[6:]]
         nll_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
-        lse_M = torch.empty_like(nll_M)
-        ctx.chunk = chunk
-        ctx.heads_frozen = not any(ctx.needs_input_grad[3:])
-        grad_MD = torch.empty_like(hidden_MD) if ctx.heads_frozen and ctx.needs_input_grad[0] else None
-        for part in _chunks(len(targets_M), chunk):
-            logits_MC = _logits(hidden_MD[part], heads)
-            lse_M[part] = logits_MC.logsumexp(dim=1)
-            nll_M[part] = lse_M[part] - logits_MC.gather(1, targets_M[part, None])[:, 0]
-            if grad_MD is not None:
-                grad_MD[part] = _hidden_grad(_probability_error(logits_MC, lse_M[part], targets_M[part]), heads)
-        if ctx.heads_frozen:
-            ctx.save_for_backward(grad_MD)
-        else:
-            ctx.save_for_backward(hidden_MD, targets_M, lse_M, *flat)
+        unit_MD = torch.empty_like(hidden_MD) if wanted and ctx.needs_input_grad[0] else None
+        grads = _zeros(flat, ctx.head_needs)
+        for part_K, used in _chunks(first_only_M, chunk, heads):
+            hidden_KD, targets_K1 = hidden_MD[part_K], targets_M[part_K, None]
+            logits_KC = _logits(hidden_KD, used)
+            found_K1 = logits_KC.gather(1, targets_K1)
+            error_KC, lse_K = _softmax(logits_KC)
+            nll_M[part_K] = lse_K - found_K1[:, 0]
+            if unit_MD is None and not any(ctx.head_needs):
+                continue
+            error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))  # softmax - one-hot: the gradient by the logits
+            if unit_MD is not None:
+                unit_MD[part_K] = _hidden_grad(error_KC, used)
+            _add_head_grads(grads, error_KC, hidden_KD, weights_M[part_K], used)
+        ctx.save_for_backward(hidden_MD, targets_M, first_only_M, weights_M, unit_MD, *flat)
+        ctx.grads = grads if any(ctx.head_needs) else None
         return nll_M
 
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Any, ...]:
-        if ctx.heads_frozen:
-            (unit_MD,) = ctx.saved_tensors
-            return (unit_MD * grad_M[:, None].to(unit_MD.dtype), None, None, *[None] * (len(ctx.needs_input_grad) - 3))
-        hidden_MD, targets_M, lse_M, *flat = ctx.saved_tensors
-        heads = _pairs(flat, hidden_MD.dtype)
-        grad_MD = torch.empty_like(hidden_MD) if ctx.needs_input_grad[0] else None
-        grads = [
-            torch.zeros_like(tensor) if tensor is not None and needed else None
-            for tensor, needed in zip(flat, ctx.needs_input_grad[3:], strict=True)
-        ]
-        for part in _chunks(len(targets_M), ctx.chunk):
-            error_MC = _probability_error(_logits(hidden_MD[part], heads), lse_M[part], targets_M[part])
-            error_MC *= grad_M[part, None]
-            if grad_MD is not None:
-                grad_MD[part] = _hidden_grad(error_MC, heads)
-            start = 0
-            for number, (weight_CD, _) in enumerate(heads):
-                head_error_MC = error_MC[:, start : start + len(weight_CD)]
-                start += len(weight_CD)
-                _accumulate(grads[2 * number], head_error_MC, hidden_MD[part])
-                if (bias_grad_C := grads[2 * number + 1]) is not None:
-                    bias_grad_C += head_error_MC.sum(0).to(bias_grad_C.dtype)
-        return (grad_MD, None, None, *grads)
+        hidden_MD, targets_M, first_only_M, weights_M, unit_MD, *flat = ctx.saved_tensors
+        grad_MD = None if unit_MD is None else unit_MD * grad_M[:, None].to(unit_MD.dtype)
+        grads, ctx.grads = ctx.grads, None  # used up: a second backward pass computes them again
+        if any(ctx.head_needs):
+            factor = _common_factor(grad_M, weights_M) if grads is not None else None
+            if factor is not None:
+                for grad in filter(None.__ne__, grads):
+                    grad.mul_(factor.to(grad.dtype))
+            else:
+                grads = _zeros(flat, ctx.head_needs)
+                heads = _pairs(flat, hidden_MD.dtype)
+                for part_K, used in _chunks(first_only_M, ctx.chunk, heads):
+                    error_KC, _ = _softmax(_logits(hidden_MD[part_K], used))
+                    targets_K1 = targets_M[part_K, None]
+                    error_KC.scatter_add_(1, targets_K1, error_KC.new_full(targets_K1.shape, -1.0))
+                    _add_head_grads(grads, error_KC, hidden_MD[part_K], grad_M[part_K], used)
+        return (grad_MD, None, None, None, None, None, *(grads or [None] * len(flat)))
+
+
+def _common_factor(grad_M: Tensor, weights_M: Tensor) -> Tensor | None:
+    """f with grad = f x weights to rounding, None when there is none."""
+    if not len(grad_M):
+        return grad_M.new_ones(())
+    largest = weights_M.abs().argmax()
+    factor = grad_M[largest] / weights_M[largest]
+    same = ((grad_M - factor * weights_M).abs() <= 1e-6 * grad_M.abs()).all() & factor.isfinite()
+    return factor if bool(same) else None
 
 
 def _pairs(flat: Sequence[Tensor | None], dtype: torch.dtype) -> list[Head]:
@@ -130,41 +167,64 @@ def _pairs(flat: Sequence[Tensor | None], dtype: torch.dtype) -> list[Head]:
     return [(weight, bias) for weight, bias in zip(cast[::2], cast[1::2], strict=True) if weight is not None]
 
 
-def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def _zeros(flat: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [torch.zeros_like(t) if t is not None and need else None for t, need in zip(flat, needed, strict=True)]
 
 
-def _logits(hidden_MD: Tensor, heads: Sequence[Head]) -> Tensor:
-    """Float32 logits of all heads side by side [M, C]."""
-    out_MC = hidden_MD.new_empty(len(hidden_MD), sum(len(weight) for weight, _ in heads), dtype=torch.float32)
+def _chunks(first_only_M: Tensor, size: int, heads: list[Head]) -> list[tuple[Tensor, list[Head]]]:
+    """Indices of at most ``size`` positions that are scored over the same heads, and these heads."""
+    groups = ((first_only_M, heads[:1]), (~first_only_M, heads))
+    return [(part_K, used) for chosen_M, used in groups for part_K in torch.nonzero(chosen_M)[:, 0].split(size) if len(part_K)]
+
+
+def _logits(hidden_KD: Tensor, heads: Sequence[Head]) -> Tensor:
+    """Float32 logits of all heads side by side [K, C]."""
+    if len(heads) == 1:
+        return torch.nn.functional.linear(hidden_KD, *heads[0]).float()
+    out_KC = hidden_KD.new_empty(len(hidden_KD), sum(len(weight) for weight, _ in heads), dtype=torch.float32)
     start = 0
     for weight_CD, bias_C in heads:
-        out_MC[:, start : start + len(weight_CD)] = torch.nn.functional.linear(hidden_MD, weight_CD, bias_C)
+        slot_KC = out_KC[:, start : start + len(weight_CD)]
+        if hidden_KD.dtype == torch.float32:
+            torch.mm(hidden_KD, weight_CD.T, out=slot_KC)
+        else:
+            slot_KC.copy_(hidden_KD @ weight_CD.T)
+        if bias_C is not None:
+            slot_KC += bias_C
         start += len(weight_CD)
-    return out_MC
+    return out_KC
 
 
-def _probability_error(logits_MC: Tensor, lse_M: Tensor, targets_M: Tensor) -> Tensor:
-    """softmax - one-hot: the gradient of the NLL by the logits. Overwrites ``logits_MC``."""
-    error_MC = logits_MC.sub_(lse_M[:, None]).exp_()
-    error_MC[torch.arange(len(targets_M), device=targets_M.device), targets_M] -= 1.0
-    return error_MC
+def _softmax(logits_KC: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [K, C] and log-sum-exp [K], with one pass for the exponentials: the largest probability is exp(largest - lse)."""
+    largest_K, where_K = logits_KC.max(dim=1)
+    softmax_KC = logits_KC.softmax(dim=1)
+    return softmax_KC, largest_K - softmax_KC.gather(1, where_K[:, None])[:, 0].log()
 
 
-def _hidden_grad(error_MC: Tensor, heads: Sequence[Head]) -> Tensor:
-    start, total_MD = 0, None
+def _hidden_grad(error_KC: Tensor, heads: Sequence[Head]) -> Tensor:
+    start, total_KD = 0, None
     for weight_CD, _ in heads:
-        piece_MD = error_MC[:, start : start + len(weight_CD)].to(weight_CD.dtype) @ weight_CD
-        total_MD = piece_MD if total_MD is None else total_MD + piece_MD
+        piece_KD = error_KC[:, start : start + len(weight_CD)].to(weight_CD.dtype) @ weight_CD
+        total_KD = piece_KD if total_KD is None else total_KD + piece_KD
         start += len(weight_CD)
-    assert total_MD is not None
-    return total_MD
+    assert total_KD is not None
+    return total_KD
 
 
-def _accumulate(grad_CD: Tensor | None, error_MC: Tensor, hidden_MD: Tensor) -> None:
-    if grad_CD is None:
-        return
-    if grad_CD.dtype == hidden_MD.dtype:
-        grad_CD.addmm_(error_MC.to(hidden_MD.dtype).T, hidden_MD)
-    else:  # autocast: float32 master weights, products in half precision
-        grad_CD += error_MC.to(hidden_MD.dtype).T @ hidden_MD
+def _add_head_grads(
+    grads: Sequence[Tensor | None], error_KC: Tensor, hidden_KD: Tensor, weights_K: Tensor, heads: Sequence[Head]
+) -> None:
+    """Add a chunk's part to the gradients of weights and biases (weight, bias, weight, bias ...; None: frozen)."""
+    scaled_KD = hidden_KD * weights_K[:, None].to(hidden_KD.dtype)
+    start = 0
+    for number, (head_CD, _) in enumerate(heads):
+        part_KC = error_KC[:, start : start + len(head_CD)]
+        start += len(head_CD)
+        if (grad_CD := grads[2 * number]) is not None:
+            if grad_CD.dtype == hidden_KD.dtype:
+                grad_CD.addmm_(part_KC.to(hidden_KD.dtype).T, scaled_KD)
+            else:  # autocast: float32 master weights, products in half precision
+                grad_CD += part_KC.to(hidden_KD.dtype).T @ scaled_KD
+        if (grad_C := grads[2 * number + 1]) is not None:
+            grad_C += (weights_K @ part_KC).to(grad_C.dtype)

@@ -3,6 +3,9 @@
 The LLM is any transformers causal LM, used through its public interface: embeddings in, a ready 4D mask, a cache. Its token table and LM head
 serve the text ids; a table and a head of our own serve speech codes and the audio markers (`dialogue.vocabulary`).
 
+Packed rows are run document after document without padding. Each layer's attention takes one document at a time: a mask over a whole row of
+T positions would cost T x T however short the documents are. The price is a kernel launch a document and layer.
+
 B batch rows, T positions, D width of the LLM.
 """
 
@@ -19,6 +22,41 @@ from osum_echat.model.config import LlmConfig
 
 # Heads that change logits after the linear layer; the chunked loss and the two-head decoding work on the linear layer itself.
 _UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+# Name under which transformers finds `_attend_by_document`.
+_BY_DOCUMENT = "sdpa_by_document"
+
+
+def _attend_by_document(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    documents: list[tuple[int, Tensor | None]] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' SDPA attention; with ``documents`` (length, and mask [1, 1, L, L] where some positions are hidden) one after another."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if documents is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    lengths = [length for length, _ in documents]
+    kwargs["is_causal"] = None  # SDPA decides by the mask
+    pieces = [
+        sdpa_attention_forward(module, *qkv, mask, **kwargs)[0]
+        for *qkv, (_, mask) in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), documents, strict=True)
+    ]
+    return torch.cat(pieces, dim=1), None
+
+
+def _register_attention() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_BY_DOCUMENT, _attend_by_document)
+    AttentionMaskInterface.register(_BY_DOCUMENT, sdpa_mask)  # for calls without documents
 
 
 def build_llm(config: LlmConfig) -> Any:
@@ -38,7 +76,9 @@ def build_llm(config: LlmConfig) -> Any:
             raise ValueError(f"this LLM uses {name}, which the heads here do not apply; use an LLM without it")
     if "sliding_attention" in (getattr(llm_config, "layer_types", None) or []):
         raise ValueError("this LLM has sliding-window layers, which packed rows do not support; set use_sliding_window: false")
-    llm = AutoModelForCausalLM.from_config(llm_config, attn_implementation=config.attention, dtype=torch.float32)
+    _register_attention()
+    attention = _BY_DOCUMENT if config.attention == "sdpa" else config.attention
+    llm = AutoModelForCausalLM.from_config(llm_config, attn_implementation=attention, dtype=torch.float32)
     if config.rotary_dtype == "bfloat16":
         for module in [m for m in llm.modules() if "inv_freq" in m._buffers]:
             module.register_forward_hook(_round_to_bfloat16)
@@ -133,11 +173,14 @@ class SpeechLM(nn.Module):
                 self.llm.set_attn_implementation("sdpa" if masked else self.flash)
                 if not masked:
                     assert positions_BT is not None
-                    return self._hidden_by_document(inputs_BTD, positions_BT, documents_BT)
+                    return self._hidden_by_document(inputs_BTD, positions_BT, documents_BT, visible_BT)
             if is_plain(documents_BT, visible_BT):
                 # Padding is at the right end, where causal attention does not look. Consecutive numbers also keep transformers from
                 # taking a jump in the position numbers for the border of a packed sequence.
                 positions_BT = torch.arange(inputs_BTD.shape[1], device=inputs_BTD.device)[None]
+            elif self.llm.config._attn_implementation == _BY_DOCUMENT:
+                assert positions_BT is not None
+                return self._hidden_by_document(inputs_BTD, positions_BT, documents_BT, visible_BT)
             else:
                 attention_mask = self._as_backend_takes_it(packed_mask(documents_BT, visible_BT), inputs_BTD)
         out = self.llm.get_decoder()(
@@ -150,23 +193,32 @@ class SpeechLM(nn.Module):
         )
         return out.last_hidden_state
 
-    def _hidden_by_document(self, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor) -> Tensor:
-        """All documents end to end without padding, for attention kernels that take the documents' lengths (flash "varlen")."""
-        where = torch.nonzero(documents_BT != PAD_DOCUMENT, as_tuple=True)
-        _, lengths = torch.unique_consecutive(documents_BT[where], return_counts=True)
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths.max())
+    def _hidden_by_document(self, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
+        """All documents end to end without padding, for attention that takes their lengths (ours, or flash "varlen")."""
+        where_P = torch.nonzero(documents_BT.flatten() != PAD_DOCUMENT)[:, 0]
+        documents_P, visible_P = documents_BT.flatten()[where_P], visible_BT.flatten()[where_P]
+        _, lengths_D = torch.unique_consecutive(documents_P, return_counts=True)
+        if self.llm.config._attn_implementation == _BY_DOCUMENT:
+            lengths = lengths_D.tolist()
+            masks = [
+                None if bool(visible_L.all()) else packed_mask(document_L[None], visible_L[None])
+                for document_L, visible_L in zip(documents_P.split(lengths), visible_P.split(lengths), strict=True)
+            ]
+            told: dict[str, Any] = {"documents": list(zip(lengths, masks, strict=True))}
+        else:
+            ends = torch.nn.functional.pad(lengths_D.cumsum(0), (1, 0)).to(torch.int32)
+            longest = int(lengths_D.max())
+            told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        flat_ND = inputs_BTD.flatten(0, 1)
         out = self.llm.get_decoder()(
-            inputs_embeds=inputs_BTD[where][None],
-            position_ids=positions_BT[where][None],
-            attention_mask=None,
+            inputs_embeds=flat_ND.index_select(0, where_P)[None],
+            position_ids=positions_BT.flatten()[where_P][None],
+            attention_mask=self._no_mask(inputs_BTD) if "documents" in told else None,
             use_cache=False,
-            cu_seq_lens_q=ends,
-            cu_seq_lens_k=ends,
-            max_length_q=longest,
-            max_length_k=longest,
+            **told,
         )
-        return torch.zeros_like(inputs_BTD).index_put(where, out.last_hidden_state[0].to(inputs_BTD.dtype))
+        hidden_PD = out.last_hidden_state[0].to(inputs_BTD.dtype)
+        return torch.zeros_like(flat_ND).index_copy(0, where_P, hidden_PD).view_as(inputs_BTD)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text ids: [..., D] to [..., V]."""
@@ -175,6 +227,10 @@ class SpeechLM(nn.Module):
     def speech_logits(self, hidden: Tensor) -> Tensor:
         """Logits over speech codes and the delimiter: [..., D] to [..., S + 1]."""
         return self.speech_head(hidden)
+
+    def _no_mask(self, inputs_BTD: Tensor) -> Tensor:
+        """A 4D mask that nobody reads: transformers takes it as ready and builds none of [positions x positions]."""
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_BTD.device)
 
     def _as_backend_takes_it(self, allowed_B1TT: Tensor, inputs_BTD: Tensor) -> Tensor:
         """SDPA takes the boolean mask, eager attention adds a float one."""

@@ -114,6 +114,7 @@ class Objective(nn.Module):
             batch.feats_lengths_N,
             transcripts=micro.transcripts,
             tags=micro.tags,
+            weights_D=micro.weights_D,
             every_room=self.every_room,
             language=self.config.lm > 0,
         )
