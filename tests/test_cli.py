@@ -194,7 +194,7 @@ def test_page_answers_every_kind_of_task(checkpoint, wav):
     assert said.audio is not None and said.audio[0] == 22050 and said.details["speech_tokens"]
     assert page.answer(echat, page.WRITE, None, "hello", "tag", None, 0).text
     for task, text in ((page.SPEAK, " "), ("chat (text out)", ""), ("dance", "")):
-        with pytest.raises(ValueError, match="text|recording|unknown"):
+        with pytest.raises(ValueError, match=r"text|recording|unknown"):
             page.answer(echat, task, None, text, "tag", None, 0)
 
 

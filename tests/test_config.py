@@ -41,7 +41,7 @@ def test_unknown_key_names_the_nearest_valid_one():
 
 
 def test_missing_key_is_named():
-    with pytest.raises(ConfigError, match="missing key.*name"):
+    with pytest.raises(ConfigError, match=r"missing key.*name"):
         from_dict(Run, {})
 
 

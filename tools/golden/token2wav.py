@@ -150,7 +150,7 @@ def check_estimator(case: str, data: Case, nets: Networks, _: Path) -> Results:
     aliases = {"x": ("x",), "mu": ("mu",), "t": ("t", "timesteps"), "spks": ("spks", "spk"), "cond": ("cond", "conds")}
     inputs = {name: next((data[k] for k in keys if k in data), None) for name, keys in aliases.items()}
     masks = {
-        key: value for key, value in data.items() if "mask" in key and not value.is_floating_point() or key.startswith("mask")
+        key: value for key, value in data.items() if ("mask" in key and not value.is_floating_point()) or key.startswith("mask")
     }
     used = {k for keys in aliases.values() for k in keys} | set(masks)
     outputs = [k for k in data if k not in used]
