@@ -155,7 +155,10 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = self._joined(x_BTC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         keys = None if padding is None else padding.keys_B11T()
-        return self.to_out[0](F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2))
+        if x_BTC.is_cpu and x_BTC.dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()  # the CPU's fused attention is no faster in bfloat16, and less exact
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
+        return self.to_out[0](mixed.to(x_BTC.dtype))
 
 
 class Projection(nn.Module):
