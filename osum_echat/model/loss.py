@@ -115,12 +115,12 @@ class _LinearNll(torch.autograd.Function):
         nll_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
         unit_MD = torch.empty_like(hidden_MD) if wanted and ctx.needs_input_grad[0] else None
         grads = _zeros(flat, ctx.head_needs)
+        space = _space(hidden_MD, chunk, heads)
         for part_K, used in _chunks(first_only_M, chunk, heads):
             hidden_KD, targets_K1 = hidden_MD[part_K], targets_M[part_K, None]
-            logits_KC = _logits(hidden_KD, used)
-            found_K1 = logits_KC.gather(1, targets_K1)
-            error_KC, lse_K = _softmax(logits_KC)
-            nll_M[part_K] = lse_K - found_K1[:, 0]
+            error_KC = _logits(hidden_KD, used, space)
+            found_K1 = error_KC.gather(1, targets_K1)
+            nll_M[part_K] = _softmax_(error_KC) - found_K1[:, 0]
             if unit_MD is None and not any(ctx.head_needs):
                 continue
             error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))  # softmax - one-hot: the gradient by the logits
@@ -144,8 +144,10 @@ class _LinearNll(torch.autograd.Function):
             else:
                 grads = _zeros(flat, ctx.head_needs)
                 heads = _pairs(flat, hidden_MD.dtype)
+                space = _space(hidden_MD, ctx.chunk, heads)
                 for part_K, used in _chunks(first_only_M, ctx.chunk, heads):
-                    error_KC, _ = _softmax(_logits(hidden_MD[part_K], used))
+                    error_KC = _logits(hidden_MD[part_K], used, space)
+                    _softmax_(error_KC)
                     targets_K1 = targets_M[part_K, None]
                     error_KC.scatter_add_(1, targets_K1, error_KC.new_full(targets_K1.shape, -1.0))
                     _add_head_grads(grads, error_KC, hidden_MD[part_K], grad_M[part_K], used)
@@ -177,11 +179,10 @@ def _chunks(first_only_M: Tensor, size: int, heads: list[Head]) -> list[tuple[Te
     return [(part_K, used) for chosen_M, used in groups for part_K in torch.nonzero(chosen_M)[:, 0].split(size) if len(part_K)]
 
 
-def _logits(hidden_KD: Tensor, heads: Sequence[Head]) -> Tensor:
-    """Float32 logits of all heads side by side [K, C]."""
-    if len(heads) == 1:
-        return torch.nn.functional.linear(hidden_KD, *heads[0]).float()
-    out_KC = hidden_KD.new_empty(len(hidden_KD), sum(len(weight) for weight, _ in heads), dtype=torch.float32)
+def _logits(hidden_KD: Tensor, heads: Sequence[Head], space: Tensor) -> Tensor:
+    """Float32 logits of all heads side by side [K, C], in the memory of ``space`` (fresh memory for every chunk costs as much as the product)."""
+    classes = sum(len(weight) for weight, _ in heads)
+    out_KC = space[: len(hidden_KD) * classes].view(len(hidden_KD), classes)
     start = 0
     for weight_CD, bias_C in heads:
         slot_KC = out_KC[:, start : start + len(weight_CD)]
@@ -195,11 +196,15 @@ def _logits(hidden_KD: Tensor, heads: Sequence[Head]) -> Tensor:
     return out_KC
 
 
-def _softmax(logits_KC: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax [K, C] and log-sum-exp [K], with one pass for the exponentials: the largest probability is exp(largest - lse)."""
-    largest_K, where_K = logits_KC.max(dim=1)
-    softmax_KC = logits_KC.softmax(dim=1)
-    return softmax_KC, largest_K - softmax_KC.gather(1, where_K[:, None])[:, 0].log()
+def _softmax_(logits_KC: Tensor) -> Tensor:
+    """Turns logits into probabilities [K, C] in place; their log-sum-exp [K]: the largest probability is exp(largest - lse)."""
+    largest_K = logits_KC.amax(dim=1)
+    torch.softmax(logits_KC, dim=1, out=logits_KC)
+    return largest_K - logits_KC.amax(dim=1).log()
+
+
+def _space(hidden_MD: Tensor, chunk: int, heads: Sequence[Head]) -> Tensor:
+    return hidden_MD.new_empty(min(chunk, len(hidden_MD)) * sum(len(weight) for weight, _ in heads), dtype=torch.float32)
 
 
 def _hidden_grad(error_KC: Tensor, heads: Sequence[Head]) -> Tensor:

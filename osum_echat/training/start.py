@@ -57,7 +57,9 @@ def _put_room(model: EChatModel, room: str, path: Path) -> int:
     wanted = {name: param for name, param in model.named_parameters() if name.startswith(f"{room}.")}
     missing = [name for name in wanted if name not in weights]
     if missing or not wanted:
-        raise ConfigError(f"init.rooms.{room}: {path} has not stored {(missing or [room])[0]}; export that run and name the exported folder")
+        raise ConfigError(
+            f"init.rooms.{room}: {path} has not stored {(missing or [room])[0]}; export that run and name the exported folder"
+        )
     with torch.no_grad():
         for name, param in wanted.items():
             param.copy_(weights[name])
