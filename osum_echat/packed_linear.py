@@ -6,6 +6,7 @@ PyTorch has no such operators, nothing is packed: ask `can_pack` first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,10 +41,54 @@ class PackedLinear(nn.Module):
         self._weight: Tensor = ops._reorder_linear_weight(weight_OI.detach().contiguous(), rows_hint)
         self._bias = None if bias_O is None else bias_O.detach()
         self._after = "gelu" if gelu else "none"
+        self._product: Any = ops._linear_pointwise.default  # looked up once: a step makes hundreds of calls
 
     def forward(self, x: Tensor) -> Tensor:
-        ops: Any = torch.ops.mkldnn
-        return ops._linear_pointwise(x, self._weight, self._bias, self._after, [], "none")
+        return self._product(x, self._weight, self._bias, self._after, [], "none")
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self._bias is not None}"
+
+
+class JointLinear:
+    """Several linear layers with the same input as one product: fewer and larger reads, which is most of the time of a step at batch 1.
+
+    The first of the `parts` that is called with a tensor computes all, the others find their outputs. An input is known by being the same
+    object, so it must not be changed in place before all parts were called. A part that is called by itself computes all the same.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
+        bias_O = None
+        if any(linear.bias is not None for linear in linears):
+            biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
+            bias_O = torch.cat(biases)
+        self._product = PackedLinear(weight_OI, bias_O)
+        self._sizes = [linear.out_features for linear in linears]
+        self._input: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+        self.parts = [JointPart(self, index, linear) for index, linear in enumerate(linears)]
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """Output of one layer; it is handed out once, so nothing stays alive."""
+        if x is not self._input or index not in self._outputs:
+            self._input, self._outputs = x, dict(enumerate(self._product(x).split(self._sizes, dim=-1)))
+        found = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return found
+
+
+class JointPart(nn.Module):
+    """One layer of a `JointLinear`, in the place of its `nn.Linear`."""
+
+    def __init__(self, joint: JointLinear, index: int, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self._joint, self._index = joint, index
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._joint.output(self._index, x)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, part {self._index} of a joint product"

@@ -44,6 +44,29 @@ def test_only_what_gains_is_packed() -> None:
     assert [type(m).__name__ for m in model[2]] == ["PackedLinear", "Odd"]  # type: ignore[arg-type]
 
 
+class Block(nn.Module):
+    """Layers by the names that are packed together; the second pair does not read the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(512, 2048), nn.Linear(512, 256, bias=False), nn.Linear(512, 256)
+        self.gate_proj, self.up_proj = nn.Linear(512, 2048), nn.Linear(1024, 2048)
+
+
+@needs_kernels
+def test_layers_with_the_same_input_become_one_product() -> None:
+    block = Block()
+    names = ("q_proj", "k_proj", "v_proj", "gate_proj")
+    plain, x, other = copy.deepcopy(block), torch.randn(2, 3, 512), torch.randn(2, 3, 512)
+    assert pack_linears(block) == 5
+    kinds = {name: type(child).__name__ for name, child in block.named_children()}
+    assert kinds == dict.fromkeys(names[:3], "JointPart") | dict.fromkeys(("gate_proj", "up_proj"), "PackedLinear")
+    with torch.inference_mode():
+        # In order, out of order, one alone, and the same input again: each call gives what its own layer gives.
+        for name, given in [*((n, x) for n in names), ("v_proj", other), ("q_proj", other), ("q_proj", other), ("k_proj", x)]:
+            assert torch.allclose(getattr(block, name)(given), getattr(plain, name)(given), atol=1e-5)
+
+
 @needs_kernels
 def test_a_model_with_packed_weights_decodes_the_same_ids() -> None:
     model, tokenizer, _ = tiny()

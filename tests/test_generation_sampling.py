@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from osum_echat.generation.config import Sampling
-from osum_echat.generation.sampling import Dice, choose, penalise, sampling_rows
+from osum_echat.generation.sampling import Dice, choose, most_likely, penalise, sampling_rows
 
 CPU = torch.device("cpu")
 SETTINGS = st.builds(
@@ -98,3 +98,12 @@ def test_dice_repeat_by_seed_and_differ_between_seeds() -> None:
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Sampling(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("classes", [64, 96, 4097])
+def test_the_most_likely_id_is_the_first_of_equals(classes: int) -> None:
+    logits = torch.randint(0, 5, (40, classes)).float()
+    logits[0] = float("-inf")
+    logits[1, :-1] = float("-inf")
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert most_likely(logits).tolist() == first

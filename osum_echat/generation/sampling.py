@@ -82,7 +82,7 @@ def choose(logits_RV: Tensor, rows: SamplingRows, uniform_R: Tensor | None) -> T
         ids_R.
     """
     if rows.all_greedy:
-        return logits_RV.argmax(dim=1)
+        return most_likely(logits_RV)
     assert uniform_R is not None, "rows that sample need random numbers"
     vocabulary = logits_RV.shape[1]
     count = min(rows.candidates, vocabulary) or vocabulary
@@ -101,6 +101,21 @@ def choose(logits_RV: Tensor, rows: SamplingRows, uniform_R: Tensor | None) -> T
     last_R1 = (probs_RK > 0).long().cumsum(dim=1).argmax(dim=1, keepdim=True)
     picked_R1 = torch.minimum(picked_R1, last_R1)
     return torch.where(rows.greedy_R, ids_RK[:, 0], ids_RK.gather(1, picked_R1)[:, 0])
+
+
+_BLOCKS = 32
+
+
+def most_likely(logits_RV: Tensor) -> Tensor:
+    """`argmax` over the classes, the first of equals. By blocks, because a maximum alone is vectorised and `argmax` is not (on a CPU, a
+    fifth of the time for one row of a text head, an eighth for 16)."""
+    rows, vocabulary = logits_RV.shape
+    if vocabulary % _BLOCKS:
+        return logits_RV.argmax(dim=1)
+    blocks_RbL = logits_RV.reshape(rows, _BLOCKS, -1)
+    block_R = blocks_RbL.amax(dim=2).argmax(dim=1)
+    inside_R = blocks_RbL[torch.arange(rows, device=logits_RV.device), block_R].argmax(dim=1)
+    return block_R * blocks_RbL.shape[2] + inside_R
 
 
 class Dice:
