@@ -70,10 +70,13 @@ class SolverConfig:
     t_scheduler: str = "cosine"
     training_cfg_rate: float = 0.2
     inference_cfg_rate: float = 0.7
+    temperature: float = 1.0  # scale of the noise that the ODE starts from; less is smoother, for a flow that was trained briefly
 
     def __post_init__(self) -> None:
         if self.t_scheduler not in ("cosine", "linear"):
             raise ValueError(f"t_scheduler must be cosine or linear, found {self.t_scheduler!r}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, found {self.temperature}")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class FlowDecoder(nn.Module):
         times_S = torch.tensor(grid[:-1], device=noise_BTM.device)
         dtype = self.estimator.final_proj.weight.dtype  # the ODE itself stays float32
         embedded_SE = self.estimator.time_mlp(times_S).to(dtype)
-        x_BTM = noise_BTM.clone()
+        x_BTM = noise_BTM * self.config.temperature
         batch, _, bins = x_BTM.shape
         guided = guidance != 0.0
         rows = 2 * batch if guided else batch
