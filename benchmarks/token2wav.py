@@ -13,7 +13,7 @@ left out, since without the released files any stand-in's time would be our inve
 
 How much can be gained at equal output is bounded by arithmetic. One step with the 3 s prompt is 136 GFLOP of matrix products (linear 91,
 attention 33, convolutions 12), ten steps 1.36 TFLOP. At the 100 GFLOP/s that one core of the machine in `benchmarks/results/` reaches in the
-largest of these products, they take 13.6 s; the published operations take 20 s. Were all else free, the flow could be 1.5 times as fast in
+largest of these products, they take 13.6 s; the published operations take 18 to 20 s. Were all else free, the flow could be 1.5 times as fast in
 float32 and no more; twice is out of reach without fewer or narrower products. ``products_s`` is this bound, counted and measured in the same
 run. bfloat16 is narrower: its time stands beside it, with the difference that it makes to the mel.
 ``last_over_first_chunk`` compares the last with the first three of 20 chunks with a full window.
