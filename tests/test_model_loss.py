@@ -85,3 +85,20 @@ def test_ligers_fused_loss_gives_the_same_numbers(number_of_heads: int, monkeypa
         found.append([nll, hidden.grad, *(p.grad for head in heads[:number_of_heads] for p in head.parameters())])
     for wanted, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(expected: bool) -> None:
+    """Gradients are exact whether the weights from above were foretold or not, and again in a second backward pass."""
+    weights, first_only = torch.rand(23), torch.rand(23) < 0.5
+    hidden, targets, heads = case()
+    targets = torch.where(first_only, targets % 50, targets)
+    both, first = plain_nll(hidden, targets, heads), plain_nll(hidden, targets % 50, heads[:1])
+    wanted = torch.where(first_only, first, both)
+    parameters = [hidden, *(p for head in heads for p in head.parameters())]
+    gradients = torch.autograd.grad((3 * wanted * weights).sum(), parameters)
+    found = linear_nll(hidden, targets, heads, first_only, weights if expected else None, chunk=5)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    for _ in range(2):
+        again = torch.autograd.grad((3 * found * weights).sum(), parameters, retain_graph=True)
+        torch.testing.assert_close(again, gradients, atol=1e-5, rtol=1e-5)

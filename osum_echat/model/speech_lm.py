@@ -47,10 +47,8 @@ def _attend_by_document(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     lengths = [length for length, _ in documents]
     kwargs["is_causal"] = None  # SDPA decides by the mask
-    pieces = [
-        sdpa_attention_forward(module, *qkv, mask, **kwargs)[0]
-        for *qkv, (_, mask) in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), documents, strict=True)
-    ]
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), documents, strict=True)
+    pieces = [sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0] for q, k, v, (_, mask) in parts]
     return torch.cat(pieces, dim=1), None
 
 
