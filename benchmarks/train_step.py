@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args(argv)
-    tasks, count, steps = (QUICK_TASKS, 9, 1) if args.quick else (TASKS, 36, 2)
+    tasks, count, steps = (QUICK_TASKS, 6, 1) if args.quick else (TASKS, 36, 2)
     sizes: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         for together in [tuple(SIZES)] if args.quick else [(size,) for size in SIZES]:
