@@ -59,7 +59,10 @@ def store_half(model: Any) -> None:
 def _export(
     module: nn.Module, inputs: tuple[Tensor, ...], target: Path, names: Sequence[str], output: str, axes: Any, half: bool
 ) -> None:
-    import onnx
+    try:
+        import onnx
+    except ImportError as error:
+        raise ValueError("writing ONNX files needs the package onnx: pip install onnx") from error
 
     def write(path: Path) -> None:
         with warnings.catch_warnings():
