@@ -47,7 +47,11 @@ types: venv-dev  ## mypy
 test: lint types  ## lint, types and tests
 	$(BIN)/python -m pytest
 
-mini: $(VENV)/.installed-evaluation  ## make the mini model from nothing; goes on where it stopped (hours)
+$(VENV)/.installed-mini: $(VENV)/.installed-evaluation
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mini]'
+	@touch $@
+
+mini: $(VENV)/.installed-mini  ## make the mini model from nothing; goes on where it stopped (hours)
 	$(BIN)/python -m tools.mini.run
 
 evaluate-mini: $(VENV)/.installed-evaluation  ## measure the mini model on held-out speech; the last line is one JSON object

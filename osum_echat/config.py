@@ -74,7 +74,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, sep, text = item.partition("=")
         if not sep or not key.strip():
             raise ConfigError(f"override {item!r} is not of the form key=value (for example optim.lr=1e-4)")
-        nested: Any = yaml.load(text, Loader=_Loader)
+        try:
+            nested: Any = yaml.load(text, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override {item!r}: the value is not valid YAML (quote it?): {error}") from error
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         out = merge(out, nested)

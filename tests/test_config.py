@@ -76,6 +76,11 @@ def test_override_without_equals_sign_is_refused():
         load(Run, None, ["steps"])
 
 
+def test_override_with_a_broken_value_is_named():
+    with pytest.raises(ConfigError, match=r"name=\[a-z.*not valid YAML"):
+        load(Run, None, ["name=[a-z"])
+
+
 def test_base_file_is_merged(tmp_path):
     (tmp_path / "base.yaml").write_text("name: a\nsteps: 3\noptim: {lr: 0.1, kind: sgd}\n", encoding="utf-8")
     (tmp_path / "run.yaml").write_text("base: base.yaml\noptim: {lr: 0.2}\n", encoding="utf-8")
