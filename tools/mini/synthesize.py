@@ -147,7 +147,7 @@ def make_held_out(out: Path, each: int = 220) -> None:
 
     sets = {
         "grammar": [(*pair, *labelled(train_voices)) for pair in sentences[:each]],
-        "handwritten": [(*pair, *labelled(train_voices)) for pair in written * 2],
+        "handwritten": [(*pair, *labelled(train_voices)) for pair in written * 3][: 2 * len(written)],
         "new_voices": [(*pair, *labelled(labels.HELD_OUT_VOICES)) for pair in sentences[each : 2 * each]],
         "validation": [(*pair, *labelled(train_voices)) for pair in sentences[2 * each :][:64]],
     }
