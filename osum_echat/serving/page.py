@@ -114,7 +114,7 @@ def build_page(names: Sequence[str], load: Callable[[str], EChat], feedback: Pat
 
         return save
 
-    with gr.Blocks(title="OSUM-EChat") as page:
+    with gr.Blocks(title="OSUM-EChat", analytics_enabled=False) as page:
         gr.Markdown("# OSUM-EChat\nIt hears what is said and how, thinks about both, and answers in text and speech.")
         with gr.Row():
             with gr.Column():
