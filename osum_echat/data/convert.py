@@ -180,19 +180,26 @@ def _map(run: _Run, jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[
         yield from pool.map(run, jobs)
 
 
+def _usable(run: _Run, job: Job, drops: list[Drop]) -> Iterator[tuple[Item, dict[str, Any], dict[str, tuple[str, bytes]]]]:
+    """Items of a job with their record and audio; what cannot be used goes to ``drops``."""
+    for item in run.items(job):
+        try:
+            record, audio = _load(run, item)
+        except (RecordError, AudioError) as error:
+            drops.append(_drop(error, item))
+            continue
+        if record is None:
+            drops += [_drop(problem, item) for problem in item.problems]
+        else:
+            yield item, record, audio
+
+
 def _to_tar(run: _Run, job: Job) -> tuple[int, list[Drop]]:
-    path, drops, written = run.path(f"{job.stem}.tar"), [], 0
+    path, written = run.path(f"{job.stem}.tar"), 0
+    drops: list[Drop] = []
     keys: set[str] = set()
     with TarWriter(f"{path}.tmp") as tar:
-        for item in run.items(job):
-            try:
-                record, audio = _load(run, item)
-            except (RecordError, AudioError) as error:
-                drops.append(_drop(error, item))
-                continue
-            if record is None:
-                drops += [_drop(problem, item) for problem in item.problems]
-                continue
+        for _, record, audio in _usable(run, job, drops):
             key = name = str(record["key"])
             copies = 1
             while name in keys:  # two groups of one key side by side would be read as one; the record keeps its key
@@ -223,17 +230,10 @@ def _to_side_list(run: _Run, job: Job) -> tuple[int, list[Drop]]:
 
 
 def _to_raw_part(run: _Run, job: Job) -> tuple[int, list[Drop]]:
-    lines, drops = [], []
+    lines: list[str] = []
+    drops: list[Drop] = []
     folder = run.path("wav")
-    for item in run.items(job):
-        try:
-            record, audio = _load(run, item)
-        except (RecordError, AudioError) as error:
-            drops.append(_drop(error, item))
-            continue
-        if record is None:
-            drops += [_drop(problem, item) for problem in item.problems]
-            continue
+    for item, record, audio in _usable(run, job, drops):
         for name, (kind, data) in audio.items():
             turn = name.removeprefix("wav")
             path = folder / job.stem / f"{_file_name(str(record['key']))}_{item.index:06d}{turn}.{kind}"
