@@ -437,6 +437,7 @@ class EChat:
             heard=[audio] if audio is not None else [],
             seed=ask.seed,
             greedy=ask.greedy,
+            natural_think=ask.think == "language",
         )
 
     def _instruction(self, task: str) -> str:
@@ -499,7 +500,7 @@ class Dialogue:
         if ask.wav is None and ask.speak:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
         heard = self.echat.hear([ask.wav]) if ask.wav is not None else []
-        request = self.memory.request(output_type, heard, ask.text or "", ask.seed, ask.greedy)
+        request = self.memory.request(output_type, heard, ask.text or "", ask.seed, ask.greedy, ask.think == "language")
         for _, event in self.echat.generator.generate([request]):
             if isinstance(event, Done):
                 self.memory.commit(request, event, heard, ask.text or "")

@@ -31,7 +31,8 @@ class ProcessingProfile:
     """What differs between the published processors.
 
     Attributes:
-        think: form of a think: the record's own sentence (``extra.think_str``), or the template filled with tags.
+        think: form of a think: ``natural``, the record's own sentence (``extra.think_str``); ``tag``, the template filled with tags;
+            ``either``: the sentence where the record has one, else tags.
         strip_leading_tag: a tag in front of a label (the emotion of a reply) is taken off.
         neutral_tag: put in front of a dialogue reply that has no tag; in a think it stands for a tag that is not known.
         reply_tags: reply emotions that are known; empty: all.
@@ -39,7 +40,7 @@ class ProcessingProfile:
         names: a label that holds one of these is dropped.
     """
 
-    think: Literal["natural", "tag"]
+    think: Literal["natural", "tag", "either"]
     strip_leading_tag: bool
     neutral_tag: str = "<中立>"
     reply_tags: frozenset[str] = frozenset()
@@ -59,8 +60,8 @@ PROFILES: Mapping[str, ProcessingProfile] = {
         stand_ins={"age": "<ADULT>", "gender": "<MALE>", "emotion": "<NEUTRAL>", "event": "<OTHER>"},
         names=("MOSS", *text.OTHER_NAMES),
     ),
-    # The small model: tags in English, the reply's emotion in the think only.
-    "mini": ProcessingProfile(think="tag", strip_leading_tag=True, neutral_tag="<neutral>", names=()),
+    # The small model: both forms of a think, tags in English, the reply's emotion in the think only.
+    "mini": ProcessingProfile(think="either", strip_leading_tag=True, neutral_tag="<neutral>", names=()),
 }
 
 RENAMED_TASKS = {
@@ -169,8 +170,7 @@ class Processor:
     ) -> None:
         self.config, self.tokenizer, self.vocab = config, tokenizer, vocab
         self.profile = PROFILES[config.profile]
-        dialogue = get_profile(config.dialogue)
-        self._template = dialogue.tag_think if self.profile.think == "tag" else dialogue.natural_think
+        self._dialogue = get_profile(config.dialogue)
         self._prompts = prompts if prompts is not None else load_prompts(config.prompts) if config.prompts else {}
 
     def __call__(self, record: Record, rng: random.Random) -> Processed:
@@ -207,6 +207,7 @@ class Processor:
             history=tuple(self._past(record, turn) for turn in history),
             words=tuple(split_words(label.rpartition(CLOSE)[2])) if speech and record.word_lengths else (),
             word_lengths=record.word_lengths if speech else (),
+            natural_think=think_written and self._is_natural(record),
         )
         recordings: list[str | bytes | None] = [turn.wav for turn in history]
         transcripts = [""] * len(recordings)
@@ -243,16 +244,21 @@ class Processor:
             tag, label = profile.neutral_tag, profile.neutral_tag + label
         if not find_task(task).output.think:
             return label, False
-        if profile.think == "natural":
+        if self._is_natural(record):
             think = record.extra.get("think_str")
             if think is None:
                 raise record.error("missing_think", "a think task needs extra.think_str")
-            return self._template.write(Think(raw=str(think))) + label, True
+            return self._dialogue.natural_think.write(Think(raw=str(think))) + label, True
         tag = tag or profile.neutral_tag
         if profile.reply_tags and tag not in profile.reply_tags:
             label = label.replace(tag, profile.neutral_tag)
             tag = profile.neutral_tag
-        return self._template.write(self._tag_think(record, tag, rng)) + label, True
+        return self._dialogue.tag_think.write(self._tag_think(record, tag, rng)) + label, True
+
+    def _is_natural(self, record: Record) -> bool:
+        """Whether a think of this record is written in natural language."""
+        form = self.profile.think
+        return form == "natural" or (form == "either" and record.extra.get("think_str") is not None)
 
     def _tag_think(self, record: Record, reply_tag: str, rng: random.Random) -> Think:
         extra = record.extra
@@ -279,7 +285,7 @@ class Processor:
 
     def _bare(self, tag: str) -> str:
         """Tags without brackets where the template writes none."""
-        return tag if self._template.brackets else tag.strip("<>")
+        return tag if self._dialogue.tag_think.brackets else tag.strip("<>")
 
     def _think_length(self, ids: Sequence[int]) -> int:
         """Ids up to the one that completes the closing mark of the think."""

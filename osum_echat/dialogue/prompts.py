@@ -8,7 +8,7 @@ The strings of the first two are part of a checkpoint's interface: byte for byte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from osum_echat.dialogue.think import NATURAL, TAG_CHINESE, TAG_ENGLISH, ThinkTemplate
 
@@ -44,6 +44,8 @@ class Profile:
         history_after_audio: stands after a past user turn, in front of ``turn_end``.
         history_after_reply: stands after a past reply.
         tag_think, natural_think: the two forms of a think.
+        natural_system: openings of think sequences whose think is natural language, for a checkpoint that writes both forms; what is not
+            named here opens as in ``system`` (the published checkpoints write one form each).
     """
 
     name: str
@@ -58,10 +60,15 @@ class Profile:
     history_after_reply: str = ""
     tag_think: ThinkTemplate = TAG_CHINESE
     natural_think: ThinkTemplate = NATURAL
+    natural_system: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing = set(OUTPUT_TYPES) - set(self.system)
         assert not missing, f"profile {self.name} lacks system prompts for {sorted(missing)}"
+
+    def opening(self, output_type: str, natural_think: bool = False) -> str:
+        """The system prompt of a sequence."""
+        return (natural_think and self.natural_system.get(output_type)) or self.system[output_type]
 
 
 def _system(text: str) -> str:
@@ -140,9 +147,21 @@ AS_RELEASED = replace(
     history_after_reply="",
 )
 
+_MINI_NATURAL = {
+    "s2t_chat_think": "wonder, chat",
+    "speech2text_token_think": "wonder, talk",
+    "speech2text_token_streaming_think": "wonder, talk along",
+}
+
+
+def _mini_system(texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: f"<|im_start|>{text}\n" for name, text in texts.items()}
+
+
 MINI = Profile(
     name="mini",
-    system={name: f"<|im_start|>{text}\n" for name, text in _MINI.items()},
+    system=_mini_system(_MINI),
+    natural_system=_mini_system(_MINI_NATURAL),
     user_header="",
     turn_end="<|im_end|>",
     assistant="<|im_start|>",

@@ -157,6 +157,7 @@ class Sample:
         speech: codes [0, S) of the reply, without delimiters.
         history: past turns, oldest first.
         words, word_lengths: for the word form of speech: words of the reply and how many codes each has.
+        natural_think: the think is natural language, which some profiles ask for in words of its own.
     """
 
     output_type: str
@@ -167,6 +168,7 @@ class Sample:
     history: tuple[PastTurn, ...] = ()
     words: tuple[str, ...] = ()
     word_lengths: tuple[int, ...] = ()
+    natural_think: bool = False
 
     @property
     def num_recordings(self) -> int:
@@ -234,7 +236,7 @@ class _Builder:
         profile = self.profile
         if sample.history and not output.history:
             raise ValueError(f"output type {output.name} takes no history")
-        self.add_fixed("system", profile.system[output.name])
+        self.add_fixed("system", profile.opening(output.name, sample.natural_think))
         for turn in sample.history:
             self.past_turn(turn)
         if output.name not in profile.headerless:

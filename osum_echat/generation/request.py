@@ -35,6 +35,7 @@ class Request:
         plan: ids to take instead of what would be chosen, by step (0 is the first generated id); for comparisons.
         past: cache of an earlier part of a dialogue; what it has in common with the prompt is not read again.
         keep_cache: hand the cache back in `cache` when the row is done.
+        natural_think: the prompt asks for a think in natural language (see `build_request`).
         cancelled: set it to stop the row within one step.
     """
 
@@ -48,6 +49,7 @@ class Request:
     plan: Mapping[int, int] = field(default_factory=dict)
     past: KeptCache | None = None
     keep_cache: bool = False
+    natural_think: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
     cache: KeptCache | None = None
 
@@ -114,6 +116,7 @@ def build_request(
     profile: str | Profile | None = None,
     seed: int = 0,
     greedy: bool = False,
+    natural_think: bool = False,
 ) -> Request:
     """A request of any kind of sequence.
 
@@ -123,6 +126,7 @@ def build_request(
         heard: recordings of past turns first, the current one last.
         history: past turns, oldest first.
         profile: other than the one of ``config``.
+        natural_think: ask for a think in natural language, where the profile tells the two forms apart.
 
     Raises:
         ValueError: unknown output type, or what it needs is missing.
@@ -139,6 +143,7 @@ def build_request(
         prompt_ids=encode(tokenizer, prompt_text) if prompt_text else (),
         text_ids=text_ids,
         history=tuple(history),
+        natural_think=natural_think,
     )
     if len(heard) != sample.num_recordings:
         raise ValueError(
@@ -154,4 +159,5 @@ def build_request(
         seed,
         text_ids=text_ids,
         words=tuple(split_words(say)) if output.spoken_text else (),
+        natural_think=natural_think,
     )

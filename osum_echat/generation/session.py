@@ -48,7 +48,13 @@ class Session:
         self.turns, self.heard, self._kept = [], [], None
 
     def request(
-        self, output_type: str, heard: Sequence[AudioFeatures] = (), text: str = "", seed: int = 0, greedy: bool = False
+        self,
+        output_type: str,
+        heard: Sequence[AudioFeatures] = (),
+        text: str = "",
+        seed: int = 0,
+        greedy: bool = False,
+        natural_think: bool = False,
     ) -> Request:
         """The request of the next turn, with the past in front.
 
@@ -69,6 +75,7 @@ class Session:
                 history=self.turns,
                 seed=seed,
                 greedy=greedy,
+                natural_think=natural_think,
             )
             if len(request.prompt) <= self.max_tokens:
                 break
@@ -93,17 +100,17 @@ class Session:
         self.heard.append(tuple(heard))
         self._kept = request.cache
         self._forget(len(self.turns) - self.max_turns)
-        self._read_past(request.output_type)
+        self._read_past(request)
 
     def _forget(self, count: int) -> None:
         if count > 0:
             del self.turns[:count], self.heard[:count]
 
-    def _read_past(self, output_type: str) -> None:
-        """Prefill the past as the next turn of this kind will show it."""
+    def _read_past(self, last: Request) -> None:
+        """Prefill the past as the next turn will show it, if it is of the kind of the last one."""
         generator = self.generator
         heard = tuple(h for turn in self.heard for h in turn)
-        sample = Sample(output_type, history=tuple(self.turns))
+        sample = Sample(last.output_type, history=tuple(self.turns), natural_think=last.natural_think)
         layout = build_layout(
             sample, generator.tokenizer, generator.vocab, generator.config.profile, generator.config.speech_form, prefix_only=True
         )
@@ -112,6 +119,6 @@ class Session:
         row = flatten(past, [int(h.lengths_N[0]) for h in heard])
         if len(row) > self.max_tokens:
             return  # the next request will drop turns, so there is nothing worth reading yet
-        request = Request(output_type, row, heard, past=self._kept)
+        request = Request(last.output_type, row, heard, past=self._kept)
         with torch.inference_mode():
             self._kept = Batch(generator.model, [request], room=0).keep(0)

@@ -90,8 +90,8 @@ def tagged_reply(topic: str, said_as: texts.Labels, answer: str) -> str:
 def text_records(count: int, seed: int = 0) -> Iterator[Json]:
     """Sentences for the language model alone.
 
-    A quarter each: think and answer for a sentence with its tags; copy a grammar sentence; copy an open-vocabulary sentence; copy
-    words in random order (so that copying never becomes guessing). A tenth of the first quarter is plain text dialogue.
+    More than half: think and answer for a sentence with its tags, in tags or (behind "tell:") in natural language, or answer a plain text. The
+    rest: copy a grammar sentence, an open-vocabulary sentence, or words in random order (so that copying never becomes guessing).
     """
     rng = random.Random(f"text {seed}")
     grammar = texts.training_user_sentences()
@@ -106,10 +106,12 @@ def text_records(count: int, seed: int = 0) -> Iterator[Json]:
         if kind < 0.04:
             sentence, topic = rng.choice(grammar)
             yield _text(key, sentence, texts.plain_reply(topic, rng))
-        elif kind < 0.4:
+        elif kind < 0.6:
             sentence, topic = rng.choice(grammar)
             said_as = texts.draw_labels(rng)
-            yield _text(key, f"{misheard(sentence, rng, rate)}{bracketed(said_as)}", _think(sentence, topic, said_as, rng))
+            natural = rng.random() < 0.2
+            question = f"{'tell: ' if natural else ''}{misheard(sentence, rng, rate)}{bracketed(said_as)}"
+            yield _text(key, question, _think(sentence, topic, said_as, natural, rng))
         else:
             sentence = _sentence_to_copy(rng, grammar, wordnet, words)
             yield _text(key, f"words: {misheard(sentence, rng, rate)}", sentence)
@@ -124,11 +126,16 @@ def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], word
     return " ".join(rng.choice(words) for _ in range(rng.randint(3, 10)))
 
 
-def _think(sentence: str, topic: str, said_as: texts.Labels, rng: random.Random) -> str:
-    from osum_echat.dialogue.think import TAG_ENGLISH, Think
+def _think(sentence: str, topic: str, said_as: texts.Labels, natural: bool, rng: random.Random) -> str:
+    from osum_echat.dialogue.think import NATURAL, TAG_ENGLISH, Think
 
-    think = Think(transcript=sentence, reply_emotion=texts.reply_emotion(said_as), **{n: getattr(said_as, n) for n in TAG_TASKS})
-    return TAG_ENGLISH.write(think) + texts.reply(topic, said_as, rng)
+    think = Think(
+        raw=texts.natural_think(sentence, said_as),
+        transcript=sentence,
+        reply_emotion=texts.reply_emotion(said_as),
+        **{n: getattr(said_as, n) for n in TAG_TASKS},
+    )
+    return (NATURAL if natural else TAG_ENGLISH).write(think) + texts.reply(topic, said_as, rng)
 
 
 def _text(key: str, question: str, answer: str) -> Json:
@@ -148,8 +155,8 @@ def hearing_records(record: Json, rng: random.Random, every_task: bool = False) 
     known = {name: extra[name] for name in TAG_TASKS}
     known |= {"q_txt": record["txt"], "topic": extra["topic"], "voice": extra["voice"]}
 
-    def task(name: str, txt: str) -> Json:
-        return {"key": record["key"], "wav": record["wav"], "txt": txt, "task": name, "extra": known}
+    def task(name: str, txt: str, **more: str) -> Json:
+        return {"key": record["key"], "wav": record["wav"], "txt": txt, "task": name, "extra": {**known, **more}}
 
     tag = rng.choice(list(TAG_TASKS))
     value = f"<{extra[tag]}>"
@@ -161,6 +168,8 @@ def hearing_records(record: Json, rng: random.Random, every_task: bool = False) 
     if extra["topic"] is not None:
         answer = tagged_reply(extra["topic"], said_as, extra["reply"])
         yield task("<S2TCHAT> <THINKER>", answer)
+        if every_task or rng.random() < 0.2:
+            yield task("<S2TCHAT> <THINKER>", answer, think_str=texts.natural_think(record["txt"], said_as))
         if every_task or rng.random() < 0.1:
             yield task("<S2TCHAT>", answer)
 
@@ -226,8 +235,11 @@ def spoken_dialogue(record: Json, spoken: dict[str, list[Json]], rng: random.Ran
     reply = rng.choice(fitting)
     known = {name: extra[name] for name in TAG_TASKS} | {"q_txt": record["txt"], "topic": extra["topic"], "voice": extra["voice"]}
     line = {"key": record["key"], "wav": record["wav"], "txt": tagged_reply(extra["topic"], said_as, reply["txt"])}
+    speech = speech_extra(reply)
+    if rng.random() < 0.2:
+        speech["think_str"] = texts.natural_think(record["txt"], said_as)
     for task in ("<S2TCHAT> <TEXT2TOKEN>", "<S2TCHAT> <TEXT2TOKEN> <THINK>"):
-        yield {**line, "task": task, "extra": {**known, **speech_extra(reply)}}
+        yield {**line, "task": task, "extra": {**known, **speech}}
 
 
 # Steps ------------------------------------------------------------------------------------------------------------------------------
@@ -287,7 +299,7 @@ def main() -> int:
             step.add_argument("--out", type=Path, required=True, help="folder of the lists")
         if name != "text":
             step.add_argument("--data", type=Path, required=True, help="folder of tools.mini.synthesize")
-    steps.choices["text"].add_argument("--count", type=int, default=60_000)
+    steps.choices["text"].add_argument("--count", type=int, default=120_000)
     steps.choices["tokens"].add_argument("--token2wav", type=Path, required=True, help="folder with the speech tokenizer")
     arguments = parser.parse_args()
     try:

@@ -30,7 +30,7 @@ PART = 250  # records a part
 REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
 REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
 USER_SECONDS, REPLY_SECONDS = 3.2, 3.1  # mean length, to turn hours into parts
-WORDNET_SHARE = 0.3  # of user recordings: open vocabulary, without topic and reply
+WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
 HELD_OUT_WORDNET = 400
 
 README = """# Speech of mini

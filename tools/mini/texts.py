@@ -179,6 +179,28 @@ def reply_emotion(labels: Labels) -> str:
     return dict(zip(("good", "bad", "plain"), REPLY_EMOTIONS, strict=True))[_replies()["mood"][labels.emotion]]
 
 
+PEOPLE = {
+    ("child", "male"): ("a boy", "he"),
+    ("child", "female"): ("a girl", "she"),
+    ("adult", "male"): ("a man", "he"),
+    ("adult", "female"): ("a woman", "she"),
+    ("old", "male"): ("an old man", "he"),
+    ("old", "female"): ("an old woman", "she"),
+}
+SOUNDS = {"neutral": "calm"}  # how an emotion is told, where not by its own name
+EVENT_VERBS = {"laugh": "laughs", "cough": "coughs", "sneeze": "sneezes", "applause": "gets applause", "sigh": "sighs"}
+TONES = {"happy": "happily", "gentle": "gently", "neutral": "plainly"}
+
+
+def natural_think(sentence: str, labels: Labels) -> str:
+    """What is thought in natural language: who says what, how, and the tone of the answer."""
+    person, pronoun = PEOPLE[labels.age, labels.gender]
+    sounds = f"{pronoun} sounds {SOUNDS.get(labels.emotion, labels.emotion)}"
+    if labels.event != "none":
+        sounds += f" and {EVENT_VERBS[labels.event]}"
+    return f"{person} says: {sentence}. {sounds}, so i answer {TONES[reply_emotion(labels)]}."
+
+
 def reply(topic: str, labels: Labels, rng: random.Random) -> str:
     """One of the answers that the rule allows."""
     return rng.choice(list(reply_parts(topic, labels).variants()))

@@ -27,7 +27,7 @@ T = TypeVar("T")
 class ListConfig:
     """Which records take part."""
 
-    lists: list[Path] = field(default_factory=list)  # JSON lines, patterns allowed; a relative wav path is relative to the list
+    lists: list[Path] = field(default_factory=list)  # JSON lines, patterns allowed; a wav path is tried as written, then from the list's folder
     valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
     voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
@@ -114,7 +114,7 @@ def _parse(line: str, path: Path, number: int, cfg: ListConfig, need: Sequence[s
     voice = "/".join(str(extra[name]) for name in cfg.voice_fields if extra.get(name) is not None) or None
     if cfg.voices is not None and voice not in cfg.voices:
         return None  # a choice, not a fault
-    if not wav.is_absolute():
+    if not wav.exists():  # as written first, as everywhere in the project
         wav = path.parent / wav
     try:
         seconds = soundfile.info(str(wav)).duration
