@@ -53,6 +53,23 @@ def test_mini_openings_tell_every_mode_apart_and_are_short():
     assert sum(len(s.ids) for s in layout.segments) <= 12
 
 
+def test_mini_is_asked_for_a_think_in_language_by_an_opening_of_its_own():
+    thinking = [name for name, output in OUTPUTS.items() if output.think]
+    openings = {MINI.opening(name, natural_think=form) for name in thinking for form in (False, True)}
+    assert len(openings) == 2 * len(thinking)
+    assert MINI.opening("text", natural_think=True) == MINI.system["text"]
+    told = [
+        build_layout(Sample(thinking[0], natural_think=form), tokenizer(), VOCAB, "mini", prefix_only=True).segments[0].ids
+        for form in (False, True)
+    ]
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize("profile", [AS_TRAINED, AS_RELEASED], ids=lambda p: p.name)
+def test_the_published_profiles_have_one_opening_for_both_forms(profile):
+    assert all(profile.opening(name, natural_think=True) == profile.system[name] for name in OUTPUT_TYPES)
+
+
 def test_every_output_type_has_a_system_prompt_in_every_profile():
     assert set(OUTPUT_TYPES) == set(OUTPUTS)
     for profile in PROFILES.values():

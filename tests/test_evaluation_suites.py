@@ -50,6 +50,17 @@ def test_answers_are_counted_by_words_tags_thinks_and_rule():
     assert values["reply_fit"] == 50
 
 
+def test_natural_thinks_are_counted_by_end_words_and_rule():
+    wanted = Item("0", "my dog ran away", b"", SAID, ("I am so sorry, sir.",), {"think_str": "a man says: my dog ran away."})
+    replies = [Reply("I am so sorry, sir.", Think(raw="a man says: my dog ran.")), Reply("Nice.")]
+    parrot = Parrot(replies)
+    rows = suites.hear_and_answer(parrot, [wanted, wanted], think="language")
+    assert [ask.think for ask in parrot.asked] == ["language", "language"]
+    values = suites.summarise_natural("try", rows).values
+    assert values["think_closed"] == 50 and values["reply_fit"] == 50
+    assert values["think_wer"] == pytest.approx(100 * (1 + 7) / 14)
+
+
 def test_a_think_with_an_impossible_tag_does_not_count_as_parsed():
     rows = suites.hear_and_answer(Parrot([reply(emotion="grumpy"), reply()]), [item("a"), item("b")])
     assert suites.summarise_answers("try", rows).values["think_parsed"] == 50

@@ -105,6 +105,16 @@ def test_think_records_write_a_think_that_parses_back(processor):
     assert texts.reply_fits("exam", texts.Labels("child", "female", "sad", "cough"), split.reply)
 
 
+def test_some_thinks_are_in_natural_language_and_name_words_person_and_tone(processor):
+    lines = list(prepare.hearing_records(recording(), random.Random(1), every_task=True))
+    (line,) = [line for line in lines if "think_str" in line["extra"]]
+    done = processed(processor, line)
+    split = split_think(done.label)
+    assert split.think == "a girl says: i got my math exam back. she sounds sad and coughs, so i answer gently."
+    assert done.sample.natural_think
+    assert texts.reply_fits("exam", texts.Labels("child", "female", "sad", "cough"), split.reply)
+
+
 def test_open_vocabulary_has_no_answer():
     tasks = {line["task"] for line in prepare.hearing_records(recording(None), random.Random(1), every_task=True)}
     assert tasks and not any("S2TCHAT" in task for task in tasks)
@@ -125,6 +135,14 @@ def test_spoken_dialogue_takes_only_answers_that_fit_and_lays_words_and_codes_ou
         codes = sum(i == processor.vocab.speech_id(7) for segment in layout.segments for i in segment.ids)
         assert codes == sum(lengths)
     assert not list(prepare.spoken_dialogue(recording(), {}, random.Random(0)))
+
+
+def test_text_records_think_in_both_forms_and_say_which(processor):
+    lines = list(prepare.text_records(400))
+    told = [line for line in lines if line["extra"]["question"].startswith("tell: ")]
+    assert 20 < len(told) < 100
+    assert all("says: " in line["txt"] and "words:" not in line["txt"] for line in told)
+    assert all(" says: " not in line["txt"].partition("<think end>")[0] for line in lines if line["txt"].startswith("<think>words"))
 
 
 def test_misheard_text_is_exact_at_rate_zero_and_close_at_a_low_one():

@@ -49,7 +49,7 @@ def test_new_sentences_to_say_stay_inside_the_words_of_the_reply_voice():
     words = set(texts.reply_words())
     assert 300 <= len(words) <= 600
     sentences = [sentence for sentence, _ in texts.hand_written("speech")]
-    assert len(sentences) == 40
+    assert len(sentences) == 200
     assert {word for sentence in sentences for word in texts.normalise(sentence).split()} <= words
 
 

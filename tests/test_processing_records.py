@@ -136,10 +136,21 @@ def test_a_think_is_separate_from_its_reply(profile):
 
 
 def test_the_mini_profile_writes_tags_without_brackets():
-    done = processor("mini", dialogue="mini")(record("<happy>Sure!", "<S2TCHAT> <THINKER>"), random.Random(0))
+    extra = {name: value for name, value in EXTRA.items() if name != "think_str"}
+    done = processor("mini", dialogue="mini")(record("<happy>Sure!", "<S2TCHAT> <THINKER>", extra=extra), random.Random(0))
     assert done.label == (
         "<think>words:天气真好, age: ADULT, gender: FEMALE, emotion: HAPPY, event: laugh, reply: happy<think end>Sure!"
     )
+    assert not done.sample.natural_think
+
+
+def test_the_mini_profile_takes_a_natural_think_where_the_record_has_one_and_asks_for_it_in_other_words():
+    item = record("<happy>Sure!", "<S2TCHAT> <THINKER>")
+    done = processor("mini", dialogue="mini")(item, random.Random(0))
+    assert done.label == "<think>听起来很开心。<think end>Sure!"
+    assert done.sample.natural_think
+    chat = record("<happy>Sure!", "<S2TCHAT>")
+    assert not processor("mini", dialogue="mini")(chat, random.Random(0)).sample.natural_think
 
 
 def test_word_lengths_reach_the_sample_with_the_words_of_the_reply_alone():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import soxr
@@ -68,10 +69,15 @@ def _ask_all(echat: EChat, asks: Sequence[Ask], items: Sequence[Item], progress:
 
 
 def hear_and_answer(
-    echat: EChat, items: Sequence[Item], speak: bool = False, seed: int = 0, progress: Progress | None = None
+    echat: EChat,
+    items: Sequence[Item],
+    speak: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+    think: Literal["tag", "language"] = "tag",
 ) -> list[Row]:
-    """Think (tags), then answer each recording."""
-    return _ask_all(echat, [Ask(wav=item.wav, think="tag", speak=speak, seed=seed) for item in items], items, progress)
+    """Think, then answer each recording."""
+    return _ask_all(echat, [Ask(wav=item.wav, think=think, speak=speak, seed=seed) for item in items], items, progress)
 
 
 def understand(echat: EChat, items: Sequence[Item], task: str = "<TRANSCRIBE>", progress: Progress | None = None) -> list[Row]:
@@ -128,6 +134,20 @@ def summarise_answers(name: str, rows: Sequence[Row]) -> Summary:
     if ruled:
         summary.values["reply_fit"] = 100 * sum(ruled) / len(ruled)
     summary.values["seconds"] = float(np.mean([row.seconds for row in rows]))
+    return summary
+
+
+def summarise_natural(name: str, rows: Sequence[Row]) -> Summary:
+    """Thinks in natural language: how many came to their end, their word errors against the one that is wanted, answers that fit."""
+    summary = Summary(name, len(rows))
+    thinks = [(row.reply.think.raw or "") if row.reply.think is not None else "" for row in rows]
+    summary.values["think_closed"] = 100 * sum(map(bool, thinks)) / len(rows)
+    wanted = [(str(row.item.extra["think_str"]), think) for row, think in zip(rows, thinks, strict=True) if "think_str" in row.item.extra]
+    if wanted:
+        summary.values["think_wer"] = 100 * metrics.total_errors(*map(list, zip(*wanted, strict=True))).rate
+    ruled = [row.fits for row in rows if row.fits is not None]
+    if ruled:
+        summary.values["reply_fit"] = 100 * sum(ruled) / len(ruled)
     return summary
 
 

@@ -2,7 +2,7 @@
 
     python -m osum_echat.training --stage empathy --config conf/mini/empathy.yaml --validators osum_echat.evaluation.validation:hearing
 
-`hearing`: word error rate, tag accuracy, thinks that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
+`hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
 texts, token2wav makes sound, a recogniser writes it down; needs `OSUM_ECHAT_TOKEN2WAV` (a token2wav folder) and the recogniser's data. Both
 take the first `OSUM_ECHAT_VALIDATION_ITEMS` (32) records of the tasks they need, and decode greedily but for speech.
 """
@@ -33,7 +33,7 @@ _recognisers: dict[str, Recogniser] = {}
 def hearing(trainer: Trainer) -> dict[str, float]:
     """Transcript WER, tag accuracies, parsed thinks and transcript-task WER, in percent; what the lists have no records for is left out."""
     records = _records(trainer)
-    thinks = _items([r for r in records if r.task in THINK_TASKS])
+    thinks = _items([r for r in records if r.task in THINK_TASKS and "think_str" not in r.extra])
     transcripts = _items([r for r in records if r.task == "<TRANSCRIBE>"])
     echat = _echat(trainer)
     out: dict[str, float] = {}

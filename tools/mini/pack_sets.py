@@ -37,6 +37,7 @@ def item(record: dict[str, Any]) -> Item:
     """A held-out recording with the answers that fit it."""
     extra = record["extra"]
     kept = {name: extra[name] for name in ("age", "gender", "emotion", "event", "voice", "topic")}
+    kept["think_str"] = texts.natural_think(record["txt"], labels_of(record))
     kept["replies"] = list(texts.reply_parts(extra["topic"], labels_of(record)).variants())
     return Item(record["key"], record["txt"], ogg(record["wav"]), extra=kept)
 
@@ -69,6 +70,8 @@ def demo(data: Path, out: Path) -> None:
         chosen.append(next(fitting))
     folder = out / "demo"
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.ogg"):
+        old.unlink()
     lines = []
     for number, record in enumerate(chosen[:DEMO], start=1):
         made = item(record)

@@ -23,7 +23,7 @@ from typing import Any
 
 from tools.mini import texts
 
-CODES_A_SECOND = 25
+CODES, CODES_A_SECOND = 256, 25
 VALIDATION = 64
 TAG_TASKS = {"age": "<AGE>", "gender": "<GENDER>", "emotion": "<EMOTION>", "event": "<CAPTION>"}
 
@@ -193,16 +193,16 @@ def word_lengths(words: list[list[Any]], codes: int) -> list[int]:
 
 def tokenise(data: Path, token2wav: Path) -> None:
     """Speech codes of the reply voice, a list ``reply_tokens/*.jsonl`` for each part of ``reply``; parts that exist are left alone."""
-    from osum_echat.token2wav.model import Token2Wav
+    from osum_echat.token2wav.prompt import Frontend, tokenizer_wave
 
-    vocoder = Token2Wav.load(token2wav)
+    frontend = Frontend(token2wav, CODES)  # flow and vocoder are not there yet
     for path in [*sorted((data / "reply").glob("*.jsonl")), data / "heldout" / "reply.jsonl"]:
         target = data / "reply_tokens" / path.name
         if target.exists():
             continue
         records = []
         for record in read_list(path):
-            codes = vocoder.tokenize(record["wav"])
+            codes = frontend.tokens(tokenizer_wave(record["wav"])).tolist()
             spoken = [word for word, _ in record["extra"]["words"]]
             try:
                 if len(spoken) != len(record["txt"].split()):
@@ -210,7 +210,7 @@ def tokenise(data: Path, token2wav: Path) -> None:
                 lengths = word_lengths(record["extra"]["words"], len(codes))
             except ValueError:
                 continue  # rare (numbers, abbreviations); the count is printed below
-            records.append({**record, "extra": {**record["extra"], "speech_token": list(codes), "word_lengths": lengths}})
+            records.append({**record, "extra": {**record["extra"], "speech_token": codes, "word_lengths": lengths}})
         total = len(read_list(path))
         print(f"{target}: {write_list(target, records)} of {total}", flush=True)
 

@@ -87,10 +87,15 @@ def draw_user(
         sentence, topic = rng.choice(wordnet), None
     else:
         sentence, topic = rng.choice(grammar)
+    return sentence, topic, *draw_voice(rng, labels.training_voices())
+
+
+def draw_voice(rng: random.Random, voices: tuple[str, ...]) -> tuple[str, texts.Labels]:
+    """A voice and how it is to speak; combinations that the voice cannot do are drawn again."""
     while True:
-        voice, said_as = rng.choice(labels.training_voices()), texts.draw_labels(rng)
+        voice, said_as = rng.choice(voices), texts.draw_labels(rng)
         if labels.allowed(labels.VOICES[voice], said_as):
-            return sentence, topic, voice, said_as
+            return voice, said_as
 
 
 def draw_reply(rng: random.Random, replies: list[str], wordnet: list[str]) -> str:
@@ -134,30 +139,23 @@ def make_part(job: tuple[str, int, Path]) -> float:
 
 def make_held_out(out: Path, each: int = 220) -> None:
     """The sets that never enter training: new sentences, hand-written sentences, new voices, and sentences of the reply voice."""
-    rng = random.Random("held out")
     sentences = list(texts.held_out_user_sentences())
-    written = texts.hand_written("user")
     train_voices = labels.training_voices()
-
-    def labelled(voices: tuple[str, ...]) -> tuple[str, texts.Labels]:
-        while True:
-            voice, said_as = rng.choice(voices), texts.draw_labels(rng)
-            if labels.allowed(labels.VOICES[voice], said_as):
-                return voice, said_as
-
     sets = {
-        "grammar": [(*pair, *labelled(train_voices)) for pair in sentences[:each]],
-        "handwritten": [(*pair, *labelled(train_voices)) for pair in written * 3][: 2 * len(written)],
-        "new_voices": [(*pair, *labelled(labels.HELD_OUT_VOICES)) for pair in sentences[each : 2 * each]],
-        "validation": [(*pair, *labelled(train_voices)) for pair in sentences[2 * each :][:64]],
+        "grammar": (sentences[:each], train_voices),
+        "handwritten": (texts.hand_written("user") * 2, train_voices),
+        "new_voices": (sentences[each : 2 * each], labels.HELD_OUT_VOICES),
+        "validation": (sentences[2 * each :][:64], train_voices),
     }
-    for name, items in sets.items():
+    for name, (pairs, voices) in sets.items():
         path = out / "heldout" / f"{name}.jsonl"
         if path.exists():
             continue
+        rng = random.Random(f"held out {name}")
         (out / "heldout" / name).mkdir(parents=True, exist_ok=True)
         records = []
-        for number, (sentence, topic, voice, said_as) in enumerate(items):
+        for number, (sentence, topic) in enumerate(pairs):
+            voice, said_as = draw_voice(rng, voices)
             wav = out / "heldout" / name / f"{name}_{number:03d}.wav"
             records.append(user_record(sentence, topic, voice, said_as, rng, wav))
         _write_list(path, records)

@@ -58,11 +58,13 @@ def evaluate(
     grammar = suites.hear_and_answer(echat, items["grammar"][:SPOKEN], speak, progress=tell("think, answer, speak"))
     written = suites.hear_and_answer(echat, items["handwritten"], progress=tell("hand-written sentences"))
     voices = suites.hear_and_answer(echat, items["new_voices"], progress=tell("new voices"))
+    natural = suites.hear_and_answer(echat, items["grammar"], progress=tell("thinks in natural language"), think="language")
     words = suites.understand(echat, items["grammar"], progress=tell("transcripts alone"))
     summaries = [
         suites.summarise_answers("unseen grammar sentences", grammar),
         suites.summarise_answers("hand-written sentences", written),
         suites.summarise_answers("new voices", voices),
+        suites.summarise_natural("unseen grammar sentences: think in natural language", natural),
         suites.summarise_transcripts("unseen grammar sentences: transcript task", words),
     ]
     seen, hand, new = (summary.values for summary in summaries[:3])
