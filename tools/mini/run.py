@@ -47,8 +47,9 @@ def module(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, "-m", name, *map(str, arguments))
 
 
-def stage(name: str, kind: str) -> tuple[str, ...]:
-    return module("osum_echat.training", "--stage", kind, "--config", f"conf/mini/{name}.yaml")
+def stage(name: str, kind: str, *validators: str) -> tuple[str, ...]:
+    measured = (argument for name in validators for argument in ("--validators", f"osum_echat.evaluation.validation:{name}"))
+    return module("osum_echat.training", "--stage", kind, "--config", f"conf/mini/{name}.yaml", *measured)
 
 
 def sound(part: str) -> tuple[str, ...]:
@@ -69,9 +70,9 @@ STEPS = (
     Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
     Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
     Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
-    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding"), ("understanding_ctc", "generation_tts")),
-    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation"), ("understanding",)),
-    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy"), ("generation_s2s",)),
+    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_ctc", "generation_tts")),
+    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing"), ("understanding",)),
+    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing"), ("generation_s2s",)),
     Step(
         "export",
         "one folder, 8-bit",
