@@ -442,8 +442,11 @@ class EChat:
 
     def _instruction(self, task: str) -> str:
         """What the user asks for. A task without an instruction of its own is asked without one, as in training."""
-        if task in self.config.instructions:
-            return self.config.instructions[task]
+        known = self.config.instructions
+        if task in known:
+            return known[task]
+        if self.config.only_instructed and find_task(task).prompted:
+            raise ValueError(f"this checkpoint has not learnt {task}, only {', '.join(known)}; prompt= asks in words of your own")
         sentences = config_io.read_yaml(INSTRUCTIONS).get(task) if INSTRUCTIONS.is_file() else None
         if sentences is None and find_task(task).prompted:
             raise ValueError(f"there is no instruction for {task}: give prompt=, or instructions in {GENERATION_FILE}")

@@ -196,3 +196,11 @@ def test_what_does_not_go_together_is_refused(echat: EChat, ask: Ask, message: s
 def test_a_task_that_is_not_in_the_table_is_asked_without_an_instruction(echat: EChat) -> None:
     assert echat._instruction("<SOMETHING NEW>") == ""
     assert echat._instruction("<GENDER>") and echat._instruction("<TRANSCRIBE>") != echat._instruction("<GENDER>")
+
+
+def test_a_checkpoint_that_says_so_refuses_tasks_that_it_has_not_learnt(echat: EChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    knows = replace(echat.config, only_instructed=True, instructions={"<GENDER>": "who is it"})
+    monkeypatch.setattr(echat, "config", knows)
+    assert echat._instruction("<GENDER>") == "who is it"
+    with pytest.raises(ValueError, match="has not learnt <EMOTION>, only <GENDER>"):
+        echat.understand((np.zeros(16_000, np.float32), 16_000), "<EMOTION>")

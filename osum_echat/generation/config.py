@@ -169,6 +169,7 @@ class GenerationConfig:
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
         instructions: what the user asks in an understanding task, by task string; tasks that are not named take the first sentence of
             `conf/prompt_config.yaml`.
+        only_instructed: the checkpoint knows the understanding tasks of ``instructions`` and no others.
     """
 
     profile: str = "as_trained"
@@ -178,6 +179,7 @@ class GenerationConfig:
     force_speech_begin: bool = True
     max_codes_per_word: int = 50
     instructions: dict[str, str] = field(default_factory=lambda: {"<TRANSCRIBE>": "将这段音频的语音内容详细记录为文字稿。"})
+    only_instructed: bool = False
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:

@@ -26,6 +26,8 @@ from tools.mini import texts
 CODES, CODES_A_SECOND = 256, 25
 VALIDATION = 64
 TAG_TASKS = {"age": "<AGE>", "gender": "<GENDER>", "emotion": "<EMOTION>", "event": "<CAPTION>"}
+TAG_SETS = (("age",), ("gender",), ("emotion",), ("event",), ("age", "gender"))  # asked for alone
+TAG_SETS_WITH_WORDS = (*TAG_SETS, ("emotion", "age", "gender"), ("event", "age", "gender"))
 
 Json = dict[str, Any]
 
@@ -146,9 +148,9 @@ def _text(key: str, question: str, answer: str) -> Json:
 
 
 def hearing_records(record: Json, rng: random.Random, every_task: bool = False) -> Iterator[Json]:
-    """Understanding tasks of one user recording: the words; words with one tag or the tag alone; and, where it has a topic, think and answer.
+    """Understanding tasks of one user recording: the words; words with tags or tags alone; and, where it has a topic, think and answer.
 
-    ``every_task``: all of them (validation); else the transcript and one other are drawn.
+    ``every_task``: all of them (validation); else the transcript, and of the others some.
     """
     extra = record["extra"]
     said_as = labels_of(record)
@@ -158,13 +160,15 @@ def hearing_records(record: Json, rng: random.Random, every_task: bool = False) 
     def task(name: str, txt: str, **more: str) -> Json:
         return {"key": record["key"], "wav": record["wav"], "txt": txt, "task": name, "extra": {**known, **more}}
 
-    tag = rng.choice(list(TAG_TASKS))
-    value = f"<{extra[tag]}>"
+    def tags(names: tuple[str, ...], txt: str = "") -> Json:
+        told = " ".join(TAG_TASKS[name] for name in names)
+        return task(f"<TRANSCRIBE> {told}" if txt else told, txt + "".join(f"<{extra[name]}>" for name in names))
+
     yield task("<TRANSCRIBE>", record["txt"])
     if every_task or rng.random() < 0.4:
-        yield task(f"<TRANSCRIBE> {TAG_TASKS[tag]}", record["txt"] + value)
-    elif rng.random() < 0.3:
-        yield task(TAG_TASKS[tag], value)
+        yield tags(rng.choice(TAG_SETS_WITH_WORDS), record["txt"])
+    if every_task or rng.random() < 0.3:
+        yield tags(rng.choice(TAG_SETS))
     if extra["topic"] is not None:
         answer = tagged_reply(extra["topic"], said_as, extra["reply"])
         yield task("<S2TCHAT> <THINKER>", answer)
