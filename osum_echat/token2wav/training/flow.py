@@ -173,9 +173,10 @@ class FlowRecipe:
             if spoken is None:
                 continue
             kind, where = rng.random(2)
-            voice = self.train.utterances[index].voice
-            other = self.train.get(self.same_voice[voice][int(rng.integers(len(self.same_voice[voice])))])
-            if kind < self.cfg.joined_share and other is not None:
+            same = self.same_voice[self.train.utterances[index].voice]
+            choice = same[int(rng.integers(len(same)))]
+            other = self.train.get(choice) if kind < self.cfg.joined_share else None
+            if other is not None:
                 rows.append(Row([other, spoken], len(other.mel_TM) if where < 0.5 else 0))
             else:
                 shown = int(where * self.cfg.prompt_most * len(spoken.mel_TM)) if rng.random() < self.cfg.prompt_share else 0
