@@ -143,7 +143,9 @@ def test_text_records_think_in_both_forms_and_say_which(processor):
     told = [line for line in lines if line["extra"]["question"].startswith("tell: ")]
     assert 20 < len(told) < 100
     assert all("says: " in line["txt"] and "words:" not in line["txt"] for line in told)
-    assert all(" says: " not in line["txt"].partition("<think end>")[0] for line in lines if line["txt"].startswith("<think>words"))
+    assert all(
+        " says: " not in line["txt"].partition("<think end>")[0] for line in lines if line["txt"].startswith("<think>words")
+    )
 
 
 def test_misheard_text_is_exact_at_rate_zero_and_close_at_a_low_one():

@@ -47,6 +47,17 @@ def test_only_new_recordings_are_encoded(tmp_path: Path):
     torch.testing.assert_close(found[0][2, :17], alone[0][0], atol=5e-3, rtol=0)
 
 
+def test_features_in_bfloat16_are_cached_too(tmp_path: Path):
+    own = encoder().bfloat16()
+    cache = EncoderCache(tmp_path, own, (2,))
+    feats = recordings().bfloat16()
+    first, _ = cache(own, feats, LENGTHS)
+    again, _ = cache(own, feats, LENGTHS)
+    assert (cache.found, cache.missed) == (3, 3)
+    assert first[0].dtype == torch.bfloat16
+    assert torch.equal(first[0], again[0])
+
+
 def test_another_encoder_or_other_features_find_nothing(tmp_path: Path):
     first, second = encoder(0), encoder(1)
     EncoderCache(tmp_path, first, (2,))(first, recordings(), LENGTHS)

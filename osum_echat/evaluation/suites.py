@@ -142,7 +142,11 @@ def summarise_natural(name: str, rows: Sequence[Row]) -> Summary:
     summary = Summary(name, len(rows))
     thinks = [(row.reply.think.raw or "") if row.reply.think is not None else "" for row in rows]
     summary.values["think_closed"] = 100 * sum(map(bool, thinks)) / len(rows)
-    wanted = [(str(row.item.extra["think_str"]), think) for row, think in zip(rows, thinks, strict=True) if "think_str" in row.item.extra]
+    wanted = [
+        (str(row.item.extra["think_str"]), think)
+        for row, think in zip(rows, thinks, strict=True)
+        if "think_str" in row.item.extra
+    ]
     if wanted:
         summary.values["think_wer"] = 100 * metrics.total_errors(*map(list, zip(*wanted, strict=True))).rate
     ruled = [row.fits for row in rows if row.fits is not None]

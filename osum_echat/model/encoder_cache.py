@@ -73,7 +73,7 @@ class EncoderCache:
 
 
 def _name(feats_TF: Tensor) -> str:
-    return hashlib.blake2b(feats_TF.contiguous().numpy().tobytes(), digest_size=16).hexdigest() + ".npy"
+    return hashlib.blake2b(feats_TF.float().contiguous().numpy().tobytes(), digest_size=16).hexdigest() + ".npy"
 
 
 def _fingerprint(module: nn.Module) -> str:

@@ -27,7 +27,9 @@ T = TypeVar("T")
 class ListConfig:
     """Which records take part."""
 
-    lists: list[Path] = field(default_factory=list)  # JSON lines, patterns allowed; a wav path is tried as written, then from the list's folder
+    lists: list[Path] = field(
+        default_factory=list
+    )  # JSON lines, patterns allowed; a wav path is tried as written, then from the list's folder
     valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
     voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
