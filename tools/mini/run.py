@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -93,11 +94,30 @@ def run(step: Step, again: bool) -> None:
         raise ValueError(f"{step.name} needs {', '.join(missing)}; run without --only, or run those first")
     print(f"{step.name}: {step.about}\n  {shlex.join(step.command)}", flush=True)
     began = time.monotonic()
-    code = subprocess.run(step.command, check=False, env={**ENVIRONMENT, **os.environ}).returncode
+    code = finish(step.command)
     if code:
         raise ValueError(f"{step.name} ended with code {code}; what it has made is kept, run again to go on")
     DONE.mkdir(parents=True, exist_ok=True)
     step.marker.write_text(f"{time.monotonic() - began:.0f} s\n", encoding="utf-8")
+
+
+def finish(command: Sequence[str]) -> int:
+    """Exit code of a command; minus the signal's number when this process was asked to stop meanwhile (a training then saves and ends well)."""
+    asked: list[int] = []
+    process = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ})
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches the command by itself
+            process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return -asked[0] if asked else code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
