@@ -84,7 +84,7 @@ def bracketed(said_as: texts.Labels) -> str:
     return "".join(f"<{getattr(said_as, name)}>" for name in TAG_TASKS)
 
 
-def tagged_reply(topic: str, said_as: texts.Labels, answer: str) -> str:
+def tagged_reply(said_as: texts.Labels, answer: str) -> str:
     """An answer with the emotion of the reply in front, as dialogue records write it."""
     return f"<{texts.reply_emotion(said_as)}>{answer}"
 
@@ -148,9 +148,10 @@ def _text(key: str, question: str, answer: str) -> Json:
 
 
 def hearing_records(record: Json, rng: random.Random, every_task: bool = False) -> Iterator[Json]:
-    """Understanding tasks of one user recording: the words; words with tags or tags alone; and, where it has a topic, think and answer.
+    """Understanding tasks of one user recording: the words; words with tags or tags alone; think and answer.
 
-    ``every_task``: all of them (validation); else the transcript, and of the others some.
+    ``every_task``: all of them (validation); else the transcript, and of the others some. Of the recordings without a topic fewer are
+    answered: they are there so that a think writes down what was said, not the nearest sentence of the grammar.
     """
     extra = record["extra"]
     said_as = labels_of(record)
@@ -169,8 +170,8 @@ def hearing_records(record: Json, rng: random.Random, every_task: bool = False) 
         yield tags(rng.choice(TAG_SETS_WITH_WORDS), record["txt"])
     if every_task or rng.random() < 0.3:
         yield tags(rng.choice(TAG_SETS))
-    if extra["topic"] is not None:
-        answer = tagged_reply(extra["topic"], said_as, extra["reply"])
+    if every_task or extra["topic"] is not None or rng.random() < 0.6:
+        answer = tagged_reply(said_as, extra["reply"] if extra["topic"] is not None else texts.reply(None, said_as, rng))
         yield task("<S2TCHAT> <THINKER>", answer)
         if every_task or rng.random() < 0.2:
             yield task("<S2TCHAT> <THINKER>", answer, think_str=texts.natural_think(record["txt"], said_as))
@@ -238,7 +239,7 @@ def spoken_dialogue(record: Json, spoken: dict[str, list[Json]], rng: random.Ran
         return
     reply = rng.choice(fitting)
     known = {name: extra[name] for name in TAG_TASKS} | {"q_txt": record["txt"], "topic": extra["topic"], "voice": extra["voice"]}
-    line = {"key": record["key"], "wav": record["wav"], "txt": tagged_reply(extra["topic"], said_as, reply["txt"])}
+    line = {"key": record["key"], "wav": record["wav"], "txt": tagged_reply(said_as, reply["txt"])}
     speech = speech_extra(reply)
     if rng.random() < 0.2:
         speech["think_str"] = texts.natural_think(record["txt"], said_as)

@@ -161,16 +161,19 @@ def _is_question(clause: str) -> bool:
     return clause.split()[0] in ("How", "What", "When", "Who", "Which") and not clause.startswith("What a ")
 
 
-def reply_parts(topic: str, labels: Labels) -> ReplyParts:
-    """The rule: the opening answers the event, or without one the emotion; the address age and gender; the clause topic and mood."""
+def reply_parts(topic: str | None, labels: Labels) -> ReplyParts:
+    """The rule: the opening answers the event, or without one the emotion; the address age and gender; the clause topic and mood.
+
+    Without a topic (open vocabulary) the clause asks for more.
+    """
     rules = _replies()
-    if topic not in rules["topics"]:
+    if topic is not None and topic not in rules["topics"]:
         raise ValueError(f"no replies for topic {topic!r}; topics: {', '.join(rules['topics'])}")
     kind, value = ("emotion", labels.emotion) if labels.event == "none" else ("event", labels.event)
     return ReplyParts(
         openings=tuple(rules["openings"][kind][value]),
         address=rules["addresses"][labels.age][labels.gender],
-        clauses=tuple(rules["topics"][topic][rules["mood"][labels.emotion]]),
+        clauses=tuple((rules["open"] if topic is None else rules["topics"][topic])[rules["mood"][labels.emotion]]),
     )
 
 
@@ -201,7 +204,7 @@ def natural_think(sentence: str, labels: Labels) -> str:
     return f"{person} says: {sentence}. {sounds}, so i answer {TONES[reply_emotion(labels)]}."
 
 
-def reply(topic: str, labels: Labels, rng: random.Random) -> str:
+def reply(topic: str | None, labels: Labels, rng: random.Random) -> str:
     """One of the answers that the rule allows."""
     return rng.choice(list(reply_parts(topic, labels).variants()))
 
@@ -213,7 +216,7 @@ def plain_reply(topic: str, rng: random.Random) -> str:
     return f"{opening}, my friend. {clause}{'?' if _is_question(clause) else '.'}"
 
 
-def reply_fits(topic: str, labels: Labels, text: str) -> bool:
+def reply_fits(topic: str | None, labels: Labels, text: str) -> bool:
     """True when ``text`` answers topic and labels by the rule: its opening, address and clause are all ones that the rule allows.
 
     Punctuation and case do not count; words do.
@@ -222,7 +225,7 @@ def reply_fits(topic: str, labels: Labels, text: str) -> bool:
     return normalise(text) in allowed
 
 
-def reply_faults(topic: str, labels: Labels, text: str) -> list[str]:
+def reply_faults(topic: str | None, labels: Labels, text: str) -> list[str]:
     """Which parts of an answer are not what the rule asks for: any of ``opening``, ``address``, ``clause`` (empty: it fits)."""
     parts = reply_parts(topic, labels)
     said = normalise(text)
