@@ -23,7 +23,7 @@ from osum_echat.training.config import TrainConfig
 from tools.mini import prepare, run, texts, tokenizer
 
 CONF = Path("conf/mini")
-STAGES = ["text", "generation_tts", "understanding_ctc", "understanding", "generation_s2s", "empathy"]
+STAGES = ["text", "generation_tts", "understanding_ctc", "understanding_encoder", "understanding", "generation_s2s", "empathy"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,9 @@ def test_stage_configs_load_and_name_lists_that_the_recipe_makes(name):
     train = config_io.load(TrainConfig, CONF / f"{name}.yaml")
     for stream in (*train.data.streams.values(), *train.validation.streams.values()):
         assert Path(stream.list).parent == run.LISTS
-    assert train.threads == 1 and train.rooms.encoder == 0.0
+    assert train.threads == 1
+    assert bool(train.rooms.encoder) == (name == "understanding_encoder")  # a cache of features stands only on a frozen encoder
+    assert bool(train.encoder_cache) <= (train.rooms.encoder == 0.0)
     assert any(step.name == name and f"conf/mini/{name}.yaml" in step.command for step in run.STEPS)
 
 

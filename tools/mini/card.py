@@ -34,7 +34,7 @@ how they are said, thinks, and answers in text and speech. It runs through the c
 
 {user_hours:.1f} h of user speech ({user_count:,} recordings) and {reply_hours:.1f} h of the reply voice ({reply_count:,}), all synthesised with flite and espeak-ng from a grammar of ours
 (20 topics, 40,000 sentences) and example sentences of WordNet. {voices} voices in training; never trained on: {held_out}. The encoder is Whisper
-tiny.en's (MIT), frozen; everything else is trained from random weights.
+tiny.en's (MIT), trained further on this speech; everything else is trained from random weights.
 
 ## Numbers
 

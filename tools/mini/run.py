@@ -71,7 +71,8 @@ STEPS = (
     Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
     Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
     Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
-    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_ctc", "generation_tts")),
+    Step("understanding_encoder", "... with an encoder that knows these voices", stage("understanding_encoder", "understanding"), ("understanding_ctc",)),
+    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_encoder", "generation_tts")),
     Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing"), ("understanding",)),
     Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing"), ("generation_s2s",)),
     Step(
