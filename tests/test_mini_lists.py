@@ -181,3 +181,11 @@ def test_a_step_that_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
         run.run(step, again=True)
     with pytest.raises(ValueError, match="needs missing"):
         run.run(run.Step("later", "", ("true",), ("missing",)), again=False)
+
+
+def test_texts_are_asked_as_people_type_them_and_answered_without_guessing_who_asks():
+    assert texts.written("i think i'm late, am i") == "I think I'm late, am I."
+    asked = [line["extra"]["question"] for line in prepare.text_records(300) if "my friend" in line["txt"]]
+    typed = [question for question in asked if question.endswith(".")]
+    assert len(typed) >= 8 and len(asked) - len(typed) >= 8
+    assert all(question[0].isupper() for question in typed)

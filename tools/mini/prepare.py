@@ -105,9 +105,9 @@ def text_records(count: int, seed: int = 0) -> Iterator[Json]:
         key = f"text_{number:06d}"
         rate = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.15)
         kind = rng.random()
-        if kind < 0.04:
-            sentence, topic = rng.choice(grammar)
-            yield _text(key, sentence, texts.plain_reply(topic, rng))
+        if kind < 0.12:
+            sentence, about = (rng.choice(wordnet), None) if kind < 0.02 else rng.choice(grammar)
+            yield _text(key, rng.choice((sentence, texts.written(sentence))), texts.plain_reply(about, rng))
         elif kind < 0.6:
             sentence, topic = rng.choice(grammar)
             said_as = texts.draw_labels(rng)

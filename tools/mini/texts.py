@@ -49,6 +49,13 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"[^a-z' ]", " ", text.lower().replace("’", "'")).split())
 
 
+def written(sentence: str) -> str:
+    """The sentence as people type it: "i can't come" -> "I can't come."."""
+    words = ["I" + word[1:] if word == "i" or word.startswith("i'") else word for word in sentence.split()]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:] + "."
+
+
 @functools.cache
 def _grammar() -> dict[str, Any]:
     return read_yaml(HERE / "grammar.yaml")
@@ -209,7 +216,7 @@ def reply(topic: str | None, labels: Labels, rng: random.Random) -> str:
     return rng.choice(list(reply_parts(topic, labels).variants()))
 
 
-def plain_reply(topic: str, rng: random.Random) -> str:
+def plain_reply(topic: str | None, rng: random.Random) -> str:
     """An answer to a text, of which nothing is known but its words: no address but "my friend"."""
     parts = reply_parts(topic, Labels())
     opening, clause = rng.choice(parts.openings), rng.choice(parts.clauses)
