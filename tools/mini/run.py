@@ -27,7 +27,12 @@ DATA, LISTS, TOKEN2WAV = OUT / "data", OUT / "lists", OUT / "token2wav"
 SOUND = TOKEN2WAV / "model"
 DONE = OUT / "done"
 # One thread a step, and freed memory kept for the next step instead of handed back (a tenth of a training's time).
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "OSUM_ECHAT_TOKEN2WAV": str(SOUND),  # for the validator own_speech
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,8 @@ STEPS = (
     Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
     Step("understanding_encoder", "... with an encoder that knows these voices", stage("understanding_encoder", "understanding"), ("understanding_ctc",)),
     Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_encoder", "generation_tts")),
-    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing"), ("understanding",)),
-    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing"), ("generation_s2s",)),
+    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing", "own_speech"), ("understanding", "flow", "vocoder")),
+    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing", "own_speech"), ("generation_s2s",)),
     Step(
         "export",
         "one folder, 8-bit",
