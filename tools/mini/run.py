@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         for step in STEPS:
             state = "done" if step.marker.exists() else "    "
-            print(f"{state:<5}{step.name:<18}{step.about:<52}{'needs ' + ', '.join(step.needs) if step.needs else ''}")
+            print(f"{state:<5}{step.name:<23}{step.about:<52}{'needs ' + ', '.join(step.needs) if step.needs else ''}")
         return 0
     try:
         for step in STEPS:
