@@ -23,6 +23,9 @@ RECORDINGS = ROOT / "assets" / "demo" / "demo.jsonl"
 TAGS = ("age", "gender", "emotion", "event")
 SPOKEN_TEXT = "I am so glad to hear that."
 WRITTEN_TEXT = "I passed my exam today."
+ONLY_SYNTHETIC = (
+    "note: mini has heard synthetic English voices only; a person's recording is beyond it (checkpoints/mini/MODEL_CARD.md)"
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         start = time.perf_counter()
         echat = load_echat(args)
         print(f"model loaded in {time.perf_counter() - start:.1f} s")
+        if args.wav and args.checkpoint == "mini":
+            print(ONLY_SYNTHETIC)
         files = 0
         for recording in inputs:
             print(f"\n{recording.path.name}")
