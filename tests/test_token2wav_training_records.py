@@ -73,6 +73,18 @@ def test_held_out_and_training_records_share_nothing(tmp_path: Path) -> None:
     assert len(train) + len(valid) == 8
 
 
+def test_a_limit_takes_records_from_all_over_the_lists_not_only_the_first_voice(tmp_path: Path) -> None:
+    lines = write_records(tmp_path, 12).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for number, record in enumerate(records):
+        record["extra"]["voice"] = "first" if number < 8 else "second"
+    path = tmp_path / "by_voice.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    train, _ = train_and_valid(_config(path, held_out=2, max_records=4))
+    assert len(train) == 4
+    assert {u.voice for u in train} == {"first", "second"}
+
+
 @given(count=st.integers(1, 60), size=st.integers(1, 9), seed=st.integers(0, 5), pool=st.integers(1, 4))
 @settings(max_examples=40, deadline=None)
 def test_an_epoch_uses_each_utterance_at_most_once_and_depends_on_the_seed_alone(

@@ -56,6 +56,23 @@ def _vocoder(folder: Path, **more: Any) -> vocoder.VocoderRecipe:
     return vocoder.VocoderRecipe(config.from_dict(vocoder.VocoderTraining, plain))
 
 
+def test_a_speaker_net_needs_several_voices_and_saves_those_that_are_asked_for(tmp_path: Path) -> None:
+    write_records(tmp_path)
+    paths = {"target": str(tmp_path / "campplus.onnx"), "speakers": str(tmp_path / "spk2info.pt")}
+
+    def recipe(**more: Any) -> speaker.SpeakerRecipe:
+        plain = _shared(tmp_path, model={"channels": 8, "pooled": 8}, **paths, **more)
+        return speaker.SpeakerRecipe(config.from_dict(speaker.SpeakerTraining, plain))
+
+    recipe(speaker_voices=["high"]).export()
+    assert set(torch.load(tmp_path / "spk2info.pt")) == {"high"}
+    with pytest.raises(ValueError, match="nobody"):
+        recipe(speaker_voices=["nobody"])
+    alone = {"lists": [str(tmp_path / "list.jsonl")], "held_out": 2, "voices": ["high"]}
+    with pytest.raises(ValueError, match="tell voices apart"):
+        recipe(data=alone)
+
+
 # Flow ---------------------------------------------------------------------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ class ListConfig:
     voices: list[str] | None = None  # only records of these voices
     min_seconds: float = 0.5
     max_seconds: float = 15.0
-    max_records: int | None = None
-    max_valid: int | None = 200
+    max_records: int | None = None  # of more, so many are taken evenly from all over the lists
+    max_valid: int | None = 200  # likewise
 
     def __post_init__(self) -> None:
         if not self.lists:
@@ -134,6 +134,13 @@ def _parse(line: str, path: Path, number: int, cfg: ListConfig, need: Sequence[s
     return utterance
 
 
+def _spread(found: list[Utterance], most: int | None) -> list[Utterance]:
+    """At most so many, evenly from all over the lists: their beginning may be of one voice."""
+    if most is None or len(found) <= most:
+        return found
+    return [found[i * len(found) // most] for i in range(most)]
+
+
 def train_and_valid(cfg: ListConfig, need: Sequence[str] = ()) -> tuple[list[Utterance], list[Utterance]]:
     """The two sets; without ``valid_lists`` every k-th record of the lists is held out."""
     train = read_lists(cfg.lists, cfg, need)
@@ -142,10 +149,7 @@ def train_and_valid(cfg: ListConfig, need: Sequence[str] = ()) -> tuple[list[Utt
     else:
         every = max(2, len(train) // max(1, cfg.held_out))
         valid, train = train[::every][: cfg.held_out], [u for i, u in enumerate(train) if i % every or i // every >= cfg.held_out]
-    if cfg.max_records is not None:
-        train = train[: cfg.max_records]
-    if cfg.max_valid is not None:
-        valid = valid[: cfg.max_valid]
+    train, valid = _spread(train, cfg.max_records), _spread(valid, cfg.max_valid)
     log.info(
         "training on %d records (%.2f h), held out %d (%.2f h)",
         len(train),

@@ -59,6 +59,7 @@ class SpeakerTraining:
     data: ListConfig
     target: Path = Path("exp/token2wav/model/campplus.onnx")
     speakers: Path | None = Path("exp/token2wav/model/spk2info.pt")
+    speaker_voices: list[str] | None = None  # voices to put there, those that the flow learns to speak; None: all
     model: SpeakerConfig = field(default_factory=SpeakerConfig)
     run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -102,6 +103,13 @@ class SpeakerRecipe:
         self.dtype = device.dtype(cfg.run.dtype, self.device)
         train, valid = train_and_valid(cfg.data, need=("voice",))
         self.voices = sorted({str(u.voice) for u in train})
+        if len(self.voices) < 2:
+            raise ValueError(f"a speaker net learns to tell voices apart, but the lists hold {len(self.voices)}: {self.voices}")
+        unknown = set(cfg.speaker_voices or ()) - set(self.voices)
+        if unknown:
+            raise ValueError(
+                f"speaker_voices names {sorted(unknown)}, of which there are no recordings; there are: {self.voices}"
+            )
         log.info("%d voices: %s", len(self.voices), ", ".join(self.voices[:20]) + (" ..." if len(self.voices) > 20 else ""))
         self.train, self.valid = Features(train, self._fbank), Features(valid, self._fbank)
         self.batches = Batches([1.0] * len(train), cfg.batch_size, cfg.run.seed)  # crops: lengths do not matter
@@ -173,7 +181,8 @@ class SpeakerRecipe:
             return [self.cfg.target]
         of_voice: dict[str, list[int]] = defaultdict(list)
         for index, utterance in enumerate(self.train.utterances):
-            of_voice[str(utterance.voice)].append(index)
+            if self.cfg.speaker_voices is None or utterance.voice in self.cfg.speaker_voices:
+                of_voice[str(utterance.voice)].append(index)
         info: dict[str, dict[str, Tensor]] = {}
         for voice, indices in of_voice.items():
             fbanks = itertools.islice((f for i in indices if (f := self.train.get(i)) is not None), 50)
