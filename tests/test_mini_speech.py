@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tools.mini import labels, prepare, texts
+from tools.mini import engines, labels, prepare, synthesize, texts
 
 VOICE = labels.VOICES["flite-slt"]
 
@@ -87,3 +89,51 @@ def test_word_lengths_sum_to_the_codes_and_follow_the_ends():
     assert prepare.word_lengths(words, 49) == [10, 16, 23]
     with pytest.raises(ValueError, match="without a speech code"):
         prepare.word_lengths([["a", 0.001], ["b", 1.0]], 25)
+
+
+class Buzzer:
+    """Stands in for flite: a tone for each word, with the times of the words."""
+
+    def speak(self, text: str, voice: str, stretch: float) -> engines.Spoken:
+        words = [(word, 0.3 * (n + 1)) for n, word in enumerate(text.split())]
+        return engines.Spoken(buzz("abc" * len(words), VOICE, 100, 1, 1), labels.RATE, words, words)
+
+
+def test_open_sentences_of_the_reply_voice_look_typed_and_never_are_tested_ones(tmp_path: Path, monkeypatch):
+    tested = texts.hand_written("speech")[0][0]
+    wordnet = ["wash the towels please", "in spring the days lengthen", texts.normalise(tested)] * 300
+    monkeypatch.setattr(texts, "wordnet_examples", lambda: wordnet)
+    monkeypatch.setattr(engines, "flite", Buzzer)
+    seconds = synthesize.make_part(("open", 0, tmp_path))
+    records = [json.loads(line) for line in (tmp_path / "open" / "part_0000.jsonl").read_text().splitlines()]
+    said = [record["txt"] for record in records]
+    assert len(records) == synthesize.PART and seconds == pytest.approx(sum(r["extra"]["duration"] for r in records))
+    assert all(line[0].isupper() and line[-1] in ".?" for line in said) and tested not in said
+    assert {"Wash the towels please.", "In spring the days lengthen."} <= set(said)
+    assert len(set(said)) > 60  # and sentences of the grammar and of the reply's words
+    assert all(Path(record["wav"]).is_file() and record["task"] == "<TEXT2TOKEN>" for record in records)
+    assert seconds == synthesize.make_part(("open", 0, tmp_path))  # a part that exists is only counted
+
+
+def test_text_to_speech_reads_replies_and_open_sentences_dialogue_only_replies(tmp_path: Path):
+    said_as = texts.Labels()
+    answer = next(texts.reply_parts("exam", said_as).variants())
+
+    def spoken(key: str, text: str) -> prepare.Json:
+        lengths = [2] * len(text.split())
+        return {
+            "key": key,
+            "wav": f"{key}.wav",
+            "txt": text,
+            "extra": {"speech_token": [1] * sum(lengths), "word_lengths": lengths},
+        }
+
+    user = {"key": "u", "wav": "u.wav", "txt": "i passed", "extra": {**vars(said_as), "topic": "exam", "voice": "v"}}
+    prepare.write_list(tmp_path / "reply_tokens" / "part.jsonl", [spoken("reply_1", answer)])
+    prepare.write_list(tmp_path / "open_tokens" / "part.jsonl", [spoken("open_1", "He worked at home.")])
+    prepare.write_list(tmp_path / "user" / "part.jsonl", [user])
+    prepare.write_list(tmp_path / "heldout" / "validation.jsonl", [user])
+    prepare.prepare_speaking(tmp_path, tmp_path)
+    assert [r["txt"] for r in prepare.read_list(tmp_path / "tts.jsonl")] == [answer, "He worked at home."]
+    (talk,) = prepare.read_list(tmp_path / "talk.jsonl")
+    assert talk["txt"].endswith(answer)

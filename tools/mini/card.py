@@ -32,8 +32,8 @@ how they are said, thinks, and answers in text and speech. It runs through the c
 
 ## Data
 
-{user_hours:.1f} h of user speech ({user_count:,} recordings) and {reply_hours:.1f} h of the reply voice ({reply_count:,}), all synthesised with flite and espeak-ng from a grammar of ours
-(20 topics, 40,000 sentences) and example sentences of WordNet. {voices} voices in training; never trained on: {held_out}. The encoder is Whisper
+{user_hours:.1f} h of user speech ({user_count:,} recordings) and {reply_hours:.1f} h of the reply voice ({reply_count:,}), all synthesised with flite and espeak-ng from grammars of ours
+(20 topics: 40,000 sentences of users, and what they are answered) and example sentences of WordNet. {voices} voices in training; never trained on: {held_out}. The encoder is Whisper
 tiny.en's (MIT), trained further on this speech; everything else is trained from random weights.
 
 ## Numbers
@@ -60,7 +60,7 @@ def write(evaluation: Path, data: Path, checkpoint: Path) -> Path:
     from osum_echat.model.checkpoint import load_weights
 
     report = (evaluation / "report.md").read_text(encoding="utf-8")
-    user, reply = read_lists(data / "user"), read_lists(data / "reply")
+    user, reply = read_lists(data / "user"), read_lists(data / "reply") + read_lists(data / "open")
 
     def hours(records: list[dict]) -> float:  # type: ignore[type-arg]
         return sum(record["extra"]["duration"] for record in records) / 3600

@@ -197,12 +197,14 @@ def word_lengths(words: list[list[Any]], codes: int) -> list[int]:
 
 
 def tokenise(data: Path, token2wav: Path) -> None:
-    """Speech codes of the reply voice, a list ``reply_tokens/*.jsonl`` for each part of ``reply``; parts that exist are left alone."""
+    """Speech codes of the reply voice: ``reply_tokens/*.jsonl`` and ``open_tokens/*.jsonl``, a list for each part; parts that exist are left alone."""
     from osum_echat.token2wav.prompt import Frontend, tokenizer_wave
 
     frontend = Frontend(token2wav, CODES)  # flow and vocoder are not there yet
-    for path in [*sorted((data / "reply").glob("*.jsonl")), data / "heldout" / "reply.jsonl"]:
-        target = data / "reply_tokens" / path.name
+    sources = [("reply", path) for path in (*sorted((data / "reply").glob("*.jsonl")), data / "heldout" / "reply.jsonl")]
+    sources += [("open", path) for path in sorted((data / "open").glob("*.jsonl"))]
+    for kind, path in sources:
+        target = data / f"{kind}_tokens" / path.name
         if target.exists():
             continue
         records = []
@@ -284,7 +286,8 @@ def prepare_speaking(data: Path, out: Path) -> None:
     spoken: dict[str, list[Json]] = {}
     for reply in replies:
         spoken.setdefault(reply["txt"], []).append(reply)
-    print("tts:", write_list(out / "tts.jsonl", map(tts_record, replies)))
+    open_vocabulary = read_lists(data / "open_tokens")
+    print("tts:", write_list(out / "tts.jsonl", map(tts_record, replies + open_vocabulary)))
     print("tts_validation:", write_list(out / "tts_validation.jsonl", map(tts_record, held_out)))
     dialogue = [line for record in read_lists(data / "user") for line in spoken_dialogue(record, spoken, rng)]
     for name, task in (("talk", "<S2TCHAT> <TEXT2TOKEN>"), ("talk_think", "<S2TCHAT> <TEXT2TOKEN> <THINK>")):

@@ -64,7 +64,7 @@ def sound(part: str) -> tuple[str, ...]:
 
 STEPS = (
     Step("encoder", "Whisper tiny.en's published data, for the encoder", module("tools.mini.fetch_encoder", "--out", OUT / "whisper")),
-    Step("speech", "say some 20 + 6 hours with free synthesisers", module("tools.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6)),
+    Step("speech", "say some 20 + 6 + 12 hours with free synthesisers", module("tools.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12)),
     Step("text_lists", "sentences to read", module("tools.mini.prepare", "text", "--out", LISTS)),
     Step("hear_lists", "recordings to understand", module("tools.mini.prepare", "hear", "--data", DATA, "--out", LISTS), ("speech",)),
     Step("speech_tokenizer", "256 speech codes", sound("tokenizer"), ("speech",)),

@@ -1,16 +1,17 @@
 """Speech for mini: recordings of what users say (labelled) and of what mini answers (one voice), as raw lists with audio files.
 
-    python -m tools.mini.synthesize --out work/mini/data --user-hours 6 --reply-hours 4 --processes 2
+    python -m tools.mini.synthesize --out work/mini/data --user-hours 6 --reply-hours 4 --open-hours 8 --processes 2
 
-writes `user/*.jsonl` and `reply/*.jsonl` in parts that are made independently and skipped when they exist, so a run can be interrupted, repeated
-and extended (larger hours make more parts). `README.md` in the folder explains the lists. Every record of a user carries what the
-later stages need: the words, topic, labels and the answer that the rule wants; every record of the reply voice carries phones and words
-with their end times.
+writes `user/*.jsonl`, `reply/*.jsonl` and `open/*.jsonl` (the reply voice again, open vocabulary) in parts that are made independently and
+skipped when they exist, so a run can be interrupted, repeated and extended (larger hours make more parts). `README.md` in the folder
+explains the lists. Every record of a user carries what the later stages need: the words, topic, labels and the answer that the rule
+wants; every record of the reply voice carries phones and words with their end times.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from tools.mini import engines, labels, texts
 PART = 250  # records a part
 REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
 REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
-USER_SECONDS, REPLY_SECONDS = 3.2, 3.1  # mean length, to turn hours into parts
+USER_SECONDS, REPLY_SECONDS, OPEN_SECONDS = 3.2, 3.1, 2.3  # mean length, to turn hours into parts
 WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
 HELD_OUT_WORDNET = 400
 
@@ -39,6 +40,7 @@ Synthesised by free engines (flite, espeak-ng), written by `tools/mini/synthesiz
 
 - `user/*.jsonl`: what users say, 16 kHz. `txt`: the words. `extra`: age, gender, emotion, event, voice, topic (null: open vocabulary), reply.
 - `reply/*.jsonl`: the reply voice ({reply_voice}), {reply_rate} Hz (no content above 8 kHz). `txt`: the sentence. `extra`: phones, words = [[name, end in s]].
+- `open/*.jsonl`: the same voice and form; sentences of open vocabulary and of what users say, so that text to speech meets words in any company.
 - `heldout/*.jsonl`: never in training: sentences (`grammar`), hand-written sentences (`handwritten`), voices (`new_voices`), sentences of the reply
   voice (`reply`).
 - reply_voice: flite {reply_voice}
@@ -111,6 +113,14 @@ def draw_reply(rng: random.Random, replies: list[str], wordnet: list[str]) -> st
     return sentence[:1].upper() + sentence[1:] + "."
 
 
+def draw_open(rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[str]) -> str:
+    """A sentence for the reply voice that is no reply: mostly open vocabulary, as people write it, and the reply's words in free sentences."""
+    kind = rng.random()
+    if kind < 0.3:
+        return texts.free_sentence(rng)
+    return texts.written(rng.choice(wordnet) if kind < 0.8 else rng.choice(grammar)[0])
+
+
 def make_part(job: tuple[str, int, Path]) -> float:
     """One part of ``PART`` records; returns the seconds of audio. The list appears under its name only when its recordings are complete."""
     kind, number, out = job
@@ -123,6 +133,7 @@ def make_part(job: tuple[str, int, Path]) -> float:
     wordnet = texts.wordnet_examples()[:-HELD_OUT_WORDNET]
     grammar = list(texts.training_user_sentences())
     replies = list(texts.all_replies()) if kind == "reply" else []
+    tested = {texts.normalise(sentence) for sentence, _ in texts.hand_written("speech")}
     records = []
     while len(records) < PART:
         wav = folder / f"{kind}_{number:04d}_{len(records):03d}.wav"
@@ -130,7 +141,10 @@ def make_part(job: tuple[str, int, Path]) -> float:
             sentence, topic, voice, said_as = draw_user(rng, grammar, wordnet)
             record = user_record(sentence, topic, voice, said_as, rng, wav)
         else:
-            record = reply_record(draw_reply(rng, replies, wordnet), wav)
+            text = draw_reply(rng, replies, wordnet) if kind == "reply" else draw_open(rng, grammar, wordnet)
+            if texts.normalise(text) in tested:  # by chance
+                continue
+            record = reply_record(text, wav)
         if 0.5 < record["extra"]["duration"] < 8.0:  # an engine may drop a text it cannot read
             records.append(record)
     _write_list(list_path, records)
@@ -173,7 +187,7 @@ def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
-def synthesize(out: Path, user_hours: float, reply_hours: float, processes: int = 2) -> dict[str, float]:
+def synthesize(out: Path, user_hours: float, reply_hours: float, open_hours: float, processes: int = 2) -> dict[str, float]:
     """Make what is missing; returns hours by kind."""
     out.mkdir(parents=True, exist_ok=True)
     held_out = ", ".join(labels.HELD_OUT_VOICES)
@@ -183,9 +197,9 @@ def synthesize(out: Path, user_hours: float, reply_hours: float, processes: int 
     make_held_out(out)
     reply_jobs = [("reply", n, out) for n in range(round(reply_hours * 3600 / REPLY_SECONDS / PART))]
     user_jobs = [("user", n, out) for n in range(round(user_hours * 3600 / USER_SECONDS / PART))]
-    jobs = [job for pair in zip(reply_jobs, user_jobs, strict=False) for job in pair]
-    jobs += reply_jobs[len(user_jobs) :] + user_jobs[len(reply_jobs) :]
-    seconds = {"user": 0.0, "reply": 0.0}
+    open_jobs = [("open", n, out) for n in range(round(open_hours * 3600 / OPEN_SECONDS / PART))]
+    jobs = [job for some in itertools.zip_longest(reply_jobs, user_jobs, open_jobs) for job in some if job is not None]
+    seconds = {"user": 0.0, "reply": 0.0, "open": 0.0}
     start = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for (kind, number, _), length in zip(jobs, pool.imap(make_part, jobs), strict=True):
@@ -200,10 +214,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--user-hours", type=float, default=6.0)
     parser.add_argument("--reply-hours", type=float, default=4.0)
+    parser.add_argument("--open-hours", type=float, default=8.0)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     try:
-        synthesize(arguments.out, arguments.user_hours, arguments.reply_hours, arguments.processes)
+        synthesize(arguments.out, arguments.user_hours, arguments.reply_hours, arguments.open_hours, arguments.processes)
     except ValueError as error:
         print(f"synthesize: {error}", file=sys.stderr)
         return 2

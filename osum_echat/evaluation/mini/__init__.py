@@ -89,7 +89,7 @@ def evaluate(
         f"judge of speech: {judge}" + ("" if judge == "whisper-base" else " (not whisper-base: do not compare)"),
         "all recordings are synthesised; emotion, age and event are signal rules (docs/mini.md), not people's behaviour",
         "transcripts and tags are those of the think; transcript errors are counted after normalising case, punctuation and numbers",
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
+        f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}",
     ]
     examples = [("unseen grammar sentences", grammar[:12]), ("hand-written sentences", written[:12]), ("new voices", voices[:12])]
     return Report("Evaluation of mini", about, headline, BARS, sizes, summaries, examples)
