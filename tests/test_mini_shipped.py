@@ -15,7 +15,7 @@ import pytest
 from osum_echat.evaluation import suites
 from osum_echat.evaluation.sets import TAGS, Item, read_set
 from osum_echat.pipeline import EChat
-from tools.mini import texts
+from tools.mini import labels, prepare, texts
 
 MINI = Path("checkpoints/mini")
 SETS = Path("assets/evaluation")
@@ -84,33 +84,25 @@ def test_it_thinks_in_natural_language_when_it_is_asked_to(echat):
 @pytest.mark.parametrize("task", ["<TRANSCRIBE>", "<AGE> <GENDER>", "<TRANSCRIBE> <EMOTION>", "<CAPTION>"])
 def test_understanding_tasks_answer_in_their_form(echat, task: str):
     rows = suites.understand(echat, read_set(SETS / "grammar.tar.gz", 8), task)
-    named = {"AGE": "age", "GENDER": "gender", "EMOTION": "emotion", "CAPTION": "event"}
+    names = {mark: name for name, mark in prepare.TAG_TASKS.items()}
     right = 0
     for row in rows:
-        tags = "".join(
-            f"<{row.item.tags[named[part]]}>" for part in task.replace("<", "").replace(">", "").split() if part in named
-        )
-        wanted = (row.item.txt if "TRANSCRIBE" in task else "") + tags
-        said = row.reply.text.replace(" <", "<")
-        if "TRANSCRIBE" in task:  # words need not be perfect here
-            right += bool(said.partition("<")[0]) and said[len(said.partition("<")[0]) :] == wanted[len(row.item.txt) :]
-        else:
-            right += said == wanted
+        wanted = "".join(f"<{row.item.tags[names[mark]]}>" for mark in task.split() if mark in names)
+        words, opening, tags = row.reply.text.replace(" <", "<").partition("<")  # the words need not be perfect here
+        right += bool(words) == ("<TRANSCRIBE>" in task) and opening + tags == wanted
     assert right >= 6
 
 
 def test_it_says_new_sentences_and_answers_written_ones(echat):
     said = suites.say(echat, read_set(SETS / "speech.tar.gz", 4))
     assert all(row.reply.finish_reason == "stop" and len(row.reply.speech_tokens) > 25 for row in said)
-    topic_words = texts.user_sentences()[-1]
-    reply = echat.chat(text=topic_words[0])
+    sentence, _ = texts.user_sentences()[-1]
+    reply = echat.chat(text=sentence)
     assert "my friend" in reply.text and reply.text.endswith((".", "?"))
 
 
 def test_the_demo_recordings_are_of_voices_and_sentences_that_never_were_in_training():
     lines = [json.loads(line) for line in (Path("assets/demo") / "demo.jsonl").read_text(encoding="utf-8").splitlines()]
-    from tools.mini import labels
-
     trained = {sentence for sentence, _ in texts.training_user_sentences()}
     assert {line["extra"]["voice"] for line in lines} <= set(labels.HELD_OUT_VOICES)
     assert not {line["txt"] for line in lines} & trained

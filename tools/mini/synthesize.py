@@ -30,7 +30,7 @@ from tools.mini import engines, labels, texts
 PART = 250  # records a part
 REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
 REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
-USER_SECONDS, REPLY_SECONDS, OPEN_SECONDS = 3.2, 3.1, 2.3  # mean length, to turn hours into parts
+MEAN_SECONDS = {"reply": 3.1, "user": 3.2, "open": 2.3}  # of a recording, to turn hours into parts
 WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
 HELD_OUT_WORDNET = 400
 
@@ -195,11 +195,10 @@ def synthesize(out: Path, user_hours: float, reply_hours: float, open_hours: flo
         README.format(reply_voice=labels.REPLY_VOICE, reply_rate=REPLY_RATE, held_out=held_out), encoding="utf-8"
     )
     make_held_out(out)
-    reply_jobs = [("reply", n, out) for n in range(round(reply_hours * 3600 / REPLY_SECONDS / PART))]
-    user_jobs = [("user", n, out) for n in range(round(user_hours * 3600 / USER_SECONDS / PART))]
-    open_jobs = [("open", n, out) for n in range(round(open_hours * 3600 / OPEN_SECONDS / PART))]
-    jobs = [job for some in itertools.zip_longest(reply_jobs, user_jobs, open_jobs) for job in some if job is not None]
-    seconds = {"user": 0.0, "reply": 0.0, "open": 0.0}
+    hours = {"reply": reply_hours, "user": user_hours, "open": open_hours}
+    jobs_by_kind = [[(kind, n, out) for n in range(round(hours[kind] * 3600 / MEAN_SECONDS[kind] / PART))] for kind in hours]
+    jobs = [job for some in itertools.zip_longest(*jobs_by_kind) for job in some if job is not None]
+    seconds = dict.fromkeys(hours, 0.0)
     start = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for (kind, number, _), length in zip(jobs, pool.imap(make_part, jobs), strict=True):
