@@ -52,10 +52,10 @@ $(VENV)/.installed-mini: $(VENV)/.installed-evaluation
 	@touch $@
 
 mini: $(VENV)/.installed-mini  ## make the mini model from nothing; goes on where it stopped (hours)
-	$(BIN)/python -m tools.mini.run
+	$(BIN)/python -m recipes.mini.run
 
 evaluate-mini: $(VENV)/.installed-evaluation  ## measure the mini model on held-out speech; the last line is one JSON object
-	$(BIN)/python -m osum_echat.evaluation.mini
+	$(BIN)/python -m recipes.mini.evaluation
 
 clean:  ## remove what runs left behind (not .venv, not checkpoints)
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,12 +34,12 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from osum_echat.cpu_linear import pack_linears  # noqa: E402
 from osum_echat.dialogue.layout import Segment, flatten  # noqa: E402
 from osum_echat.dialogue.vocabulary import Vocabulary  # noqa: E402
 from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling  # noqa: E402
 from osum_echat.generation.events import Done  # noqa: E402
 from osum_echat.generation.generator import Generator  # noqa: E402
-from osum_echat.generation.packed import pack_linears  # noqa: E402
 from osum_echat.generation.request import Request  # noqa: E402
 from osum_echat.model.checkpoint import build_meta  # noqa: E402
 from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig  # noqa: E402

@@ -43,7 +43,7 @@ from benchmarks import token2wav_baseline as baseline
 from osum_echat import device as devices
 from osum_echat.audio import features
 from osum_echat.audio.resample import resample_sinc
-from osum_echat.packed_linear import PackedLinear, can_pack
+from osum_echat.cpu_linear import PackedLinear, can_pack
 from osum_echat.token2wav import Speaker, StreamConfig, Token2Wav, released_yaml
 from osum_echat.token2wav.checkpoint import load_into, read_weights
 from osum_echat.token2wav.config import Token2WavConfig, mel_frames

@@ -3,7 +3,7 @@
 Each room defines its own dataclasses beside what they configure; this module only knows how to read, check, override and write
 them. An unknown key is an error that names the nearest valid one, a value of the wrong type is an error that names the key.
 
-    cfg = load(TrainConfig, "conf/mini/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
+    cfg = load(TrainConfig, "recipes/mini/conf/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
 
 A YAML file may start from another with ``base: other.yaml`` (relative to itself); mappings merge, everything else replaces.
 """

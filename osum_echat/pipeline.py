@@ -26,13 +26,13 @@ from osum_echat import config as config_io
 from osum_echat import device as devices
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
+from osum_echat.cpu_linear import pack_linears
 from osum_echat.dialogue.prompts import get_profile
 from osum_echat.dialogue.tasks import find_task
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, Event, SpeechTokens, TextDelta, ThinkDelta, Timings
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.packed import pack_linears
 from osum_echat.generation.request import Request, build_request, listen
 from osum_echat.generation.session import Session
 from osum_echat.model.checkpoint import load_model
@@ -197,7 +197,7 @@ class EChat:
             speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
                 checkpoint's ``token2wav/speaker.safetensors``, else the first name).
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
-            pack: reorder the weights for decoding on a CPU (`generation.packed`); the model cannot be trained or saved then.
+            pack: reorder the weights for decoding on a CPU (`cpu_linear`); the model cannot be trained or saved then.
             compile: `torch.compile` the LLM (see `Generator.compile`).
 
         Raises:

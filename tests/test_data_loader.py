@@ -227,7 +227,7 @@ def test_restoring_builds_only_what_was_held_back(lists: dict[str, str], monkeyp
 
 def test_usual_wavs_are_read_like_any_other(tmp_path: Path):
     from osum_echat.audio.io import to_mono_16k
-    from osum_echat.data.wav import pcm16_mono_16k
+    from osum_echat.audio.wav import pcm16_mono_16k
     from tests.data_case import wav_bytes
 
     data = wav_bytes(0.5)

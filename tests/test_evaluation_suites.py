@@ -11,10 +11,10 @@ import pytest
 
 from osum_echat.dialogue.think import Think
 from osum_echat.evaluation import suites
-from osum_echat.evaluation.mini import BARS
 from osum_echat.evaluation.report import Bar, Report
 from osum_echat.evaluation.sets import Item
 from osum_echat.pipeline import Ask, Reply
+from recipes.mini.evaluation import BARS
 
 SAID = {"gender": "male", "age": "adult", "emotion": "sad", "event": "none"}
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat.dialogue.tasks import PastTurn
-from osum_echat.generation.batch import Batch
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.decoder_state import Batch
 from osum_echat.generation.events import Done, SpeechTokens, TextDelta, ThinkDelta
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import build_request

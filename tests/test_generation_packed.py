@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from osum_echat.cpu_linear import PackedLinear, can_pack, pack_linears
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.packed import pack_linears
-from osum_echat.packed_linear import PackedLinear, can_pack
 from tests.generation_case import done, request, tiny
 
 CPU = torch.device("cpu")

@@ -20,9 +20,9 @@ from osum_echat.dialogue.tokens import decode, encode
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.model.config import load_config
 from osum_echat.training.config import TrainConfig
-from tools.mini import prepare, run, texts, tokenizer
+from recipes.mini import prepare, run, texts, tokenizer
 
-CONF = Path("conf/mini")
+CONF = Path("recipes/mini/conf")
 STAGES = ["text", "generation_tts", "understanding_ctc", "understanding_encoder", "understanding", "generation_s2s", "empathy"]
 
 
@@ -74,7 +74,7 @@ def test_stage_configs_load_and_name_lists_that_the_recipe_makes(name):
     assert train.threads == 1
     assert bool(train.rooms.encoder) == (name == "understanding_encoder")  # a cache of features stands only on a frozen encoder
     assert bool(train.encoder_cache) <= (train.rooms.encoder == 0.0)
-    assert any(step.name == name and f"conf/mini/{name}.yaml" in step.command for step in run.STEPS)
+    assert any(step.name == name and f"recipes/mini/conf/{name}.yaml" in step.command for step in run.STEPS)
 
 
 def test_generation_settings_ask_what_training_asked():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.mini import run
+from recipes.mini import run
 
 # As a training does: a signal makes it save and end well.
 SAVES_AND_ENDS = """

@@ -15,7 +15,7 @@ import pytest
 from osum_echat.evaluation import suites
 from osum_echat.evaluation.sets import TAGS, Item, read_set
 from osum_echat.pipeline import EChat
-from tools.mini import labels, prepare, texts
+from recipes.mini import labels, prepare, texts
 
 MINI = Path("checkpoints/mini")
 SETS = Path("assets/evaluation")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools.mini import engines, labels, prepare, synthesize, texts
+from recipes.mini import engines, labels, prepare, synthesize, texts
 
 VOICE = labels.VOICES["flite-slt"]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tools.mini import texts
+from recipes.mini import texts
 
 LABELS = st.builds(
     texts.Labels,

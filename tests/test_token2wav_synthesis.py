@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from osum_echat.packed_linear import can_pack
+from osum_echat.cpu_linear import can_pack
 from osum_echat.token2wav import Speaker, Token2Wav, encoder, vocoder_stream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, VocoderConfig, mel_frames
 from osum_echat.token2wav.draws import Draws, NoiseField

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from osum_echat import config
-from osum_echat.token2wav.training import flow, speaker, tokenizer, vocoder
-from osum_echat.token2wav.training.loop import (
+from osum_echat.training.token2wav import flow, speaker, tokenizer, vocoder
+from osum_echat.training.token2wav.loop import (
     Average,
     Metrics,
     OptimConfig,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osum_echat.token2wav.training.records import Batches, Features, ListConfig, Utterance, pad, read_lists, train_and_valid
+from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, pad, read_lists, train_and_valid
 from tests.token2wav_training_case import write_records
 
 

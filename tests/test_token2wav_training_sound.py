@@ -16,13 +16,13 @@ from osum_echat.token2wav.config import SAMPLE_RATE, VocoderConfig, mel_frames
 from osum_echat.token2wav.flow import FlowModel
 from osum_echat.token2wav.model import Token2Wav
 from osum_echat.token2wav.prompt import Speaker
-from osum_echat.token2wav.training import flow, speaker, tokenizer, vocoder
-from osum_echat.token2wav.training.directory import describe
-from osum_echat.token2wav.training.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
-from osum_echat.token2wav.training.loop import step_rng
-from osum_echat.token2wav.training.pitch import fundamental
-from osum_echat.token2wav.training.spectral import MelLoss, SpectralLoss
 from osum_echat.token2wav.vocoder import Vocoder
+from osum_echat.training.token2wav import flow, speaker, tokenizer, vocoder
+from osum_echat.training.token2wav.directory import describe
+from osum_echat.training.token2wav.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
+from osum_echat.training.token2wav.loop import step_rng
+from osum_echat.training.token2wav.pitch import fundamental
+from osum_echat.training.token2wav.spectral import MelLoss, SpectralLoss
 from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TINY_TOKENIZER, TINY_VOCODER, vowels, write_records
 
 

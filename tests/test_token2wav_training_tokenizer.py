@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat import config
-from osum_echat.token2wav.training import onnx_export, tokenizer
-from osum_echat.token2wav.training.fsq import FSQ
-from osum_echat.token2wav.training.records import Utterance
-from osum_echat.token2wav.training.speaker import SpeakerConfig, SpeakerNet
-from osum_echat.token2wav.training.tokenizer_model import Encoder, TokenizerConfig, halved
+from osum_echat.training.token2wav import onnx_export, tokenizer
+from osum_echat.training.token2wav.fsq import FSQ
+from osum_echat.training.token2wav.records import Utterance
+from osum_echat.training.token2wav.speaker import SpeakerConfig, SpeakerNet
+from osum_echat.training.token2wav.tokenizer_model import Encoder, TokenizerConfig, halved
 from tests.token2wav_training_case import TINY_RUN, TINY_TOKENIZER, write_records
 
 

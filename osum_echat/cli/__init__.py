@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": ("osum_echat.cli.demo", "the seven modes on recordings of this repository"),
     "serve": ("osum_echat.cli.serve", "the gradio page"),
     "train": ("osum_echat.training.__main__", "train a stage"),
-    "eval": ("osum_echat.evaluation.mini", "evaluate the mini model"),
+    "eval": ("recipes.mini.evaluation", "evaluate the mini model"),
     "data": ("osum_echat.cli.data", "look at data: data doctor LIST, data show LIST"),
     "inspect": ("osum_echat.model.inspect", "rooms, parameters and keys of a model config or checkpoint"),
     "doctor": ("osum_echat.cli.doctor", "what this machine has and what would run on it"),

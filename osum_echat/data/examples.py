@@ -15,11 +15,11 @@ from osum_echat import config as config_io
 from osum_echat.audio import augment
 from osum_echat.audio.features import HOP, LogMel
 from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
+from osum_echat.audio.wav import pcm16_mono_16k
 from osum_echat.data import paths
 from osum_echat.data.batch import TAGS, Example
 from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
 from osum_echat.data.processing import Processed, ProcessingConfig, Processor, check_limits, expand_dialogue
-from osum_echat.data.wav import pcm16_mono_16k
 from osum_echat.dialogue.interleave import ImpossibleInterleave
 from osum_echat.dialogue.layout import audio_positions, flatten
 from osum_echat.dialogue.record import Record, RecordError

@@ -28,7 +28,7 @@ from osum_echat.data.config import DataConfig
 from osum_echat.data.drops import DropLog, DropReport
 from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.lists import Stream
-from osum_echat.data.pipeline import Builder, Output, Reader
+from osum_echat.data.reader import Builder, Output, Reader
 from osum_echat.dialogue.layout import IGNORE, Row, audio_positions
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary

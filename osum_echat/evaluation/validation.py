@@ -1,6 +1,6 @@
 """What a training run measures on held-out data beside its loss: real tasks, by real decoding.
 
-    python -m osum_echat.training --stage empathy --config conf/mini/empathy.yaml --validators osum_echat.evaluation.validation:hearing
+    python -m osum_echat.training --stage empathy --config recipes/mini/conf/empathy.yaml --validators osum_echat.evaluation.validation:hearing
 
 `hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
 texts, token2wav makes sound, a recogniser writes it down; needs `OSUM_ECHAT_TOKEN2WAV` (a token2wav folder) and the recogniser's data. Both

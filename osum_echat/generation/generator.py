@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from osum_echat.dialogue.tokens import Tokenizer
-from osum_echat.generation.batch import Batch
 from osum_echat.generation.config import GenerationConfig, Reason, Sampling
+from osum_echat.generation.decoder_state import Batch
 from osum_echat.generation.events import Done, Event, SpeechTokens, Timings
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState

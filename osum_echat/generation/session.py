@@ -15,8 +15,8 @@ import torch
 from osum_echat.dialogue.layout import flatten
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
 from osum_echat.dialogue.tokens import encode
-from osum_echat.generation.batch import Batch
 from osum_echat.generation.cache import KeptCache
+from osum_echat.generation.decoder_state import Batch
 from osum_echat.generation.events import Done
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osum_echat.packed_linear import PackedLinear
+from osum_echat.cpu_linear import PackedLinear
 from osum_echat.token2wav.config import EstimatorConfig
 
 PACKED_ROWS = 512

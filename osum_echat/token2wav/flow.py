@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osum_echat.packed_linear import can_pack
+from osum_echat.cpu_linear import can_pack
 from osum_echat.token2wav.config import FlowConfig, SolverConfig
 from osum_echat.token2wav.encoder import LengthRegulator, TokenEncoder, stretch, stretch_reply
 from osum_echat.token2wav.estimator import Estimator, EstimatorFeedForward, Padding, SelfAttention

@@ -1,6 +1,6 @@
 """Train one stage: ``python -m osum_echat.training --stage S --config C [key=value ...]`` (``train.sh`` wraps it, with torchrun or without).
 
-    python -m osum_echat.training --stage understanding --config conf/mini/understanding.yaml max_minutes=5
+    python -m osum_echat.training --stage understanding --config recipes/mini/conf/understanding.yaml max_minutes=5
     torchrun --nproc-per-node 8 -m osum_echat.training --stage generation --config conf/stage2_s2s.yaml engine.name=fsdp
 
 A run that finds checkpoints in its output folder continues the newest one; ``--fresh`` refuses to. Exit codes: 0 done (or stopped by a signal,

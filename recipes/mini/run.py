@@ -1,0 +1,153 @@
+"""The whole recipe of mini, from nothing to an evaluated model: ``make mini``.
+
+    python -m recipes.mini.run                          every step that is not done yet
+    python -m recipes.mini.run --list                   what there is to do
+    python -m recipes.mini.run --only evaluate --again  one step once more
+
+Each step is a command of its own (shown before it runs), skipped when it is done, and goes on where it was interrupted: speech is made in parts,
+trainings resume from their checkpoints. On two cores, steps that do not wait for each other can be run side by side with ``--only``
+(``needs`` in the list). Speech needs the Debian packages flite, espeak-ng and wordnet-base; nothing else does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+OUT = Path("out/mini")
+DATA, LISTS, TOKEN2WAV = OUT / "data", OUT / "lists", OUT / "token2wav"
+SOUND = TOKEN2WAV / "model"
+DONE = OUT / "done"
+# One thread a step, and freed memory kept for the next step instead of handed back (a tenth of a training's time).
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "OSUM_ECHAT_TOKEN2WAV": str(SOUND),  # for the validator own_speech
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command. It is done when it has ended well once: then a file of its name stands in ``out/mini/done``."""
+
+    name: str
+    about: str
+    command: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+    @property
+    def marker(self) -> Path:
+        return DONE / self.name
+
+
+def module(name: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *map(str, arguments))
+
+
+def stage(name: str, kind: str, *validators: str) -> tuple[str, ...]:
+    measured = (argument for name in validators for argument in ("--validators", f"osum_echat.evaluation.validation:{name}"))
+    return module("osum_echat.training", "--stage", kind, "--config", f"recipes/mini/conf/{name}.yaml", *measured)
+
+
+def sound(part: str) -> tuple[str, ...]:
+    return module(f"osum_echat.training.token2wav.{part}", "--config", f"recipes/mini/conf/token2wav/{part}.yaml")
+
+
+STEPS = (
+    Step("encoder", "Whisper tiny.en's published data, for the encoder", module("recipes.mini.fetch_encoder", "--out", OUT / "whisper")),
+    Step("speech", "say some 20 + 6 + 12 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12)),
+    Step("text_lists", "sentences to read", module("recipes.mini.prepare", "text", "--out", LISTS)),
+    Step("hear_lists", "recordings to understand", module("recipes.mini.prepare", "hear", "--data", DATA, "--out", LISTS), ("speech",)),
+    Step("speech_tokenizer", "256 speech codes", sound("tokenizer"), ("speech",)),
+    Step("tokens", "codes of the reply voice", module("recipes.mini.prepare", "tokens", "--data", DATA, "--token2wav", SOUND), ("speech_tokenizer",)),
+    Step("speak_lists", "sentences to say, spoken dialogue", module("recipes.mini.prepare", "speak", "--data", DATA, "--out", LISTS), ("tokens",)),
+    Step("speaker", "speaker embedding", sound("speaker"), ("speech",)),
+    Step("flow", "codes to log-mel", sound("flow"), ("tokens", "speaker")),
+    Step("vocoder", "log-mel to samples", sound("vocoder"), ("speech",)),
+    Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
+    Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
+    Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
+    Step("understanding_encoder", "... with an encoder that knows these voices", stage("understanding_encoder", "understanding"), ("understanding_ctc",)),
+    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_encoder", "generation_tts")),
+    Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing", "own_speech"), ("understanding", "flow", "vocoder")),
+    Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing", "own_speech"), ("generation_s2s",)),
+    Step(
+        "export",
+        "one folder, 8-bit",
+        module("recipes.mini.export", "--run", OUT / "empathy", "--token2wav", SOUND, "--voice", DATA / "heldout/reply/reply_003.wav", "--out", OUT / "export"),
+        ("empathy", "flow", "vocoder"),
+    ),
+    Step("evaluate", "every number of the model card", module("recipes.mini.evaluation", "--checkpoint", OUT / "export", "--out", OUT / "evaluation"), ("export",)),
+)  # fmt: skip
+
+
+def run(step: Step, again: bool) -> None:
+    """Run a step unless it is done. Raises ValueError when what it needs is missing or it fails."""
+    if step.marker.exists() and not again:
+        print(f"{step.name}: done before")
+        return
+    missing = [need for need in step.needs if not (DONE / need).exists()]
+    if missing:
+        raise ValueError(f"{step.name} needs {', '.join(missing)}; run without --only, or run those first")
+    print(f"{step.name}: {step.about}\n  {shlex.join(step.command)}", flush=True)
+    began = time.monotonic()
+    code = finish(step.command)
+    if code:
+        raise ValueError(f"{step.name} ended with code {code}; what it has made is kept, run again to go on")
+    DONE.mkdir(parents=True, exist_ok=True)
+    step.marker.write_text(f"{time.monotonic() - began:.0f} s\n", encoding="utf-8")
+
+
+def finish(command: Sequence[str]) -> int:
+    """Exit code of a command; minus the signal's number when this process was asked to stop meanwhile (a training then saves and ends well)."""
+    asked: list[int] = []
+    process = subprocess.Popen(command, env={**ENVIRONMENT, **os.environ})
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:  # Ctrl-C reaches the command by itself
+            process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return -asked[0] if asked else code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="recipes.mini.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="show the steps and stop")
+    parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP", help="these steps")
+    parser.add_argument("--again", action="store_true", help="also steps that are done")
+    args = parser.parse_args(argv)
+    if args.list:
+        for step in STEPS:
+            state = "done" if step.marker.exists() else "    "
+            print(f"{state:<5}{step.name:<23}{step.about:<52}{'needs ' + ', '.join(step.needs) if step.needs else ''}")
+        return 0
+    try:
+        for step in STEPS:
+            if args.only is None or step.name in args.only:
+                run(step, args.again)
+    except ValueError as error:
+        print(f"mini: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Speech for mini: recordings of what users say (labelled) and of what mini answers (one voice), as raw lists with audio files.
+
+    python -m recipes.mini.synthesize --out work/mini/data --user-hours 6 --reply-hours 4 --open-hours 8 --processes 2
+
+writes `user/*.jsonl`, `reply/*.jsonl` and `open/*.jsonl` (the reply voice again, open vocabulary) in parts that are made independently and
+skipped when they exist, so a run can be interrupted, repeated and extended (larger hours make more parts). `README.md` in the folder
+explains the lists. Every record of a user carries what the later stages need: the words, topic, labels and the answer that the rule
+wants; every record of the reply voice carries phones and words with their end times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from recipes.mini import engines, labels, texts
+
+PART = 250  # records a part
+REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
+REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
+MEAN_SECONDS = {"reply": 3.1, "user": 3.2, "open": 2.3}  # of a recording, to turn hours into parts
+WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
+HELD_OUT_WORDNET = 400
+
+README = """# Speech of mini
+
+Synthesised by free engines (flite, espeak-ng), written by `recipes/mini/synthesize.py`; nothing here is a person.
+
+- `user/*.jsonl`: what users say, 16 kHz. `txt`: the words. `extra`: age, gender, emotion, event, voice, topic (null: open vocabulary), reply.
+- `reply/*.jsonl`: the reply voice ({reply_voice}), {reply_rate} Hz (no content above 8 kHz). `txt`: the sentence. `extra`: phones, words = [[name, end in s]].
+- `open/*.jsonl`: the same voice and form; sentences of open vocabulary and of what users say, so that text to speech meets words in any company.
+- `heldout/*.jsonl`: never in training: sentences (`grammar`), hand-written sentences (`handwritten`), voices (`new_voices`), sentences of the reply
+  voice (`reply`).
+- reply_voice: flite {reply_voice}
+- voices never in training: {held_out}
+"""
+
+
+def user_record(
+    sentence: str, topic: str | None, voice_name: str, said_as: texts.Labels, rng: random.Random, wav: Path
+) -> dict[str, Any]:
+    """Synthesise one user recording to ``wav`` and describe it."""
+    samples = labels.speak(sentence, labels.VOICES[voice_name], said_as, rng)
+    soundfile.write(wav, samples, labels.RATE, subtype="PCM_16")
+    extra: dict[str, Any] = {**vars(said_as), "voice": voice_name, "topic": topic, "question": sentence}
+    if topic is not None:
+        extra["reply"] = texts.reply(topic, said_as, rng)
+    return {
+        "key": wav.stem,
+        "wav": str(wav),
+        "txt": sentence,
+        "task": "<TRANSCRIBE>",
+        "extra": {**extra, "duration": round(len(samples) / labels.RATE, 3)},
+    }
+
+
+def reply_record(sentence: str, wav: Path) -> dict[str, Any]:
+    """The reply voice saying ``sentence``, with the times of its phones and words."""
+    spoken = engines.flite().speak(sentence, labels.REPLY_VOICE, stretch=REPLY_STRETCH)
+    samples = spoken.samples * np.float32(0.1 / (spoken.samples.std() + 1e-6))
+    samples = np.clip(soxr.resample(samples, spoken.rate, REPLY_RATE), -1, 1)
+    soundfile.write(wav, samples, REPLY_RATE, subtype="PCM_16")
+    extra = {
+        "voice": labels.REPLY_VOICE,
+        "duration": round(len(samples) / REPLY_RATE, 3),
+        "phones": spoken.phones,
+        "words": spoken.words,
+    }
+    return {"key": wav.stem, "wav": str(wav), "txt": sentence, "task": "<TEXT2TOKEN>", "extra": extra}
+
+
+def draw_user(
+    rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[str]
+) -> tuple[str, str | None, str, texts.Labels]:
+    """Sentence, topic, voice and labels of one training recording."""
+    if rng.random() < WORDNET_SHARE:
+        sentence, topic = rng.choice(wordnet), None
+    else:
+        sentence, topic = rng.choice(grammar)
+    return sentence, topic, *draw_voice(rng, labels.training_voices())
+
+
+def draw_voice(rng: random.Random, voices: tuple[str, ...]) -> tuple[str, texts.Labels]:
+    """A voice and how it is to speak; combinations that the voice cannot do are drawn again."""
+    while True:
+        voice, said_as = rng.choice(voices), texts.draw_labels(rng)
+        if labels.allowed(labels.VOICES[voice], said_as):
+            return voice, said_as
+
+
+def draw_reply(rng: random.Random, replies: list[str], wordnet: list[str]) -> str:
+    """A sentence for the reply voice: half replies of the rule, the rest the same words in new company, and open vocabulary."""
+    kind = rng.random()
+    if kind < 0.5:
+        return rng.choice(replies)
+    if kind < 0.75:
+        return texts.free_sentence(rng)
+    if kind < 0.85:
+        return texts.word_salad(rng)
+    sentence = rng.choice(wordnet)
+    return sentence[:1].upper() + sentence[1:] + "."
+
+
+def draw_open(rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[str]) -> str:
+    """A sentence for the reply voice that is no reply: mostly open vocabulary, as people write it, and the reply's words in free sentences."""
+    kind = rng.random()
+    if kind < 0.3:
+        return texts.free_sentence(rng)
+    return texts.written(rng.choice(wordnet) if kind < 0.8 else rng.choice(grammar)[0])
+
+
+def make_part(job: tuple[str, int, Path]) -> float:
+    """One part of ``PART`` records; returns the seconds of audio. The list appears under its name only when its recordings are complete."""
+    kind, number, out = job
+    list_path = out / kind / f"part_{number:04d}.jsonl"
+    if list_path.exists():
+        return sum(json.loads(line)["extra"]["duration"] for line in list_path.read_text(encoding="utf-8").splitlines())
+    folder = out / kind / f"part_{number:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"{kind}-{number}")
+    wordnet = texts.wordnet_examples()[:-HELD_OUT_WORDNET]
+    grammar = list(texts.training_user_sentences())
+    replies = list(texts.all_replies()) if kind == "reply" else []
+    tested = {texts.normalise(sentence) for sentence, _ in texts.hand_written("speech")}
+    records = []
+    while len(records) < PART:
+        wav = folder / f"{kind}_{number:04d}_{len(records):03d}.wav"
+        if kind == "user":
+            sentence, topic, voice, said_as = draw_user(rng, grammar, wordnet)
+            record = user_record(sentence, topic, voice, said_as, rng, wav)
+        else:
+            text = draw_reply(rng, replies, wordnet) if kind == "reply" else draw_open(rng, grammar, wordnet)
+            if texts.normalise(text) in tested:  # by chance
+                continue
+            record = reply_record(text, wav)
+        if 0.5 < record["extra"]["duration"] < 8.0:  # an engine may drop a text it cannot read
+            records.append(record)
+    _write_list(list_path, records)
+    return sum(record["extra"]["duration"] for record in records)
+
+
+def make_held_out(out: Path, each: int = 220) -> None:
+    """The sets that never enter training: new sentences, hand-written sentences, new voices, and sentences of the reply voice."""
+    sentences = list(texts.held_out_user_sentences())
+    train_voices = labels.training_voices()
+    sets = {
+        "grammar": (sentences[:each], train_voices),
+        "handwritten": (texts.hand_written("user") * 2, train_voices),
+        "new_voices": (sentences[each : 2 * each], labels.HELD_OUT_VOICES),
+        "validation": (sentences[2 * each :][:64], train_voices),
+    }
+    for name, (pairs, voices) in sets.items():
+        path = out / "heldout" / f"{name}.jsonl"
+        if path.exists():
+            continue
+        rng = random.Random(f"held out {name}")
+        (out / "heldout" / name).mkdir(parents=True, exist_ok=True)
+        records = []
+        for number, (sentence, topic) in enumerate(pairs):
+            voice, said_as = draw_voice(rng, voices)
+            wav = out / "heldout" / name / f"{name}_{number:03d}.wav"
+            records.append(user_record(sentence, topic, voice, said_as, rng, wav))
+        _write_list(path, records)
+    path = out / "heldout" / "reply.jsonl"
+    if not path.exists():
+        (out / "heldout" / "reply").mkdir(parents=True, exist_ok=True)
+        lines = [sentence for sentence, _ in texts.hand_written("speech")]
+        _write_list(path, [reply_record(line, out / "heldout" / "reply" / f"reply_{n:03d}.wav") for n, line in enumerate(lines)])
+
+
+def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def synthesize(out: Path, user_hours: float, reply_hours: float, open_hours: float, processes: int = 2) -> dict[str, float]:
+    """Make what is missing; returns hours by kind."""
+    out.mkdir(parents=True, exist_ok=True)
+    held_out = ", ".join(labels.HELD_OUT_VOICES)
+    (out / "README.md").write_text(
+        README.format(reply_voice=labels.REPLY_VOICE, reply_rate=REPLY_RATE, held_out=held_out), encoding="utf-8"
+    )
+    make_held_out(out)
+    hours = {"reply": reply_hours, "user": user_hours, "open": open_hours}
+    jobs_by_kind = [[(kind, n, out) for n in range(round(hours[kind] * 3600 / MEAN_SECONDS[kind] / PART))] for kind in hours]
+    jobs = [job for some in itertools.zip_longest(*jobs_by_kind) for job in some if job is not None]
+    seconds = dict.fromkeys(hours, 0.0)
+    start = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for (kind, number, _), length in zip(jobs, pool.imap(make_part, jobs), strict=True):
+            seconds[kind] += length
+            total = ", ".join(f"{name} {value / 3600:.2f} h" for name, value in seconds.items())
+            print(f"{kind} part {number}: {total}; {time.monotonic() - start:.0f} s", flush=True)
+    return {kind: value / 3600 for kind, value in seconds.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--user-hours", type=float, default=6.0)
+    parser.add_argument("--reply-hours", type=float, default=4.0)
+    parser.add_argument("--open-hours", type=float, default=8.0)
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    try:
+        synthesize(arguments.out, arguments.user_hours, arguments.reply_hours, arguments.open_hours, arguments.processes)
+    except ValueError as error:
+        print(f"synthesize: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
