@@ -1,7 +1,11 @@
 """Typed configuration: dataclasses in code, YAML as their written form.
 
-Each room defines its own dataclasses beside what they configure; this module only knows how to read, check, override and write
+Each package defines its own dataclasses beside what they configure; this module only knows how to read, check, override and write
 them. An unknown key is an error that names the nearest valid one, a value of the wrong type is an error that names the key.
+
+A dataclass whose keys were renamed says so, and files with the older keys are read with a warning that names the new ones:
+``RENAMED_KEYS: ClassVar[Mapping[str, str]]`` (older key -> key), and for anything else a classmethod ``read_older(data, where)`` that is
+given the plain data of the section and returns it in today's form (see `warn_older`).
 
     cfg = load(TrainConfig, "recipes/mini/conf/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
 
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import re
 import types
 import typing
@@ -22,6 +27,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -95,6 +101,16 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     return typing.cast(T, _build(cls, data, where, ""))
 
 
+def check(cls: type[Any], data: Mapping[str, Any], where: str = "") -> None:
+    """Check keys and types of changes to ``cls``: any part of it may be missing. Raises ConfigError."""
+    _arguments(cls, data, where, "", partial=True)
+
+
+def warn_older(where: str, old: str, new: str) -> None:
+    """Say that a key (or a value) of a file has another name now."""
+    log.warning("%s: %s is an older name; write %s", where, old, new)
+
+
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Plain data that YAML can write and `from_dict` reads back equal."""
     return typing.cast("dict[str, Any]", _plain(cfg))
@@ -110,6 +126,8 @@ def _plain(value: Any) -> Any:
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value)
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, Path):
@@ -118,22 +136,11 @@ def _plain(value: Any) -> Any:
 
 
 def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"{where}: {prefix or 'top level'} must be a mapping, found {data!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls)
-    kwargs: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{prefix}{key}"
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"valid keys here: {', '.join(fields)}"
-            raise ConfigError(f"{where}: unknown key {name}; {hint}")
-        kwargs[key] = _convert(hints[key], value, where, name)
+    kwargs = _arguments(cls, data, where, prefix)
     missing = [
         f.name
-        for f in fields.values()
-        if f.name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        for f in dataclasses.fields(cls)
+        if f.init and f.name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"{where}: missing key(s) {', '.join(prefix + m for m in missing)}")
@@ -145,7 +152,37 @@ def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
         raise ConfigError(f"{where}: {prefix.rstrip('.') or cls.__name__}: {error}") from error
 
 
-def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
+def _arguments(cls: Any, data: Any, where: str, prefix: str, partial: bool = False) -> dict[str, Any]:
+    """The values of a section by field name, each of its field's type. ``partial``: sections inside are checked, not built."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: {prefix or 'top level'} must be a mapping, found {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    for key, value in _renewed(cls, data, where, prefix).items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]!s}?" if near else f"valid keys here: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {name}; {hint}")
+        kwargs[key] = _convert(hints[key], value, where, name, partial)
+    return kwargs
+
+
+def _renewed(cls: Any, data: Mapping[str, Any], where: str, prefix: str) -> Mapping[str, Any]:
+    """A section with today's keys (see the module's docstring). Where a file has both, the older key goes first."""
+    renamed: Mapping[str, str] = getattr(cls, "RENAMED_KEYS", {})
+    if any(key in renamed for key in data):
+        older = {renamed[key]: value for key, value in data.items() if key in renamed}
+        for key in data:
+            if key in renamed:
+                warn_older(where, prefix + str(key), prefix + renamed[key])
+        data = merge(older, {key: value for key, value in data.items() if key not in renamed})
+    read_older = getattr(cls, "read_older", None)
+    return data if read_older is None else typing.cast("Mapping[str, Any]", read_older(dict(data), where))
+
+
+def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -155,7 +192,7 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
         errors = []
         for option in (a for a in args if a is not type(None)):
             try:
-                return _convert(option, value, where, name)
+                return _convert(option, value, where, name, partial)
             except ConfigError as error:
                 errors.append(error)
         raise errors[0]
@@ -164,21 +201,23 @@ def _convert(hint: Any, value: Any, where: str, name: str) -> Any:
             return value
         raise ConfigError(f"{where}: {name} must be one of {', '.join(map(repr, args))}, found {value!r}")
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _build(hint, value, where, name + ".")
-    if origin in (list, tuple):
+        if isinstance(value, typing.cast(type, hint)):
+            return value
+        return _arguments(hint, value, where, name + ".", partial) if partial else _build(hint, value, where, name + ".")
+    if origin in (list, tuple, frozenset):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{where}: {name} must be a list, found {value!r}")
         if origin is tuple and args and args[-1] is not Ellipsis:
             if len(value) != len(args):
                 raise ConfigError(f"{where}: {name} must have {len(args)} values, found {value!r}")
-            return tuple(_convert(a, v, where, f"{name}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+            return tuple(_convert(a, v, where, f"{name}[{i}]", partial) for i, (a, v) in enumerate(zip(args, value, strict=True)))
         inner = args[0] if args else Any
-        return origin(_convert(inner, v, where, f"{name}[{i}]") for i, v in enumerate(value))
-    if origin is dict or hint is dict:
+        return origin(_convert(inner, v, where, f"{name}[{i}]", partial) for i, v in enumerate(value))
+    if origin in (dict, Mapping) or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {name} must be a mapping, found {value!r}")
         inner = args[1] if args else Any
-        return {str(k): _convert(inner, v, where, f"{name}.{k}") for k, v in value.items()}
+        return {str(k): _convert(inner, v, where, f"{name}.{k}", partial) for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str):

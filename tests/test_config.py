@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osum_echat.config import ConfigError, from_dict, load, merge, read_yaml, to_dict, to_yaml
+from osum_echat.config import ConfigError, check, from_dict, load, merge, read_yaml, to_dict, to_yaml, warn_older
 
 
 @dataclass
@@ -119,3 +120,43 @@ def test_what_is_written_is_read_back_equal(run):
 
 def test_merge_keeps_what_is_not_named():
     assert merge({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 9}}) == {"a": {"b": 9, "c": 2}, "d": 3}
+
+
+@dataclass
+class Renamed:
+    """A section some of whose keys had other names."""
+
+    RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"rooms": "parts"}
+
+    parts: dict[str, float] = field(default_factory=dict)
+    form: Literal["tag", "language"] = "tag"
+    marks: frozenset[str] = frozenset()
+
+    @classmethod
+    def read_older(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
+        if data.get("form") == "natural":
+            warn_older(where, "form: natural", "form: language")
+            data["form"] = "language"
+        return data
+
+
+def test_older_keys_and_values_are_read_with_a_warning_that_names_the_new_ones(caplog):
+    old = from_dict(Renamed, {"rooms": {"a": 1.0}, "parts": {"b": 2.0}, "form": "natural"}, "old.yaml")
+    assert old == Renamed({"a": 1.0, "b": 2.0}, "language")
+    assert [r.getMessage() for r in caplog.records] == [
+        "old.yaml: rooms is an older name; write parts",
+        "old.yaml: form: natural is an older name; write form: language",
+    ]
+    caplog.clear()
+    assert from_dict(Renamed, to_dict(Renamed({"a": 1.0}, marks=frozenset("yx")))) == Renamed({"a": 1.0}, marks=frozenset("xy"))
+    assert not caplog.records
+
+
+def test_changes_are_checked_without_being_whole():
+    check(Run, {"optim": {"lr": 1}}, "changes")
+    for wrong, message in (
+        ({"optim": {"lrate": 1}}, r"changes: unknown key optim.lrate"),
+        ({"steps": "many"}, "steps must be int"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(Run, wrong, "changes")
