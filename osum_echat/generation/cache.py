@@ -73,6 +73,27 @@ class GrowingLayer(CacheLayerMixin):
         self.keys, self.values = kept
         self.length -= first
 
+    def join(self, other: GrowingLayer) -> None:
+        """Put the rows of ``other`` below these; both end at the same column, and the shorter is filled up at its left."""
+        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        length = max(self.length, other.length)
+        rows, joined = self.keys.shape[0], []
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            new = self._buffer(mine, max(length + _MIN_ROOM, self.keys.shape[2]), rows=rows + theirs.shape[0])
+            new[:rows, :, length - self.length : length] = mine[:, :, : self.length]
+            new[rows:, :, length - other.length : length] = theirs[:, :, : other.length]
+            joined.append(new)
+        self.keys, self.values = joined
+        self.length = length
+
+    def copy(self) -> GrowingLayer:
+        """Another layer on the same buffers; `select` on either leaves the other alone."""
+        new = GrowingLayer(self.room)
+        assert self.keys is not None and self.values is not None
+        new.keys, new.values, new.length = self.keys, self.values, self.length
+        new.dtype, new.device, new.is_initialized = self.dtype, self.device, True
+        return new
+
     def _grow(self, needed: int) -> None:
         assert self.keys is not None and self.values is not None
         grown = []
@@ -173,6 +194,24 @@ class BatchCache:
         for layer in self.layers:
             layer.select(rows_B, first)
         self.visible_BK = visible_BK[:, first:]
+
+    def join(self, other: BatchCache) -> None:
+        """Add the rows of ``other``; both end at the same column."""
+        width = max(self.length, other.length)
+        self.visible_BK = torch.cat(
+            [torch.nn.functional.pad(cache.visible_BK, (width - cache.length, 0)) for cache in (self, other)]
+        )
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs)
+
+    def take(self, rows: Sequence[int]) -> BatchCache:
+        """These rows in a cache of their own."""
+        new = BatchCache(0, 0)
+        new.layers = [layer.copy() for layer in self.layers]
+        new.cache = Cache(layers=list(new.layers))
+        new.visible_BK = self.visible_BK
+        new.select(rows)
+        return new
 
     def keep(self, b: int, columns: Tensor, row: Row, heard: tuple[AudioFeatures, ...], visible_T: Tensor) -> KeptCache:
         """Copy one row out. ``columns``: the column of each of its positions."""

@@ -8,17 +8,49 @@ B rows, T new prompt positions, n positions of a step, K cache columns, D width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from osum_echat.dialogue.layout import IGNORE, Row
 from osum_echat.dialogue.packing import pack
 from osum_echat.generation.cache import BatchCache, KeptCache
 from osum_echat.generation.request import Request, join_audio
 from osum_echat.model.echat import EChatModel
+
+
+_PER_ROW = ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns")
+"""Attributes of a batch that are lists with one value a row."""
+
+
+class Slots(Protocol):
+    """What decoding needs of the rows that are decoded together. `Batch` is the one that runs everywhere; a fixed shape for accelerators
+    fits behind the same calls.
+
+    ``hidden_BD`` is the hidden state of the last position of each row; rows are numbered in the order they joined, and `select` closes gaps.
+    """
+
+    hidden_BD: Tensor
+
+    @property
+    def unread(self) -> int: ...
+
+    def read(self, columns: int) -> None: ...
+
+    def join(self, other: Self) -> None: ...
+
+    def take(self, rows: Sequence[int]) -> Self: ...
+
+    def feed(self, ids: Sequence[Sequence[int]]) -> None: ...
+
+    def select(self, rows: Sequence[int]) -> None: ...
+
+    def keep(self, b: int) -> KeptCache: ...
 
 
 class Batch:
@@ -29,7 +61,8 @@ class Batch:
         prompt_embeds: embeddings of each row's prompt [T, D], for comparisons.
     """
 
-    def __init__(self, model: EChatModel, requests: Sequence[Request], room: int) -> None:
+    def __init__(self, model: EChatModel, requests: Sequence[Request], room: int, read: bool = True) -> None:
+        """``room``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`."""
         self.model = model
         self.requests = list(requests)
         rows = [request.prompt for request in requests]
@@ -64,9 +97,45 @@ class Batch:
         self._plain = False
         self._bias_B11C = embeds_BTD.new_zeros(0)
         self.hidden_BD: Tensor = embeds_BTD[:, -1]
-        self._advance(embeds_BTD, positions_BT, visible_BT)
+        self._unread = (embeds_BTD, positions_BT, visible_BT)
+        if read:
+            self.read(width)
 
     # ---- steps --------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def unread(self) -> int:
+        """Columns of the prompts that `read` has not come to."""
+        return self._unread[0].shape[1]
+
+    def read(self, columns: int) -> None:
+        """Read at most so many further columns of the prompts."""
+        head = [part[:, :columns] for part in self._unread]
+        embeds_BTD, positions_BT, visible_BT = self._unread
+        self._unread = (embeds_BTD[:, columns:], positions_BT[:, columns:], visible_BT[:, columns:])
+        self._advance(head[0], head[1], head[2])
+
+    def join(self, other: Batch) -> None:
+        """Add the rows of another batch, which is not to be used any more. Both have read their prompts."""
+        assert not self.unread and not other.unread, f"{self.unread} and {other.unread} columns of the prompts are unread"
+        width = max(self._cache.length, other._cache.length)
+        for part in (self, other):
+            shift = width - part._cache.length - part._dropped
+            part._columns = [columns + shift for columns in part._columns]
+        self._dropped = 0
+        self._cache.join(other._cache)
+        self.hidden_BD = torch.cat([self.hidden_BD, other.hidden_BD])
+        self._next_B = torch.cat([self._next_B, other._next_B])
+        for name in _PER_ROW:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self._refresh_bias()
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """These rows in a batch of their own; they stay in this one until `select` leaves them out."""
+        taken = copy.copy(self)
+        taken._cache = self._cache.take(rows)
+        taken._pick(rows, self._cache.length)
+        return taken
 
     def feed(self, ids: Sequence[Sequence[int]]) -> None:
         """Feed every row the same number of ids."""
@@ -82,10 +151,14 @@ class Batch:
         """Keep these rows."""
         before = self._cache.length
         self._cache.select(rows)
+        self._pick(rows, before)
+
+    def _pick(self, rows: Sequence[int], before: int) -> None:
+        """What is not in the cache, after the cache was cut to ``rows``; it had ``before`` columns."""
         self._dropped += before - self._cache.length
         index = torch.tensor(rows, device=self.hidden_BD.device)
         self.hidden_BD, self._next_B = self.hidden_BD[index], self._next_B[index]
-        for name in ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns"):
+        for name in _PER_ROW:
             values = getattr(self, name)
             setattr(self, name, [values[b] for b in rows])
         self._refresh_bias()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.generation.config import GenerationConfig, Reason, Sampling
-from osum_echat.generation.decoder_state import Batch
+from osum_echat.generation.decoder_state import Batch, Slots
 from osum_echat.generation.events import Done, Event, SpeechTokens, Timings
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
@@ -32,7 +32,7 @@ OnLogits = Callable[[int, Tensor], None]
 """Called with the row's number and its raw logits [V] before every id that the model chooses."""
 
 
-class _Live:
+class LiveRow:
     """A row in work: its request, its state, its random numbers and its clock."""
 
     def __init__(self, index: int, request: Request, state: RowState, started: float) -> None:
@@ -98,34 +98,59 @@ class Generator:
         if not requests:
             return
         started = time.perf_counter()
-        live = [_Live(i, request, self._state(request), started) for i, request in enumerate(requests)]
-        if self.config.guards.age is not None and self.config.guards.age.spoken_only:
-            for row in live:
-                row.age_armed = row.state.form != "none"
+        live = [self.begin(i, request, started) for i, request in enumerate(requests)]
         room = min(max(r.mode.max_new for r in requests), 512)
         with torch.inference_mode():
             batch = Batch(self.model, requests, room)
-        for row in live:
-            row.prefill = time.perf_counter() - started
-        events = [(row.index, event) for row in live for event in self._reported(row, row.state.opening)]
+        events = [told for row in live for told in self.was_read(row)]
         while True:
             with torch.inference_mode():
-                for row in live:
-                    if row.request.cancelled.is_set() and row.state.finished is None:
-                        events += [(row.index, event) for event in self._reported(row, row.state.finish("cancelled"))]
-                live = self._drop_finished(live, batch, events)
-                choosing = [b for b, row in enumerate(live) if not row.state.pending]
-                if choosing:
-                    events += self._choose(live, choosing, batch, on_logits)
-                    live = self._drop_finished(live, batch, events)
-            yield from events
+                live, more = self.between_steps(live, batch, on_logits)
+            yield from events + more
             events = []
             if not live:
                 return
             with torch.inference_mode():
-                count = min(len(row.state.pending) for row in live)
-                if count:
-                    batch.feed([[row.state.pending.popleft() for _ in range(count)] for row in live])
+                self.step(live, batch)
+
+    # ---- the parts of decoding, for those who mix rows themselves (`engine`) ---------------------------------------------------------
+
+    def begin(self, index: int, request: Request, started: float) -> LiveRow:
+        """A row in work. ``index``: what its events are marked with; ``started``: the second it counts its times from."""
+        row = LiveRow(index, request, self._state(request), started)
+        if self.config.guards.age is not None and self.config.guards.age.spoken_only:
+            row.age_armed = row.state.form != "none"
+        return row
+
+    def was_read(self, row: LiveRow) -> list[tuple[int, Event]]:
+        """The prompt of a row has been read: what there is to say before its first step."""
+        row.prefill = time.perf_counter() - row.started
+        return [(row.index, event) for event in self._reported(row, row.state.opening)]
+
+    def between_steps(
+        self, live: list[LiveRow], batch: Slots, on_logits: OnLogits | None = None
+    ) -> tuple[list[LiveRow], list[tuple[int, Event]]]:
+        """All that happens between two steps: cancelled rows end, rows without given ids choose one, rows that ended leave the batch.
+
+        Returns the rows that go on (``batch`` is not to be used any more when there are none), and events.
+        """
+        events: list[tuple[int, Event]] = []
+        for row in live:
+            if row.request.cancelled.is_set() and row.state.finished is None:
+                events += [(row.index, event) for event in self._reported(row, row.state.finish("cancelled"))]
+        live = self._drop_finished(live, batch, events)
+        choosing = [b for b, row in enumerate(live) if not row.state.pending]
+        if choosing:
+            events += self._choose(live, choosing, batch, on_logits)
+            live = self._drop_finished(live, batch, events)
+        return live, events
+
+    @staticmethod
+    def step(live: list[LiveRow], batch: Slots) -> None:
+        """Feed what all rows have pending."""
+        count = min(len(row.state.pending) for row in live)
+        if count:
+            batch.feed([[row.state.pending.popleft() for _ in range(count)] for row in live])
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -140,7 +165,7 @@ class Generator:
             request.words,
         )
 
-    def _drop_finished(self, live: list[_Live], batch: Batch, events: list[tuple[int, Event]]) -> list[_Live]:
+    def _drop_finished(self, live: list[LiveRow], batch: Slots, events: list[tuple[int, Event]]) -> list[LiveRow]:
         """Report rows that have ended and take them out of the batch."""
         keep = [b for b, row in enumerate(live) if row.state.finished is None]
         if len(keep) == len(live):
@@ -155,7 +180,7 @@ class Generator:
         return [live[b] for b in keep]
 
     def _choose(
-        self, live: list[_Live], choosing: list[int], batch: Batch, on_logits: OnLogits | None
+        self, live: list[LiveRow], choosing: list[int], batch: Slots, on_logits: OnLogits | None
     ) -> list[tuple[int, Event]]:
         """Choose the next id of some rows and let their states take it."""
         events: list[tuple[int, Event]] = []
@@ -179,7 +204,7 @@ class Generator:
                 events += [(row.index, event) for event in self._reported(row, row.state.accept(token))]
         return events
 
-    def _pick(self, rows: list[_Live], logits_RV: Tensor, in_speech: bool) -> list[int]:
+    def _pick(self, rows: list[LiveRow], logits_RV: Tensor, in_speech: bool) -> list[int]:
         """Penalty, guards, sampling: a class of this head for every row."""
         settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
         if settings.any_penalty:
@@ -191,7 +216,7 @@ class Generator:
             uniform_R = torch.tensor([row.dice.roll() for row in rows], device=logits_RV.device)
         return choose(logits_RV, settings, uniform_R).tolist()
 
-    def _guard_text(self, rows: list[_Live], logits_RV: Tensor) -> Tensor:
+    def _guard_text(self, rows: list[LiveRow], logits_RV: Tensor) -> Tensor:
         if self._age is not None and any(row.age_armed for row in rows):
             armed_R = torch.tensor([row.age_armed for row in rows], device=logits_RV.device)
             logits_RV, acted_R = self._age(logits_RV, self._recent(rows, 0, logits_RV.device), armed_R)
@@ -204,7 +229,7 @@ class Generator:
             _count(rows, "think", acted_R)
         return logits_RV
 
-    def _guard_speech(self, rows: list[_Live], logits_RV: Tensor) -> Tensor:
+    def _guard_speech(self, rows: list[LiveRow], logits_RV: Tensor) -> Tensor:
         if self._speech_guards:
             recent_RW = self._recent(rows, self.vocab.text_size, logits_RV.device)
             for guard in self._speech_guards:
@@ -215,14 +240,14 @@ class Generator:
             logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, unfinished)
         return logits_RV
 
-    def _recent(self, rows: list[_Live], offset: int, device: torch.device) -> Tensor:
+    def _recent(self, rows: list[LiveRow], offset: int, device: torch.device) -> Tensor:
         """The last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids."""
         size = self._memory
         last = [row.state.generated[-size:] for row in rows]
         ids_RW = torch.tensor([[-1] * (size - len(ids)) + ids for ids in last], device=device) - offset
         return ids_RW if offset else ids_RW.masked_fill(ids_RW >= self.vocab.text_size, -1)
 
-    def _generated(self, rows: list[_Live], in_speech: bool, device: torch.device) -> Tensor:
+    def _generated(self, rows: list[LiveRow], in_speech: bool, device: torch.device) -> Tensor:
         """All text ids, or all codes, that each row has generated, -1 padded."""
         kinds = [row.state.codes if in_speech else row.state.text_ids for row in rows]
         longest = max(map(len, kinds))
@@ -230,7 +255,7 @@ class Generator:
             len(rows), longest
         )
 
-    def _reported(self, row: _Live, events: list[Event]) -> list[Event]:
+    def _reported(self, row: LiveRow, events: list[Event]) -> list[Event]:
         """Note the time of what is about to be told."""
         for event in events:
             if isinstance(event, SpeechTokens):
@@ -240,7 +265,7 @@ class Generator:
         return events
 
 
-def _count(rows: list[_Live], name: str, acted_R: Tensor) -> None:
+def _count(rows: list[LiveRow], name: str, acted_R: Tensor) -> None:
     for row, acted in zip(rows, acted_R.tolist(), strict=True):
         if acted:
             row.state.acted[name] += 1

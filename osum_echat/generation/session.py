@@ -24,7 +24,7 @@ from osum_echat.model.echat import AudioFeatures
 
 
 class Session:
-    """Past turns and their cache.
+    """Past turns and their cache ``kept``, which may be set to None to make room: the past is read anew then.
 
     Args:
         max_turns: past turns that are kept (the published code keeps 5).
@@ -38,14 +38,14 @@ class Session:
         self.max_turns, self.max_tokens = max_turns, max_tokens
         self.turns: list[PastTurn] = []
         self.heard: list[tuple[AudioFeatures, ...]] = []
-        self._kept: KeptCache | None = None
+        self.kept: KeptCache | None = None
 
     def __len__(self) -> int:
         return len(self.turns)
 
     def clear(self) -> None:
         """Begin a new conversation."""
-        self.turns, self.heard, self._kept = [], [], None
+        self.turns, self.heard, self.kept = [], [], None
 
     def request(
         self,
@@ -84,7 +84,7 @@ class Session:
                     f"this turn alone has {len(request.prompt)} positions, the session allows {self.max_tokens}; raise max_tokens"
                 )
             self._forget(1)
-        request.past, request.keep_cache = self._kept, True
+        request.past, request.keep_cache = self.kept, True
         return request
 
     def commit(self, request: Request, done: Done, heard: Sequence[AudioFeatures] = (), text: str = "") -> None:
@@ -92,22 +92,34 @@ class Session:
 
         A turn that was cancelled before it had any text leaves no trace.
         """
+        reading = self.record(request, done, heard, text)
+        if reading is not None:
+            with torch.inference_mode():
+                self.kept = Batch(self.generator.model, [reading], room=0).keep(0)
+
+    def record(self, request: Request, done: Done, heard: Sequence[AudioFeatures] = (), text: str = "") -> Request | None:
+        """`commit` without work of the model: returns what is to be read, whose cache belongs in `kept`; None when there is nothing."""
         reply_ids = done.text_ids[done.timings.think_tokens :]
         if done.reason == "cancelled" and not reply_ids:
-            return
+            return None
         user_ids = encode(self.generator.tokenizer, text) if text else ()
         self.turns.append(PastTurn(tuple(reply_ids), done.speech_codes, has_audio=bool(heard), user_ids=user_ids))
         self.heard.append(tuple(heard))
-        self._kept = request.cache
+        self.kept = request.cache
         self._forget(len(self.turns) - self.max_turns)
-        self._read_past(request)
+        return self.past_request(request)
 
     def _forget(self, count: int) -> None:
         if count > 0:
             del self.turns[:count], self.heard[:count]
 
-    def _read_past(self, last: Request) -> None:
-        """Prefill the past as the next turn will show it, if it is of the kind of the last one."""
+    def replace_past(self, turns: Sequence[PastTurn], heard: Sequence[tuple[AudioFeatures, ...]]) -> None:
+        """Another past, for those who keep the dialogue themselves. What it has in common with the kept cache is not read again."""
+        assert len(turns) == len(heard), f"{len(turns)} turns with the recordings of {len(heard)}"
+        self.turns, self.heard = list(turns), list(heard)
+
+    def past_request(self, last: Request) -> Request | None:
+        """What is to be read so that the past stands as the next turn will show it, if it is of the kind of the last one."""
         generator = self.generator
         heard = tuple(h for turn in self.heard for h in turn)
         sample = Sample(last.output_type, history=tuple(self.turns), natural_think=last.natural_think)
@@ -118,7 +130,5 @@ class Session:
         past = layout.prefix[: slots[0]] if slots else layout.prefix[:-1]
         row = flatten(past, [int(h.lengths_N[0]) for h in heard])
         if len(row) > self.max_tokens:
-            return  # the next request will drop turns, so there is nothing worth reading yet
-        request = Request(last.output_type, row, heard, past=self._kept)
-        with torch.inference_mode():
-            self._kept = Batch(generator.model, [request], room=0).keep(0)
+            return None  # the next request will drop turns, so there is nothing worth reading yet
+        return Request(last.output_type, row, heard, past=self.kept)
