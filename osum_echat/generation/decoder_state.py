@@ -23,7 +23,6 @@ from osum_echat.generation.cache import BatchCache, KeptCache
 from osum_echat.generation.request import Request, join_audio
 from osum_echat.model.echat import EChatModel
 
-
 _PER_ROW = ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns")
 """Attributes of a batch that are lists with one value a row."""
 
