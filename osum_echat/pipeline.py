@@ -12,6 +12,7 @@ A recording is a path, the bytes of a file, or (samples, rate). What cannot be u
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,8 +48,6 @@ GENERATION_FILE = "generation.yaml"
 TOKEN2WAV_FOLDER = "token2wav"
 SPEAKER_FILE = "speaker.safetensors"
 INSTRUCTIONS = Path(__file__).resolve().parents[1] / "conf" / "prompt_config.yaml"
-_LARGE = 4 * 2**30
-"""Checkpoints above this many bytes are computed in bfloat16 on a CPU too: float32 would not fit where the file just does."""
 
 ThinkForm: TypeAlias = Literal["tag", "language"] | None
 Voice: TypeAlias = "Speaker | str | Path"
@@ -192,7 +191,8 @@ class EChat:
             config: model config; needed where the checkpoint does not bring its own.
             token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else replies have speech tokens
                 and no sound).
-            dtype: ``auto`` is bfloat16 on accelerators and for large checkpoints, float32 for others on a CPU.
+            dtype: ``auto`` is bfloat16 on accelerators. On a CPU it is float32, but bfloat16 for a large checkpoint where the CPU does that well or
+                float32 would not fit into memory (`device.cpu`).
             profile: prompt profile, other than the one in the generation settings.
             speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
                 checkpoint's ``token2wav/speaker.safetensors``, else the first name).
@@ -205,8 +205,8 @@ class EChat:
         """
         target = devices.resolve(device)
         path = Path(checkpoint)
-        kind = "bfloat16" if dtype == "auto" and _size(path) > _LARGE else dtype
-        model, tokenizer = load_model(checkpoint, config, device=target, dtype=devices.dtype(kind, target))
+        chosen = functools.partial(devices.model_dtype, dtype, target)
+        model, tokenizer = load_model(checkpoint, config, device=target, dtype=chosen)
         if model.lm.llm.config._attn_implementation == "eager":
             model.lm.llm.set_attn_implementation("sdpa")  # eager is a choice for training; a step of one id is faster without
         if pack:
@@ -511,11 +511,6 @@ class Dialogue:
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------------------------
-
-
-def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else []
-    return sum(file.stat().st_size for file in files)
 
 
 def _settings(checkpoint: Path, generation: str | Path | None) -> GenerationConfig:

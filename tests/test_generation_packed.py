@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from osum_echat.cpu_linear import PackedLinear, can_pack, pack_linears
+from osum_echat.cpu_linear import PackedLinear, pack_linears
+from osum_echat.device import cpu
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.generator import Generator
 from tests.generation_case import done, request, tiny
 
-CPU = torch.device("cpu")
-needs_kernels = pytest.mark.skipif(not can_pack(CPU, torch.float32), reason="this CPU build of torch has no oneDNN kernels")
+needs_kernels = pytest.mark.skipif(not cpu.packs(torch.float32), reason="this CPU or build of torch has no oneDNN kernels")
 
 
 @needs_kernels
@@ -26,7 +26,7 @@ def test_a_packed_layer_computes_what_linear_does(bias: bool, shape: tuple[int, 
     x = torch.randn(shape)
     with torch.inference_mode():
         assert torch.allclose(PackedLinear(linear.weight, linear.bias)(x), linear(x), atol=1e-5)
-        if can_pack(CPU, torch.bfloat16):
+        if cpu.packs(torch.bfloat16):
             half, exact = linear.bfloat16(), linear(x.bfloat16()).float()
             assert (PackedLinear(half.weight, half.bias)(x.bfloat16()).float() - exact).abs().max() < 0.02 * exact.abs().max()
 
@@ -76,8 +76,3 @@ def test_a_model_with_packed_weights_decodes_the_same_ids() -> None:
     generators = [Generator(m, tokenizer, GenerationConfig()) for m in (model, packed)]
     results = [done([e for _, e in g.generate([replace(row)])]).generated for g in generators]
     assert results[0] == results[1]
-
-
-def test_other_devices_and_types_are_left_alone() -> None:
-    assert not can_pack(torch.device("meta"), torch.float32)
-    assert not can_pack(CPU, torch.float16)

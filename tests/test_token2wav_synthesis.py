@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from osum_echat.cpu_linear import can_pack
+from osum_echat.device import cpu
 from osum_echat.token2wav import Speaker, Token2Wav, encoder, vocoder_stream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, VocoderConfig, mel_frames
 from osum_echat.token2wav.draws import Draws, NoiseField
@@ -117,7 +117,8 @@ def test_speed_steps_guidance_and_schedule_change_the_sound(model: Token2Wav, sp
         assert other.shape == plain.shape and np.abs(other - plain).max() > 1e-3
 
 
-def test_bfloat16_stays_close(model: Token2Wav, speaker: Speaker, tmp_path: Path) -> None:
+def test_bfloat16_stays_close(model: Token2Wav, speaker: Speaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.LIMIT, "bfloat16")  # also on a CPU that would take float32
     half = tiny_model(tmp_path, dtype="bfloat16")
     state, other = model.prompt_state(speaker), half.prompt_state(speaker)
     tokens = torch.tensor(recorded_tokens(30))
@@ -225,9 +226,9 @@ def test_mish_of_inference_is_that_of_training() -> None:
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("lengths", [(31, 22), (17, 17)])
 def test_prepared_flow_equals_the_plain_one(lengths: tuple[int, int], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if packed and not can_pack(torch.device("cpu")):
-        pytest.skip("this PyTorch has no oneDNN operators to pack for")
-    monkeypatch.setattr("osum_echat.token2wav.flow.can_pack", lambda _: packed)
+    if packed and not cpu.packs(torch.float32):
+        pytest.skip("this CPU or build of PyTorch has no oneDNN operators to pack for")
+    monkeypatch.setattr(cpu, "packs", lambda _: packed)
     plain = golden.Networks.load(DATA).flow
     fast = golden.Networks.load(DATA).flow
     torch.manual_seed(0)

@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {device.describe(chosen)}, collectives by {device.collectives_backend(chosen)}")
         else:
             print(f"  {kind}: none")
+    print("cpu")
+    for line in device.cpu.summary():
+        print(f"  {line}")
     print(f"  {os.cpu_count()} cores; OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}")
     print("optional packages")
     for package, purpose in OPTIONAL.items():

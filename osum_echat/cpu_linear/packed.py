@@ -1,7 +1,7 @@
 """A linear layer in the memory order that the CPU's matrix kernels want (oneDNN's blocked one), for inference.
 
-The operators are those that torch.compile uses for frozen weights. Results differ from `nn.Linear` by the order of a sum only. Where a build of
-PyTorch has no such operators, nothing is packed: ask `can_pack` first.
+The operators are those that torch.compile uses for frozen weights. Results differ from `nn.Linear` by the order of a sum only. Not every machine
+and build of PyTorch has them: ask `device.linear_kernel` first.
 """
 
 from __future__ import annotations
@@ -12,19 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_DTYPES = (torch.float32, torch.bfloat16)
 _BFLOAT16_ROWS = 4
 """A single row is given this often: oneDNN's bfloat16 kernel for 4 rows reads the weights 10 to 18 % faster than that for one (measured)."""
-
-
-def can_pack(device: torch.device, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether this machine has the kernels: a CPU with oneDNN, and for bfloat16 one that computes in it."""
-    if device.type != "cpu" or dtype not in _DTYPES or not torch.backends.mkldnn.is_available():
-        return False
-    ops: Any = torch.ops.mkldnn
-    if not all(hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")):
-        return False
-    return dtype == torch.float32 or bool(ops._is_mkldnn_bf16_supported())
 
 
 class PackedLinear(nn.Module):

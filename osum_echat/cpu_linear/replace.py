@@ -13,14 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
-from osum_echat.cpu_linear.packed import JointLinear, PackedLinear, can_pack
-
-_FLOAT32_WEIGHTS = 2**19  # fewest weights, and fewest inputs, for which packing float32 pays at batch 1 (measured)
-_FLOAT32_INPUTS = 128
-
+from osum_echat import device
+from osum_echat.cpu_linear.packed import JointLinear, PackedLinear
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers with the same input, by the names that transformers gives them in all models of this family."""
@@ -28,12 +24,11 @@ _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 def pays(linears: Sequence[nn.Linear]) -> bool:
     """Whether this machine can pack the layers as one (or a single one), and a step at batch 1 gains by it."""
-    first = linears[0]
-    weight = first.weight
-    if weight.is_meta or not can_pack(weight.device, weight.dtype):
+    weight = linears[0].weight
+    if weight.is_meta:
         return False
-    numel = sum(linear.weight.numel() for linear in linears)
-    return weight.dtype != torch.float32 or (numel >= _FLOAT32_WEIGHTS and first.in_features >= _FLOAT32_INPUTS)
+    numbers = sum(linear.weight.numel() for linear in linears)
+    return device.linear_kernel(weight.device, weight.dtype, linears[0].in_features, numbers) == "packed"
 
 
 def pack_linears(module: nn.Module) -> int:

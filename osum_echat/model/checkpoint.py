@@ -15,9 +15,9 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 # Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and depend on the file.
 COPY_BELOW_BYTES = 2**30
+Dtype: TypeAlias = torch.dtype | Callable[[int], torch.dtype] | None
 ROOMS = ("encoder", "adapter", "projection", "lm", "ctc", "tags")
 
 
@@ -70,7 +71,7 @@ def load_model(
     config: str | Path | ModelConfig | None = None,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     tokenizer: str | Path | None = None,
 ) -> tuple[EChatModel, Any]:
     """A model in evaluation mode and its tokenizer, from any form of checkpoint.
@@ -78,7 +79,7 @@ def load_model(
     Args:
         path: checkpoint folder, file, or the name of a repository on the hub (``owner/name``).
         config: model config or its file; needed unless the checkpoint is a folder with config.yaml.
-        dtype: of the floating-point weights; None keeps the file's.
+        dtype: of the floating-point weights, or a function from how many the model has to it; None keeps the file's.
         tokenizer: folder or hub name instead of the checkpoint's own or the config's.
 
     Raises:
@@ -97,7 +98,7 @@ def load_weights(
     config: str | Path | ModelConfig | None = None,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
 ) -> EChatModel:
     """`load_model` without a tokenizer."""
     path = _local(path)
@@ -122,10 +123,10 @@ def load_tokenizer(path: Path, config: ModelConfig, tokenizer: str | Path | None
         ) from error
 
 
-def _assemble(
-    config: ModelConfig, source: TensorSource, device: torch.device, dtype: torch.dtype | None, where: str
-) -> EChatModel:
+def _assemble(config: ModelConfig, source: TensorSource, device: torch.device, dtype: Dtype, where: str) -> EChatModel:
     model = build_meta(config)
+    if callable(dtype):
+        dtype = dtype(sum(parameter.numel() for parameter in model.parameters()))
     spec = spec_of(model)
     try:
         chosen = match(source.shapes, spec)

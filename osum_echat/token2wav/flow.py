@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from osum_echat.cpu_linear import can_pack
+from osum_echat import device as devices
 from osum_echat.token2wav.config import FlowConfig, SolverConfig
 from osum_echat.token2wav.encoder import LengthRegulator, TokenEncoder, stretch, stretch_reply
 from osum_echat.token2wav.estimator import Estimator, EstimatorFeedForward, Padding, SelfAttention
@@ -107,16 +107,18 @@ class FlowModel(nn.Module):
         self.decoder = FlowDecoder(bins, config)
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> None:
-        """For inference only, on the final device: the U-Net, nearly all of the work, in ``dtype``, its products joined and on a CPU packed.
+        """For inference only, on the final device: the U-Net, nearly all of the work, in ``dtype``, its products joined and, where the CPU has
+        the kernels, packed.
 
         The model cannot be trained or saved afterwards.
         """
         estimator = self.decoder.estimator.to(dtype)
         estimator.time_mlp.float()
-        pack = can_pack(estimator.final_proj.weight.device)
+        weight = estimator.final_proj.weight
+        kernel = devices.linear_kernel(weight.device, weight.dtype, weight.shape[1], weight.numel(), many_rows=True)
         for module in list(estimator.modules()):
             if isinstance(module, (SelfAttention, EstimatorFeedForward)):
-                module.prepare(pack)
+                module.prepare(kernel == "packed")
 
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raise ValueError for ids outside the codebook, naming the first one."""

@@ -6,7 +6,8 @@
     for chunk in t2w.stream(token_iterator, speaker): ...
 
 Float32 is the default and equals the recorded numbers; ``dtype="bfloat16"`` runs the U-Net at about twice the speed for a small difference
-(docs/token2wav.md has the measured one). The vocoder always runs in float32.
+(docs/token2wav.md has the measured one), except on a CPU that is slow in bfloat16: there it stays float32, which is said once. The vocoder always
+runs in float32.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Token2Wav:
         load_into(flow, state, str(where))
         state, where = read_weights(directory, "hift")
         load_into(vocoder, vocoder_state(state), str(where))
-        flow.to(target).eval().prepare(devices.dtype(dtype, target))
+        flow.to(target).eval().prepare(devices.arithmetic(devices.dtype(dtype, target), target))
         vocoder.to(target).eval()
         if isinstance(vocoder, FastVocoder):
             vocoder.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,8 @@ def assemble(
     if config.threads:
         torch.set_num_threads(config.threads)
     name = engines.resolve_name(config, distributed.launched_by_torchrun())
+    if name != "deepspeed":  # its JSON states the precision a second time
+        config = dataclasses.replace(config, precision=devices.training_precision(config.precision, device))
     engine_class = engines.create(name)
     world = world or join(config)
     groups = stages.assign(model, config)

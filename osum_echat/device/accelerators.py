@@ -1,6 +1,5 @@
-"""Devices: cuda, npu (Ascend) or cpu. The only file that knows accelerators.
+"""cuda, npu (Ascend) or cpu: the only file that knows accelerators; see the package for who asks.
 
-Everything else asks here for a device, a dtype, autocast, seeding, synchronisation, memory figures and the collectives back end.
 `torch_npu` is imported here alone, and only when an NPU is asked for or when nothing else is there.
 """
 
@@ -20,6 +19,8 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+
+from osum_echat.device import cpu
 
 KINDS = ("cuda", "npu", "cpu")
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
@@ -93,9 +94,33 @@ def dtype(name: str, device: torch.device) -> torch.dtype:
     return table[name]
 
 
+def model_dtype(name: str, device: torch.device, weights: int) -> torch.dtype:
+    """`dtype` for a model of so many ``weights`` that answers: on a CPU "auto" also asks its size (`cpu.default_dtype`)."""
+    if name == "auto" and device.type == "cpu":
+        return cpu.default_dtype(weights)
+    return dtype(name, device)
+
+
+def arithmetic(wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to do much arithmetic in where ``wanted`` is asked for: float32 on a CPU that is slow in it, which is said once."""
+    return cpu.arithmetic(wanted) if device.type == "cpu" else wanted
+
+
+def training_precision(precision: str, device: torch.device) -> str:
+    """``precision`` of a training run (`training.config`), or ``fp32`` on a CPU that is slow in bfloat16, which is said once."""
+    if precision in ("bf16", "autocast") and arithmetic(torch.bfloat16, device) == torch.float32:
+        return "fp32"
+    return precision
+
+
+def linear_kernel(device: torch.device, dtype: torch.dtype, inputs: int, weights: int, many_rows: bool = False) -> cpu.Kernel:
+    """How to compute a linear layer for inference on ``device`` (`cpu.linear_kernel`); "plain" on accelerators."""
+    return cpu.linear_kernel(dtype, inputs, weights, many_rows) if device.type == "cpu" else "plain"
+
+
 def autocast(device: torch.device, to: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to ``to`` on ``device``; does nothing for None or float32."""
-    if to is None or to == torch.float32:
+    """Autocast to ``to`` on ``device``; does nothing for None or float32, and on a CPU that is slow in ``to`` (see `arithmetic`)."""
+    if to is None or arithmetic(to, device) == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=to)
 
