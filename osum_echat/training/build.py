@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -17,7 +17,7 @@ from osum_echat.model.echat import EChatModel
 from osum_echat.model.encoder_cache import EncoderCache
 from osum_echat.training import distributed, engines, export, memory, stages
 from osum_echat.training.checkpoint import code_version, fingerprint
-from osum_echat.training.config import ConfigError, TrainConfig
+from osum_echat.training.config import ConfigError, Precision, TrainConfig
 from osum_echat.training.loop import Loader, Trainer, Validator
 from osum_echat.training.objective import Objective
 from osum_echat.training.start import load_start
@@ -70,7 +70,8 @@ def assemble(
         torch.set_num_threads(config.threads)
     name = engines.resolve_name(config, distributed.launched_by_torchrun())
     if name != "deepspeed":  # its JSON states the precision a second time
-        config = dataclasses.replace(config, precision=devices.training_precision(config.precision, device))
+        precision = devices.training_precision(config.precision, device)
+        config = dataclasses.replace(config, precision=cast(Precision, precision))
     engine_class = engines.create(name)
     world = world or join(config)
     groups = stages.assign(model, config)
