@@ -18,7 +18,7 @@ from osum_echat.cli import main as command
 from osum_echat.dialogue.tasks import OUTPUTS, TASKS
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.model.checkpoint import load_model, save_model
-from osum_echat.pipeline import EChat
+from osum_echat.pipeline import MODES, EChat, find_mode
 from osum_echat.serving import page
 from tests.generation_case import DATA
 from tests.token2wav_case import recorded_speaker, write_directory
@@ -54,9 +54,9 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, A
 
 
 def test_every_prompted_task_has_a_short_name():
-    assert infer.UNDERSTANDING["asr"] == "<TRANSCRIBE>" and infer.UNDERSTANDING["asr+emotion"] == "<TRANSCRIBE> <EMOTION>"
-    assert set(infer.UNDERSTANDING.values()) == {name for name, task in TASKS.items() if task.prompted}
-    assert infer.task_string("<AGE> <GENDER>") == "<AGE> <GENDER>"
+    assert MODES["asr"].task == "<TRANSCRIBE>" and MODES["asr+emotion"].task == "<TRANSCRIBE> <EMOTION>"
+    assert {mode.task for mode in MODES.values() if mode.task} == {name for name, task in TASKS.items() if task.prompted}
+    assert find_mode("<AGE> <GENDER>").task == "<AGE> <GENDER>"
 
 
 @pytest.mark.parametrize("task", ["asr", "age+gender", "<TRANSCRIBE> <EMOTION>", "s2t_chat", "s2t_chat_think"])
@@ -187,13 +187,14 @@ def test_page_answers_every_kind_of_task(checkpoint, wav):
     models = page.Models(["tiny"], lambda name: EChat.load(checkpoint, device="cpu"))
     echat = models["tiny"]
     assert models["tiny"] is echat
-    for task in ("talk, think first (speech out)", "chat (text out)", "understand: <EMOTION>", page.FREE):
+    title = {name: mode.title for name, mode in MODES.items()}
+    for task in (title["s2s_think"], title["s2t_chat"], title["emotion"], page.FREE):
         text = "what is said?" if task == page.FREE else ""
         assert page.answer(echat, task, str(wav), text, "tag", None, 0).text
-    said = page.answer(echat, page.SPEAK, None, "hello", "tag", None, 0)
+    said = page.answer(echat, title["tts"], None, "hello", "tag", None, 0)
     assert said.audio is not None and said.audio[0] == 22050 and said.details["speech_tokens"]
-    assert page.answer(echat, page.WRITE, None, "hello", "tag", None, 0).text
-    for task, text in ((page.SPEAK, " "), ("chat (text out)", ""), ("dance", "")):
+    assert page.answer(echat, title["t2t"], None, "hello", "tag", None, 0).text
+    for task, text in ((title["tts"], " "), (title["s2t_chat"], ""), ("dance", "")):
         with pytest.raises(ValueError, match=r"text|recording|unknown"):
             page.answer(echat, task, None, text, "tag", None, 0)
 

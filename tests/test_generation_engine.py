@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Ticket
-from osum_echat.generation.events import Done, Event, SpeechTokens
+from osum_echat.generation.events import Done, Event, SpeechToken, speech_codes
 from osum_echat.generation.request import Request
 from osum_echat.generation.session import Session
 from tests.generation_case import done, every_kind, generator, request, run, tiny
@@ -77,14 +77,15 @@ def test_events_together_are_the_reply_and_done_is_the_last() -> None:
     finish(model)
     for events in rows:
         assert sum(isinstance(event, Done) for event in events) == 1
-        assert tuple(c for e in events if isinstance(e, SpeechTokens) for c in e.codes) == done(events).speech_codes
+        size, delimiter = model.generator.vocab.text_size, model.generator.vocab.speech_delimiter
+        assert speech_codes(events) == tuple(i - size for i in done(events).generated if i >= size and i != delimiter)
 
 
 def test_cancel_stops_within_a_step_and_leaves_the_others() -> None:
     model = engine()
     ticket, events = submit(model, request("text2token", say="你好", max_new=40))
     _, others = submit(model, request("text", recordings=[0], max_new=25))
-    while sum(isinstance(event, SpeechTokens) for event in events) < 5:
+    while sum(isinstance(event, SpeechToken) for event in events) < 5:
         model.tick()
     count = len(events)
     ticket.cancel()
@@ -101,7 +102,7 @@ def test_cancel_reaches_a_request_that_does_not_run(when: str) -> None:
     ticket, events = (first, first_events) if when != "waiting" else submit(model, request("text2token", say="好", max_new=5))
     model.tick()
     if when == "held":
-        while not any(isinstance(event, SpeechTokens) for event in events):
+        while not any(isinstance(event, SpeechToken) for event in events):
             model.tick()
         ticket.hold()
         model.tick()
@@ -199,7 +200,7 @@ def test_sessions_give_their_cache_back_to_make_room_and_answer_the_same_afterwa
                 reused.append(0 if asked.past is None else asked.past.common(asked.prompt, asked.heard))
                 _, events = submit(model, asked)
                 finish(model)
-                reading = session.record(asked, done(events), [heard[(i + turn) % 4]])
+                reading = session.record(asked, events, [heard[(i + turn) % 4]])
                 model.remember(session)
                 assert reading is not None
                 model.submit(reading, lambda _: None, read_only=True)

@@ -17,6 +17,7 @@ from osum_echat.generation.config import (
     SilenceGuard,
     ThinkGuard,
 )
+from osum_echat.generation.events import speech_codes
 from osum_echat.generation.guards import AgeChoice, Silence, ban_ids, repetition_bans
 from tests.generation_case import done, request, run, tiny
 
@@ -104,8 +105,9 @@ def test_speech_that_outgrows_its_text_ends_and_is_counted() -> None:
     config = GenerationConfig(guards=replace(Guards.off(), length=LengthGuard(base=2, per_text_id=3)))
     _, tokenizer, _ = tiny()
     says = "你好，我是你的语音助手。"
-    result = done(run([request("text2token", config, say=says, max_new=200)], config)[0])
-    assert len(result.speech_codes) == 2 + 3 * len(tokenizer.encode(says))
+    [events] = run([request("text2token", config, say=says, max_new=200)], config)
+    result = done(events)
+    assert len(speech_codes(events)) == 2 + 3 * len(tokenizer.encode(says))
     assert result.guards == {"length": 1} and result.reason == "stop"
 
 

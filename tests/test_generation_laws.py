@@ -14,7 +14,7 @@ from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.decoder_state import Batch
-from osum_echat.generation.events import Done, SpeechTokens, TextDelta, ThinkDelta
+from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import build_request
 from osum_echat.generation.session import Session
@@ -72,16 +72,17 @@ def test_words_are_the_same_batched_and_alone_though_several_ids_are_fed_at_once
     together = run(rows(), config)
     for row, events in zip(rows(), together, strict=True):
         assert done(events).generated == done(run([row], config)[0]).generated
-    assert done(together[0]).reason == "stop" and len(done(together[0]).speech_codes) <= 20
+    assert done(together[0]).reason == "stop" and len(speech_codes(together[0])) <= 20
 
 
 def test_events_together_are_the_reply() -> None:
-    _, tokenizer, _ = tiny()
+    model, tokenizer, _ = tiny()
+    size, delimiter = model.vocabulary.text_size, model.vocabulary.speech_delimiter
     for events in run(every_kind(greedy=True)):
         end = done(events)
         text = "".join(e.text for e in events if isinstance(e, (TextDelta, ThinkDelta)))
         assert text == tokenizer.decode(end.text_ids)
-        assert tuple(c for e in events if isinstance(e, SpeechTokens) for c in e.codes) == end.speech_codes
+        assert speech_codes(events) == tuple(i - size for i in end.generated if i >= size and i != delimiter)
 
 
 def test_cancel_stops_a_row_within_one_step_and_leaves_the_others() -> None:
@@ -90,14 +91,14 @@ def test_cancel_stops_a_row_within_one_step_and_leaves_the_others() -> None:
     ends: dict[int, Done] = {}
     codes = 0
     for row, event in generator().generate(rows):
-        if isinstance(event, SpeechTokens):
+        if isinstance(event, SpeechToken):
             assert not rows[0].cancelled.is_set(), "a step was made after the cancel"
             codes += 1
             if codes == 5:
                 rows[0].cancel()
         if isinstance(event, Done):
             ends[row] = event
-    assert ends[0].reason == "cancelled" and len(ends[0].speech_codes) == 5
+    assert ends[0].reason == "cancelled" and codes == 5 == len(ends[0].generated)
     assert ends[1].generated == expected
 
 
@@ -129,9 +130,10 @@ def test_a_session_answers_as_if_everything_were_read_anew(profile: str) -> None
         row.plan = {4 + turn: vocab.eos_id, 5 + turn: vocab.speech_delimiter, 18: vocab.speech_delimiter}
         fresh = replace(row, past=None, keep_cache=False)
         kept.append(row.past.common(row.prompt, row.heard) / len(row.prompt) if row.past else 0.0)
-        answer, anew = done(run([row], config)[0]), done(run([fresh], config)[0])
+        [events] = run([row], config)
+        answer, anew = done(events), done(run([fresh], config)[0])
         assert answer.generated == anew.generated and answer.reason == "stop"
-        session.commit(row, answer, [heard[turn]])
+        session.commit(row, events, [heard[turn]])
         assert len(session) <= 2
     assert min(kept[1:]) > 0.5, "only the new turn is read"
 
@@ -143,8 +145,8 @@ def test_a_kept_cache_serves_rows_of_a_batch_with_different_pasts() -> None:
         first = request("speech2text_token", recordings=[0], max_new=30, plan={length: model.vocabulary.eos_id})
         first.keep_cache = True
         first.mode = replace(first.mode, max_new=12)
-        end = done(run([first])[0])
-        past = [PastTurn(end.text_ids, end.speech_codes)]
+        [events] = run([first])
+        past = [PastTurn(done(events).text_ids, speech_codes(events))]
         following = request("speech2text_token", recordings=[0, 1], history=past, max_new=10)
         following.past = first.cache
         rows.append(following)
@@ -162,7 +164,7 @@ def test_a_session_drops_old_turns_to_fit_its_limit_and_refuses_what_never_fits(
         row = session.request("speech2text_token", [heard[1]], greedy=True)
         row.mode = replace(row.mode, max_new=20)
         assert len(row.prompt) <= 190
-        session.commit(row, done(run([row])[0]), [heard[1]])
+        session.commit(row, run([row])[0], [heard[1]])
     assert 0 < len(session) < 4
     with pytest.raises(ValueError, match="max_tokens"):
         Session(generator(), max_tokens=20).request("speech2text_token", [heard[1]])

@@ -10,7 +10,7 @@ from osum_echat.dialogue.interleave import interleave_chunks, split_words
 from osum_echat.dialogue.tasks import Sample, build_layout
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.config import GenerationConfig, Guards
-from osum_echat.generation.events import SpeechTokens, TextDelta
+from osum_echat.generation.events import TextDelta, speech_codes
 from osum_echat.generation.phases import RowState
 from tests.generation_case import tiny
 
@@ -151,7 +151,7 @@ def test_speech_cut_by_the_limit_keeps_its_last_code() -> None:
     while row.finished is None:
         events += row.accept(row.vocab.speech_id(len(row.generated)))
     assert row.finished == "length" and row.codes == list(range(7))
-    assert [code for e in events if isinstance(e, SpeechTokens) for code in e.codes] == row.codes
+    assert list(speech_codes(events)) == row.codes
 
 
 def test_as_released_the_model_itself_begins_speech() -> None:

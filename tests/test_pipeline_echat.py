@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
-from osum_echat.generation.events import Done, SpeechTokens, TextDelta, ThinkDelta
-from osum_echat.pipeline import Ask, AudioChunk, EChat
+from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta, speech_codes
+from osum_echat.pipeline import MODES, Ask, AskOptions, AudioChunk, EChat, find_mode
 from tests.generation_case import DATA
 from tests.token2wav_case import recorded_speaker, tiny_model, write_directory
 
@@ -75,11 +77,13 @@ def test_a_reply_as_json_is_plain_and_whole(echat: EChat) -> None:
 
 def test_a_think_is_parsed_by_the_form_that_was_asked_for(echat: EChat) -> None:
     written = "<think>用户说的话是:你好,年龄为:<CHILD>,性别为:<FEMALE>,情感为:<HAPPY>,声音事件为:<&&>,推测使用的回复情感为:<开心><think end>很好"
-    request = echat._request(Ask(recording(), think="tag"))
+    ask = Ask(recording(), think="tag")
+    heard = echat.hear([recording()])
+    request = replace(echat._request(ask, [int(heard[0].lengths_N[0])]), heard=tuple(heard))
     request.plan = dict(enumerate([*echat.tokenizer.encode(written), echat.model.vocabulary.eos_id]))
     request.mode = replace(request.mode, max_new=200)
     events = [event for _, event in echat.generator.generate([request])]
-    reply = echat.reply(events, "tag")
+    reply = echat.reply(events, ask)
     assert reply.text == "很好" and reply.finish_reason == "stop" and reply.think is not None
     assert (reply.think.transcript, reply.think.age, reply.think.gender, reply.think.emotion) == (
         "你好",
@@ -89,7 +93,7 @@ def test_a_think_is_parsed_by_the_form_that_was_asked_for(echat: EChat) -> None:
     )
     assert reply.think.event is None and reply.think.reply_emotion == "开心"
     assert reply.timings.think is not None and reply.timings.think_tokens > 20
-    assert echat.reply(events, "language").think.raw == reply.think.raw  # type: ignore[union-attr]
+    assert echat.reply(events, replace(ask, think="language")).think.raw == reply.think.raw  # type: ignore[union-attr]
 
 
 def test_a_batch_of_all_kinds_is_what_each_is_alone(echat: EChat) -> None:
@@ -115,11 +119,9 @@ def test_a_batch_of_all_kinds_is_what_each_is_alone(echat: EChat) -> None:
 def test_a_stream_together_is_the_reply(echat: EChat, ask: Ask) -> None:
     events = list(echat.stream_ask(ask))
     assert isinstance(events[-1], Done) and not any(isinstance(e, Done) for e in events[:-1])
-    streamed, whole = echat.reply(events, ask.think), echat.batch([ask])[0]
+    streamed, whole = echat.reply(events, ask), echat.batch([ask])[0]
     assert (streamed.text, streamed.think) == (whole.text, whole.think)
-    assert (
-        tuple(c for e in events if isinstance(e, SpeechTokens) for c in e.codes) == whole.speech_tokens == streamed.speech_tokens
-    )
+    assert tuple(e.code for e in events if isinstance(e, SpeechToken)) == whole.speech_tokens == streamed.speech_tokens
     assert (streamed.audio is None) == (whole.audio is None)
     if whole.audio is not None and streamed.audio is not None:
         assert len(streamed.audio) == len(whole.audio) > 0
@@ -127,7 +129,7 @@ def test_a_stream_together_is_the_reply(echat: EChat, ask: Ask) -> None:
 
 def test_streamed_text_comes_before_the_sound_of_its_speech(echat: EChat) -> None:
     kinds = [type(e) for e in echat.stream(recording(), speak=True, interleaved=True)]
-    assert kinds.index(TextDelta) < kinds.index(SpeechTokens) < kinds.index(AudioChunk)
+    assert kinds.index(TextDelta) < kinds.index(SpeechToken) < kinds.index(AudioChunk)
     first_thoughts = next(iter(echat.stream(recording(), think="language")))
     assert isinstance(first_thoughts, (ThinkDelta, TextDelta))
 
@@ -172,25 +174,76 @@ def test_sound_without_a_voice_is_refused(tmp_path: Path) -> None:
 def test_the_profile_of_the_released_code_can_be_chosen() -> None:
     echat = EChat.load(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", profile="as_released", device="cpu")
     assert echat.config.guards.repetition is None and not echat.config.force_speech_begin
-    assert "anaosum_echat2e" in echat.tokenizer.decode(echat._request(Ask(recording(), kind="understand")).prompt.ids_T)
+    assert "anaosum_echat2e" in echat.tokenizer.decode(echat._request(Ask(recording(), kind="understand"), [3]).prompt.ids_T)
 
 
 @pytest.mark.parametrize(
-    ("ask", "message"),
+    ("fields", "message"),
     [
-        (Ask(), "neither"),
-        (Ask(text=" "), "neither"),
-        (Ask(kind="speak"), "no text to say"),
-        (Ask(kind="understand"), "needs a recording"),
-        (Ask(text="hello", think="tag"), "recordings only"),
-        (Ask(recording(), text="hello"), "not both"),
-        (Ask(recording(), kind="understand", task="<S2TCHAT>"), "no understanding task"),
-        (Ask(recording(), think="loud"), "think='loud'"),  # type: ignore[arg-type]
+        ({}, "neither"),
+        ({"text": " "}, "neither"),
+        ({"kind": "speak"}, "no text to say"),
+        ({"kind": "understand"}, "needs a recording"),
+        ({"text": "hello", "think": "tag"}, "recordings only"),
+        ({"wav": b"", "text": "hello"}, "not both"),
+        ({"wav": b"", "kind": "understand", "task": "<S2TCHAT>"}, "no understanding task"),
+        ({"wav": b"", "kind": "understand", "think": "tag"}, "leave think out"),
+        ({"wav": b"", "kind": "understand", "speak": True}, "leave speak out"),
+        ({"wav": b"", "kind": "dance"}, "kind='dance'"),
+        ({"wav": b"", "think": "loud"}, "think='loud'"),
+        ({"text": "hello", "temperature": -1}, "temperature=-1"),
+        ({"text": "hello", "max_tokens": 0}, "max_tokens=0"),
     ],
 )
-def test_what_does_not_go_together_is_refused(echat: EChat, ask: Ask, message: str) -> None:
+def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        echat.batch([ask])
+        Ask(**fields)
+
+
+def test_every_mode_of_the_table_makes_an_ask_of_its_own() -> None:
+    for name, mode in MODES.items():
+        ask = mode.ask(b"a recording", "a text", prompt="what is said?", think="language", seed=3)
+        assert ask.mode is mode and mode.name == name and ask.seed == 3 and mode.title
+        assert (ask.wav is not None, ask.text is not None, ask.think is not None) == (mode.hears, mode.reads, mode.thinks)
+        output = OUTPUTS[mode.output_type]
+        assert (output.audio, output.think) == (mode.hears, mode.thinks)
+        assert (output.speech != "none") == (mode.speaks and mode.then is None)
+        with pytest.raises(ValueError, match=r"needs a recording|neither a recording|no text to say"):
+            mode.ask()
+    assert len({mode.title for mode in MODES.values()}) == len(MODES)
+    assert find_mode("<AGE> <GENDER>") is MODES["age+gender"] and MODES["asr"].task == "<TRANSCRIBE>"
+
+
+def test_options_of_a_request_are_fields_of_ask() -> None:
+    fields = {f.name for f in dataclasses.fields(Ask) if f.init}
+    assert fields - set(AskOptions.__annotations__) == {"wav", "text", "kind", "task", "prompt"}
+    assert set(AskOptions.__annotations__) < fields
+
+
+def test_a_request_can_have_its_own_temperature_and_limit(echat: EChat) -> None:
+    short = echat.chat(recording(), max_tokens=3, seed=1)
+    assert short.finish_reason == "length" and len(short.text) < len(echat.chat(recording(), seed=1).text)
+    greedy = echat.chat(recording(), greedy=True, seed=1)
+    assert echat.chat(recording(), temperature=0, seed=5).text == greedy.text
+    hot = [echat.chat(recording(), temperature=50.0, seed=seed).text for seed in range(4)]
+    assert len(set(hot)) > len({echat.chat(recording(), temperature=0.01, seed=seed).text for seed in range(4)})
+    mixed = echat.batch(
+        [Ask(recording(), temperature=50.0, seed=1), Ask(recording(), max_tokens=3, seed=1), Ask(recording(), seed=1)]
+    )
+    assert [reply.text for reply in mixed] == [hot[1], short.text, echat.chat(recording(), seed=1).text]
+    dialogue = echat.session()
+    assert dialogue.chat(recording(), max_tokens=3, seed=1).text == short.text
+    assert next(e for e in dialogue.stream(recording(), max_tokens=1) if isinstance(e, Done)).reason == "length"
+
+
+def test_what_is_said_is_the_text_of_a_spoken_reply_and_is_told_once(echat: EChat) -> None:
+    assert echat.speak(" hello ").text == "hello"
+    answer = echat.chat(text="how are you?", greedy=True).text
+    for interleaved in (False, True):
+        ask = Ask(text="how are you?", speak=True, interleaved=interleaved, greedy=True)
+        events = list(echat.stream_ask(ask))
+        assert "".join(e.text for e in events if isinstance(e, TextDelta)).strip() == answer == echat.batch([ask])[0].text
+        assert speech_codes(events) and events[-1].timings.first_speech > events[-1].timings.prefill  # type: ignore[union-attr]
 
 
 def test_a_task_that_is_not_in_the_table_is_asked_without_an_instruction(echat: EChat) -> None:

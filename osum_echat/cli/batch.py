@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osum_echat import metrics
-from osum_echat.cli.common import UserError, add_model_arguments, load_echat, run
-from osum_echat.cli.infer import MODES, task_string
+from osum_echat.cli.common import UserError, add_model_arguments, add_request_arguments, load_echat, request_options, run
+from osum_echat.pipeline.ask import Ask, find_mode
 
 if TYPE_CHECKING:
     from osum_echat.data.sources import Item, Source
     from osum_echat.dialogue.record import Record
-    from osum_echat.pipeline import Ask, EChat, Reply
+    from osum_echat.pipeline import EChat, Reply
 
 RESULTS = "results.jsonl"
 
@@ -37,10 +37,8 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--data-type", choices=("auto", "raw", "shard"), default="auto", help="default: by the look of the list")
     parser.add_argument("--task", default="asr", help="a task of infer_runtime.py (default: asr)")
-    parser.add_argument("--think", choices=["tag", "language"], default="tag", help="form of the thought in *_think tasks")
+    add_request_arguments(parser)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--greedy", action="store_true", help="take the most likely id instead of sampling")
     parser.add_argument("--part", default="0/1", help="i/n: only every n-th record, from the i-th on (default: 0/1, all)")
     parser.add_argument("--join", type=Path, metavar="OUT", help="join and score the parts in this folder, and stop")
     parser.add_argument("--parts", type=int, default=1, help="with --join: how many parts")
@@ -82,19 +80,12 @@ def finished_keys(path: Path) -> set[str]:
 
 def ask_for(record: Record, source: Source, args: argparse.Namespace) -> Ask:
     """What to ask about a record. Raises ValueError when the record lacks what the task needs."""
-    from osum_echat.pipeline import Ask
-
-    mode = MODES.get(args.task)
-    options: dict[str, Any] = {"seed": args.seed, "greedy": args.greedy}
-    if mode is not None and not mode.hears:
-        text = record.txt if mode.speaks else str(record.extra.get("question", record.txt))
-        return Ask(text=text, kind="speak" if mode.speaks else "chat", **options)
-    if record.wav is None:
+    mode = find_mode(args.task)
+    if mode.hears and record.wav is None:
         raise ValueError("the record has no recording")
     wav = source.resolve(record.wav) if isinstance(record.wav, str) else record.wav
-    if mode is None:
-        return Ask(wav=wav, kind="understand", task=task_string(args.task) or "<TRANSCRIBE>", **options)
-    return Ask(wav=wav, think=args.think if mode.thinks else None, speak=mode.speaks, **options)
+    text = record.txt if mode.kind == "speak" else str(record.extra.get("question", record.txt))
+    return mode.ask(wav, text, think=args.think, **request_options(args))
 
 
 def answer_all(echat: EChat, items: Iterator[Item], source: Source, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -166,7 +157,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
         from osum_echat.data.sources import open_source
 
-        task_string(args.task)
+        mode = find_mode(args.task)
         part, parts = part_of(args.part)
         source = open_source(args.list, args.data_type)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -174,8 +165,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         done = finished_keys(path)
         mine = (item for number, item in enumerate(source.items()) if number % parts == part)
         todo = (item for item in mine if str((item.fields or {}).get("key")) not in done)
-        mode = MODES.get(args.task)
-        echat = load_echat(args, speech=False if mode is None else mode.speaks)
+        echat = load_echat(args, speech=mode.speaks)
         with path.open("a", encoding="utf-8") as out:
             for result in tqdm(
                 answer_all(echat, todo, source, args), desc=f"part {part} of {parts}", unit="utt", initial=len(done)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from osum_echat.pipeline import EChat, Reply
+    from osum_echat.pipeline import EChat, Options, Reply
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "checkpoints" / "mini"
@@ -31,6 +31,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
     group.add_argument("--profile", help="prompt profile: as_trained, as_released or mini (default: the checkpoint's own)")
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that asks a model something; `request_options` reads them."""
+    parser.add_argument(
+        "--think", choices=["tag", "language"], default="tag", help="form of the thought in *_think tasks (mini writes both)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same reply")
+    parser.add_argument("--greedy", action="store_true", help="take the most likely id at every step instead of sampling")
+    parser.add_argument("--temperature", type=float, help="of text and speech, 0 is greedy (default: the checkpoint's own)")
+    parser.add_argument(
+        "--max-tokens", type=int, help="longest reply in ids, thought and speech included (default: the checkpoint's own)"
+    )
+
+
+def request_options(args: argparse.Namespace) -> Options:
+    """The options of a request that the arguments give."""
+    return {"seed": args.seed, "greedy": args.greedy, "temperature": args.temperature, "max_tokens": args.max_tokens}
 
 
 def find_checkpoint(name: str) -> Path:
@@ -79,6 +97,17 @@ def readable(reply: Reply, indent: str = "  ") -> str:
         lines.append(f"speech    {len(reply.speech_tokens)} tokens, {len(reply.speech_tokens) / 25:.1f} s")
     lines.append(f"finished  {reply.finish_reason}, {reply.timings.total:.2f} s")
     return "\n".join(indent + line for line in lines)
+
+
+def save_speech(reply: Reply, path: Path) -> Path | None:
+    """Write the reply's samples, if it has any."""
+    from osum_echat.audio.io import write
+
+    if reply.audio is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, reply.audio, reply.sample_rate)
+    return path
 
 
 def print_json(value: Any) -> None:

@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.cli.common import ROOT, UserError, add_model_arguments, load_echat, readable, run
-from osum_echat.cli.infer import save_speech
+from osum_echat.cli.common import ROOT, UserError, add_model_arguments, load_echat, readable, run, save_speech
+from osum_echat.pipeline.ask import MODES, ThinkForm
 
 if TYPE_CHECKING:
     from osum_echat.pipeline import EChat, Reply
 
 RECORDINGS = ROOT / "assets" / "demo" / "demo.jsonl"
 TAGS = ("age", "gender", "emotion", "event")
+HEARD: tuple[tuple[str, ThinkForm], ...] = (
+    ("asr", None),
+    ("emotion", None),
+    ("age+gender", None),
+    ("s2t_chat", None),
+    ("s2t_chat_think", "language"),
+    ("s2s", None),
+    ("s2s_think", "tag"),
+)
+SAID: tuple[tuple[str, ThinkForm], ...] = (("tts", None),)
+ANSWERED: tuple[tuple[str, ThinkForm], ...] = (("t2t", None),)
 SPOKEN_TEXT = "I am so glad to hear that."
 WRITTEN_TEXT = "I passed my exam today."
 ONLY_SYNTHETIC = (
@@ -54,27 +65,16 @@ def recordings(wav: str | None) -> list[Recording]:
     return out
 
 
-def heard(echat: EChat, wav: Path, seed: int) -> Iterator[tuple[str, str, Reply]]:
-    """Task, what it does, and its reply, for the modes that hear; each computed as it is asked for."""
-    yield "asr", "understand the words", echat.understand(wav, "<TRANSCRIBE>", seed=seed)
-    yield "emotion", "understand the emotion", echat.understand(wav, "<EMOTION>", seed=seed)
-    yield "age+gender", "understand the speaker", echat.understand(wav, "<AGE> <GENDER>", seed=seed)
-    yield "s2t_chat", "answer in text", echat.chat(wav, seed=seed)
-    yield "s2t_chat_think", "think in natural language, answer in text", echat.chat(wav, think="language", seed=seed)
-    yield "s2s", "answer in text and speech", echat.chat(wav, speak=True, seed=seed)
-    yield "s2s_think", "think in tags, answer in text and speech", echat.chat(wav, think="tag", speak=True, seed=seed)
+def replies(echat: EChat, modes: Sequence[tuple[str, ThinkForm]], seed: int, **given: Any) -> Iterator[tuple[str, str, Reply]]:
+    """Mode, what it does, and its reply; each computed as it is asked for."""
+    for name, think in modes:
+        yield name, MODES[name].title, echat.batch([MODES[name].ask(**given, think=think, seed=seed)])[0]
 
 
-def written(echat: EChat, seed: int) -> Iterator[tuple[str, str, Reply]]:
-    """The same for the modes that take a text."""
-    yield "tts", f"say: {SPOKEN_TEXT}", echat.speak(SPOKEN_TEXT, seed=seed)
-    yield "t2t", f"answer: {WRITTEN_TEXT}", echat.chat(text=WRITTEN_TEXT, seed=seed)
-
-
-def show(replies: Iterator[tuple[str, str, Reply]], folder: Path, stem: str) -> int:
+def show(shown: Iterator[tuple[str, str, Reply]], folder: Path, stem: str) -> int:
     """Print each reply and write its speech; the number of files written."""
     files = 0
-    for task, purpose, reply in replies:
+    for task, purpose, reply in shown:
         print(f"\n  {task}: {purpose}")
         print(readable(reply, indent="    "))
         wav = save_speech(reply, folder / f"{stem}-{task}.wav")
@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(f"\n{recording.path.name}")
             if recording.words:
                 print(f"  really said: {recording.words} ({recording.labels})")
-            files += show(heard(echat, recording.path, args.seed), args.out, recording.path.stem)
+            files += show(replies(echat, HEARD, args.seed, wav=recording.path), args.out, recording.path.stem)
         print("\ntexts")
-        files += show(written(echat, args.seed), args.out, "text")
+        files += show(replies(echat, SAID, args.seed, text=SPOKEN_TEXT), args.out, "text")
+        files += show(replies(echat, ANSWERED, args.seed, text=WRITTEN_TEXT), args.out, "text")
         print(f"\n{files} replies spoken, in {args.out}/")
         return 0
 

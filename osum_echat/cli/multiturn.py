@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from osum_echat.cli.common import UserError, add_model_arguments, load_echat, print_json, readable, run
-from osum_echat.cli.infer import save_speech
+from osum_echat.cli.common import UserError, add_model_arguments, load_echat, print_json, readable, run, save_speech
 
 EXAMPLES = """examples:
   infer_multiturn.py first.wav second.wav third.wav --out out/dialogue

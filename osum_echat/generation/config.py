@@ -60,6 +60,16 @@ class Mode:
         """The same with the most likely id always taken."""
         return replace(self, text=replace(self.text, greedy=True), speech=replace(self.speech, greedy=True))
 
+    def tuned(self, greedy: bool = False, temperature: float | None = None, max_new: int | None = None) -> Mode:
+        """The same with what a request wants otherwise. ``temperature`` is that of text and speech; 0 is greedy. Raises ValueError."""
+        mode = self if max_new is None else replace(self, max_new=max_new)
+        if greedy or temperature == 0:
+            return mode.greedy()
+        if temperature is None:
+            return mode
+        text, speech = (replace(sampling, greedy=False, temperature=temperature) for sampling in (mode.text, mode.speech))
+        return replace(mode, text=text, speech=speech)
+
 
 @dataclass(frozen=True)
 class RepetitionGuard:

@@ -21,7 +21,7 @@ from osum_echat.dialogue.layout import IGNORE, Row
 from osum_echat.dialogue.packing import pack
 from osum_echat.generation.cache import BatchCache, KeptCache
 from osum_echat.generation.request import Request, join_audio
-from osum_echat.model.echat import EChatModel
+from osum_echat.model.echat import AudioFeatures, EChatModel
 
 _PER_ROW = ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns")
 """Attributes of a batch that are lists with one value a row."""
@@ -60,14 +60,23 @@ class Batch:
         prompt_embeds: embeddings of each row's prompt [T, D], for comparisons.
     """
 
-    def __init__(self, model: EChatModel, requests: Sequence[Request], room: int, read: bool = True) -> None:
-        """``room``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`."""
+    def __init__(
+        self,
+        model: EChatModel,
+        requests: Sequence[Request],
+        room: int,
+        read: bool = True,
+        audio: AudioFeatures | None = None,
+    ) -> None:
+        """``room``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`. ``audio``: the recordings of
+        all requests, joined; None: each request has its own in `Request.heard`."""
         self.model = model
         self.requests = list(requests)
         rows = [request.prompt for request in requests]
         packed = pack(rows).to(model.device)
-        heard = [audio for request in requests for audio in request.heard]
-        inputs = model.inputs(packed, join_audio(heard))
+        if audio is None:
+            audio = join_audio([recording for request in requests for recording in request.heard])
+        inputs = model.inputs(packed, audio)
         lengths = [len(row) for row in rows]
         self.prompt_embeds = [inputs.embeds_BTD[b, :length] for b, length in enumerate(lengths)]
         # At least one position is read anew: the first id is chosen from its hidden state.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from osum_echat.generation.config import Reason
 
@@ -24,10 +24,10 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
-class SpeechTokens:
-    """More of the reply's speech: codes [0, S), no delimiters."""
+class SpeechToken:
+    """The next 40 ms of the reply's speech: a code [0, S). Delimiters are not told."""
 
-    codes: tuple[int, ...]
+    code: int
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,20 @@ class Done:
     Attributes:
         reason: ``stop`` the model ended it, ``length`` a limit did, ``cancelled`` the caller did.
         text_ids: all text ids, think and its marks included, without the end.
-        speech_codes: all codes, without delimiters.
         generated: every id in order, all kinds.
         guards: how often each guard acted (names of `Guards`, and ``word`` for the cap on the codes of a word); those that never did are left out.
     """
 
     reason: Reason
     text_ids: tuple[int, ...] = ()
-    speech_codes: tuple[int, ...] = ()
     generated: tuple[int, ...] = ()
     guards: Mapping[str, int] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
 
 
-Event: TypeAlias = ThinkDelta | TextDelta | SpeechTokens | Done
+Event: TypeAlias = ThinkDelta | TextDelta | SpeechToken | Done
+
+
+def speech_codes(events: Sequence[Any]) -> tuple[int, ...]:
+    """The speech of a row: the codes of its `SpeechToken`s."""
+    return tuple(event.code for event in events if isinstance(event, SpeechToken))

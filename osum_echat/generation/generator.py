@@ -21,12 +21,12 @@ from torch import Tensor
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.generation.config import GenerationConfig, Reason, Sampling
 from osum_echat.generation.decoder_state import Batch, Slots
-from osum_echat.generation.events import Done, Event, SpeechTokens, Timings
+from osum_echat.generation.events import Done, Event, SpeechToken, Timings
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.request import Request
 from osum_echat.generation.sampling import Dice, choose, penalise, sampling_rows
-from osum_echat.model.echat import EChatModel
+from osum_echat.model.echat import AudioFeatures, EChatModel
 
 OnLogits = Callable[[int, Tensor], None]
 """Called with the row's number and its raw logits [V] before every id that the model chooses."""
@@ -60,7 +60,7 @@ class LiveRow:
             total=time.perf_counter() - self.started,
             think_tokens=state.think_ids,
         )
-        return Done(reason, tuple(state.text_ids), tuple(state.codes), tuple(state.generated), dict(state.acted), timings)
+        return Done(reason, tuple(state.text_ids), tuple(state.generated), dict(state.acted), timings)
 
 
 class Generator:
@@ -87,10 +87,15 @@ class Generator:
         """
         self.model.lm.llm.get_decoder().compile(dynamic=True, backend=backend)
 
-    def generate(self, requests: Sequence[Request], on_logits: OnLogits | None = None) -> Iterator[tuple[int, Event]]:
+    def generate(
+        self, requests: Sequence[Request], on_logits: OnLogits | None = None, audio: AudioFeatures | None = None
+    ) -> Iterator[tuple[int, Event]]:
         """Decode all requests together; yields (number of the request, event) as they happen, `Done` last for each.
 
         Stop iterating, or cancel a request, and no further step is made for it.
+
+        Args:
+            audio: the recordings of all requests, in their order and joined as the encoder gave them; else each request has its own (`heard`).
 
         Raises:
             ValueError: when prompts and recordings do not fit together.
@@ -101,7 +106,7 @@ class Generator:
         live = [self.begin(i, request, started) for i, request in enumerate(requests)]
         room = min(max(r.mode.max_new for r in requests), 512)
         with torch.inference_mode():
-            batch = Batch(self.model, requests, room)
+            batch = Batch(self.model, requests, room, audio=audio)
         events = [told for row in live for told in self.was_read(row)]
         while True:
             with torch.inference_mode():
@@ -258,7 +263,7 @@ class Generator:
     def _reported(self, row: LiveRow, events: list[Event]) -> list[Event]:
         """Note the time of what is about to be told."""
         for event in events:
-            if isinstance(event, SpeechTokens):
+            if isinstance(event, SpeechToken):
                 row.note("speech")
         if row.state.think_ids and not row.state.thinking:
             row.note("think")

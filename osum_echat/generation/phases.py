@@ -22,7 +22,7 @@ from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.tokens import Tokenizer, encode_fixed
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import GenerationConfig, Reason
-from osum_echat.generation.events import Event, SpeechTokens
+from osum_echat.generation.events import Event, SpeechToken
 from osum_echat.generation.text_stream import TextStream
 
 Form = Literal["none", "after", "word", "interleaved"]
@@ -173,7 +173,7 @@ class RowState:
         else:
             code = token - self.vocab.text_size
             self.codes.append(code)
-            events.append(SpeechTokens((code,)))
+            events.append(SpeechToken(code))
             self._limit_speech()
         if self.form == "interleaved":
             self._count_chunk(SPEECH_CHUNK)

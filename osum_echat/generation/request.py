@@ -27,7 +27,8 @@ class Request:
     Attributes:
         output_type: kind of sequence, a key of `OUTPUTS`.
         prompt: the flat prompt, up to where the assistant begins.
-        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots.
+        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots; empty where they are handed to the
+            generator joined with those of other requests.
         mode: sampling settings and the limit on generated ids.
         seed: of this row's random numbers.
         text_ids: for text to speech: the text to say, without its end.
@@ -58,18 +59,24 @@ class Request:
 
 
 def listen(model: EChatModel, feats: Sequence[Tensor]) -> list[AudioFeatures]:
-    """Encode recordings (log-mel [T, F] each), one `AudioFeatures` per recording, in one batch.
+    """Encode recordings (log-mel [T, F] each) in one batch, one `AudioFeatures` per recording; see `encode_recordings`."""
+    audio = encode_recordings(model, feats)
+    return [] if audio is None else split_audio(audio)
+
+
+def encode_recordings(model: EChatModel, feats: Sequence[Tensor]) -> AudioFeatures | None:
+    """Encode recordings (log-mel [T, F] each) in one batch, joined; None without recordings.
 
     Raises:
         ValueError: for a recording that the encoder cannot take.
     """
     if not feats:
-        return []
+        return None
     device, dtype = model.device, model.dtype
     lengths_N = torch.tensor([len(f) for f in feats], device=device)
     feats_NTF = torch.nn.utils.rnn.pad_sequence([f.to(device=device, dtype=dtype) for f in feats], batch_first=True)
     with torch.inference_mode():
-        return split_audio(model.encode_audio(feats_NTF, lengths_N))
+        return model.encode_audio(feats_NTF, lengths_N)
 
 
 def split_audio(audio: AudioFeatures) -> list[AudioFeatures]:
@@ -112,6 +119,7 @@ def build_request(
     prompt_text: str = "",
     say: str = "",
     heard: Sequence[AudioFeatures] = (),
+    lengths: Sequence[int] | None = None,
     history: Sequence[PastTurn] = (),
     profile: str | Profile | None = None,
     seed: int = 0,
@@ -124,6 +132,7 @@ def build_request(
         prompt_text: the instruction (understanding) or the question (text2text).
         say: the text to say (text to speech).
         heard: recordings of past turns first, the current one last.
+        lengths: positions of the recordings instead, where they are handed to the generator joined with those of other requests.
         history: past turns, oldest first.
         profile: other than the one of ``config``.
         natural_think: ask for a think in natural language, where the profile tells the two forms apart.
@@ -145,12 +154,13 @@ def build_request(
         history=tuple(history),
         natural_think=natural_think,
     )
-    if len(heard) != sample.num_recordings:
+    lengths = [int(h.lengths_N[0]) for h in heard] if lengths is None else lengths
+    if len(lengths) != sample.num_recordings:
         raise ValueError(
-            f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(heard)}"
+            f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(lengths)}"
         )
     layout = build_layout(sample, tokenizer, vocab, profile or config.profile, config.speech_form, prefix_only=True)
-    row = flatten(layout.prefix, [int(h.lengths_N[0]) for h in heard], layout.text_softmax)
+    row = flatten(layout.prefix, lengths, layout.text_softmax)
     return Request(
         output_type,
         row,

@@ -17,7 +17,7 @@ from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.decoder_state import Batch
-from osum_echat.generation.events import Done
+from osum_echat.generation.events import Done, Event, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request
 from osum_echat.model.echat import AudioFeatures
@@ -87,23 +87,30 @@ class Session:
         request.past, request.keep_cache = self.kept, True
         return request
 
-    def commit(self, request: Request, done: Done, heard: Sequence[AudioFeatures] = (), text: str = "") -> None:
+    def commit(self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = "") -> None:
         """Add a finished turn to the past, and read it in its history form.
+
+        Args:
+            events: of the turn, `Done` last. heard, text: what the user said or wrote.
 
         A turn that was cancelled before it had any text leaves no trace.
         """
-        reading = self.record(request, done, heard, text)
+        reading = self.record(request, events, heard, text)
         if reading is not None:
             with torch.inference_mode():
                 self.kept = Batch(self.generator.model, [reading], room=0).keep(0)
 
-    def record(self, request: Request, done: Done, heard: Sequence[AudioFeatures] = (), text: str = "") -> Request | None:
+    def record(
+        self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = ""
+    ) -> Request | None:
         """`commit` without work of the model: returns what is to be read, whose cache belongs in `kept`; None when there is nothing."""
+        done = events[-1]
+        assert isinstance(done, Done), f"a turn's last event is Done, found {done}"
         reply_ids = done.text_ids[done.timings.think_tokens :]
         if done.reason == "cancelled" and not reply_ids:
             return None
         user_ids = encode(self.generator.tokenizer, text) if text else ()
-        self.turns.append(PastTurn(tuple(reply_ids), done.speech_codes, has_audio=bool(heard), user_ids=user_ids))
+        self.turns.append(PastTurn(tuple(reply_ids), speech_codes(events), has_audio=bool(heard), user_ids=user_ids))
         self.heard.append(tuple(heard))
         self.kept = request.cache
         self._forget(len(self.turns) - self.max_turns)

@@ -14,22 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.dialogue.tasks import TASKS
+from osum_echat.pipeline.ask import MODES
 
 if TYPE_CHECKING:
-    from osum_echat.pipeline import EChat, Reply, ThinkForm
+    from osum_echat.pipeline import EChat, ThinkForm
 
-DIALOGUE = {
-    "talk, think first (speech out)": ("s2s", True),
-    "talk (speech out)": ("s2s", False),
-    "chat, think first (text out)": ("s2t", True),
-    "chat (text out)": ("s2t", False),
-}
-SPEAK = "say my text"
-WRITE = "answer my text"
-FREE = "understand, with my instruction"
-UNDERSTAND = {"understand: " + name: name for name, task in TASKS.items() if task.prompted}
-TASK_MENU = [*DIALOGUE, *UNDERSTAND, FREE, SPEAK, WRITE]
+FREE = "Understand: with my instruction"
+TASK_MENU = {mode.title: mode for mode in sorted(MODES.values(), key=lambda mode: mode.kind)} | {FREE: MODES["asr"]}
 
 
 @dataclass(frozen=True)
@@ -46,23 +37,13 @@ def answer(echat: EChat, task: str, wav: str | None, text: str, think: ThinkForm
     """Run one request. Raises ValueError with a sentence for the page when something is missing."""
     if task not in TASK_MENU:
         raise ValueError(f"unknown task {task!r}")
-    if task in (SPEAK, WRITE, FREE) and not text.strip():
+    mode = TASK_MENU[task]
+    if (mode.reads or task == FREE) and not text.strip():
         raise ValueError("this task needs a text")
-    options: dict[str, Any] = {"seed": seed}
-    if voice and (task == SPEAK or (task in DIALOGUE and DIALOGUE[task][0] == "s2s")):
-        options["speaker"] = echat.speaker(voice)
-    reply: Reply
-    if task == SPEAK:
-        reply = echat.speak(text, **options)
-    elif task == WRITE:
-        reply = echat.chat(text=text, **options)
-    elif not wav:
+    if mode.hears and not wav:
         raise ValueError("this task needs a recording: use the microphone or upload a file")
-    elif task in DIALOGUE:
-        kind, thinks = DIALOGUE[task]
-        reply = echat.chat(wav, think=think if thinks else None, speak=kind == "s2s", **options)
-    else:
-        reply = echat.understand(wav, UNDERSTAND.get(task, "<TRANSCRIBE>"), prompt=text.strip() or None, **options)
+    speaker = voice if voice and mode.speaks else None
+    [reply] = echat.batch([mode.ask(wav, text, text.strip() or None, think, seed=seed, speaker=speaker)])
     audio = None if reply.audio is None else (reply.sample_rate, reply.audio)
     thought = reply.think.raw if reply.think is not None else ""
     return Answer(reply.text, thought, audio, reply.as_json())
@@ -119,7 +100,7 @@ def build_page(names: Sequence[str], load: Callable[[str], EChat], feedback: Pat
         with gr.Row():
             with gr.Column():
                 name = gr.Dropdown(models.names, value=models.names[0], label="model")
-                task = gr.Dropdown(TASK_MENU, value=TASK_MENU[0], label="task")
+                task = gr.Dropdown(list(TASK_MENU), value=next(iter(TASK_MENU)), label="task")
                 think = gr.Radio(["tag", "language"], value="tag", label="form of the thought")
                 wav = gr.Audio(sources=["microphone", "upload"], type="filepath", label="your recording")
                 text = gr.Textbox(label="text or instruction", lines=2)

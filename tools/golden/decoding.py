@@ -23,7 +23,7 @@ from osum_echat.dialogue.packing import pack
 from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import AS_RELEASED, GenerationConfig, RepetitionGuard
-from osum_echat.generation.events import Done
+from osum_echat.generation.events import Done, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.guards import AgeChoice, ban_ids, repetition_bans
 from osum_echat.generation.phases import RowState
@@ -75,6 +75,7 @@ class Trace:
     logits: list[Tensor]
     ids: list[int]
     done: Done
+    codes: tuple[int, ...]
 
 
 class Decodes:
@@ -194,7 +195,12 @@ class Decodes:
         done = events[-1][1]
         assert isinstance(done, Done)
         size = self.vocab.text_size
-        return Trace(logits, [token - size if token >= size else token for token in done.generated], done)
+        return Trace(
+            logits,
+            [token - size if token >= size else token for token in done.generated],
+            done,
+            speech_codes([event for _, event in events]),
+        )
 
     def _offsets(self, ids: Sequence[int], starts_in_speech: bool) -> list[int]:
         """What makes each recorded id a unified one: speech ids follow the first end of text."""
@@ -246,7 +252,7 @@ class Decodes:
                 found.append(name_of)
         starts_in_speech = self._starts_in_speech(name, output_type) or output_type == "text2token"
         codes = [i for i in (trace.ids if starts_in_speech else speech) if i != vocab.speech_delimiter - vocab.text_size]
-        if list(done.speech_codes) != codes:
+        if list(trace.codes) != codes:
             wrong.append("our own codes")
         note = f"differs: {wrong}" if wrong else f"the reference returns {', '.join(found) or 'nothing'}"
         if not wrong and any("without" in part for part in found):

@@ -1,0 +1,306 @@
+"""`EChat` and `Dialogue`: requests go in as `Ask`, events come out of the generator, sound is made of them, and they become a `Reply`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from typing_extensions import Unpack
+
+from osum_echat import device as devices
+from osum_echat.audio.features import LogMel
+from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
+from osum_echat.dialogue.prompts import get_profile
+from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.events import Done, Event, TextDelta, ThinkDelta, speech_codes
+from osum_echat.generation.generator import Generator
+from osum_echat.generation.request import Request, build_request, encode_recordings, split_audio
+from osum_echat.generation.session import Session
+from osum_echat.model.config import ModelConfig
+from osum_echat.model.echat import AudioFeatures, EChatModel
+from osum_echat.pipeline import load
+from osum_echat.pipeline.ask import MODES, Ask, AskOptions, AudioChunk, Reply, StreamEvent, Voice
+from osum_echat.pipeline.sound import Sound
+from osum_echat.token2wav.config import SAMPLE_RATE
+
+if TYPE_CHECKING:
+    from osum_echat.token2wav import Speaker, Token2Wav
+
+
+class EChat:
+    """A loaded model with its voice. Not for several threads at the same moment; requests that come together belong in `batch`."""
+
+    def __init__(
+        self,
+        model: EChatModel,
+        tokenizer: Any,
+        config: GenerationConfig | None = None,
+        token2wav: Token2Wav | None = None,
+        speaker: Speaker | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = config or GenerationConfig()
+        self.generator = Generator(model, tokenizer, self.config)
+        self.sound = Sound(token2wav, speaker)
+        self._log_mel = LogMel(model.config.encoder.mels)
+        # What the position tables hold: 50 encoder frames and 12.5 adapter positions a second.
+        self.max_seconds = min(MAX_SECONDS, model.config.encoder.max_positions / 50, model.config.adapter.max_positions / 12.5)
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        config: str | Path | ModelConfig | None = None,
+        token2wav: str | Path | Token2Wav | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        profile: str | None = None,
+        speaker: Voice | None = None,
+        generation: str | Path | GenerationConfig | None = None,
+        pack: bool = True,
+        compile: bool = False,
+    ) -> EChat:
+        """Load everything.
+
+        Args:
+            checkpoint: a folder, a released ``.pt`` or ``.safetensors``, or a hub name (see `model.checkpoint.load_model`).
+            config: model config; needed where the checkpoint does not bring its own.
+            token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else replies have speech tokens
+                and no sound).
+            dtype: ``auto`` is bfloat16 on accelerators. On a CPU it is float32, but bfloat16 for a large checkpoint where the CPU does that well or
+                float32 would not fit into memory (`device.cpu`).
+            profile: prompt profile, other than the one in the generation settings.
+            speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
+                checkpoint's ``token2wav/speaker.safetensors``, else the first name).
+            generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
+            pack: reorder the weights for decoding on a CPU (`cpu_linear`); the model cannot be trained or saved then.
+            compile: `torch.compile` the LLM (see `Generator.compile`).
+
+        Raises:
+            ValueError: what is missing or does not fit together.
+        """
+        target, path = devices.resolve(device), Path(checkpoint)
+        model, tokenizer = load.load_llm(checkpoint, config, target, dtype, pack)
+        sound = load.load_token2wav(path, token2wav, target)
+        echat = cls(model, tokenizer, load.read_settings(path, generation, profile), sound)
+        if compile:
+            echat.generator.compile()
+        if sound is not None:
+            echat.voice = echat.speaker(speaker) if speaker is not None else load.default_voice(path, sound)
+        return echat
+
+    @property
+    def token2wav(self) -> Token2Wav | None:
+        return self.sound.token2wav
+
+    @property
+    def voice(self) -> Speaker | None:
+        """The voice of replies whose `Ask` names no other."""
+        return self.sound.voice
+
+    @voice.setter
+    def voice(self, voice: Speaker | None) -> None:
+        self.sound.voice = voice
+
+    def speaker(self, voice: Voice) -> Speaker:
+        """A voice for ``speaker=``; see `Sound.speaker`."""
+        return self.sound.speaker(voice)
+
+    # ---- one request --------------------------------------------------------------------------------------------------------------
+
+    def understand(
+        self, wav: Source, task: str = "<TRANSCRIBE>", prompt: str | None = None, **options: Unpack[AskOptions]
+    ) -> Reply:
+        """Transcript, tags or caption of a recording; ``task`` is one of the prompted tasks (`dialogue.tasks`)."""
+        return self.batch([Ask(wav, kind="understand", task=task, prompt=prompt, **options)])[0]
+
+    def chat(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Reply:
+        """Answer a recording or a text; see `Ask`."""
+        return self.batch([Ask(wav, text, **options)])[0]
+
+    def speak(self, text: str, **options: Unpack[AskOptions]) -> Reply:
+        """Say a text."""
+        return self.batch([Ask(text=text, kind="speak", **options)])[0]
+
+    def stream(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Iterator[StreamEvent]:
+        """The events of `chat` as they happen, with `AudioChunk` between them when there is sound; `Done` is the last. Close it to stop."""
+        return self.stream_ask(Ask(wav, text, **options))
+
+    def stream_ask(self, ask: Ask) -> Iterator[StreamEvent]:
+        """The events of anything that can be asked."""
+        return self.sound.stream((event for _, event in self._events([ask])), ask.seed, self.sound.voice_of(ask))
+
+    def session(self, max_turns: int = 5, max_tokens: int = 2000) -> Dialogue:
+        """A dialogue that remembers its past turns."""
+        return Dialogue(self, Session(self.generator, max_turns, max_tokens))
+
+    # ---- many requests ------------------------------------------------------------------------------------------------------------
+
+    def batch(self, asks: Sequence[Ask], size: int = 16) -> list[Reply]:
+        """Answer many at once, of any kinds, ``size`` at a time. Each reply is what it would be alone."""
+        replies: list[Reply] = []
+        for start in range(0, len(asks), size):
+            replies += self._batch(asks[start : start + size])
+        return replies
+
+    def _batch(self, asks: Sequence[Ask]) -> list[Reply]:
+        started = time.perf_counter()
+        voices = [self.sound.voice_of(ask) for ask in asks]  # what is missing is said before anything is computed
+        rows: list[list[StreamEvent]] = [[] for _ in asks]
+        for row, event in self._events(asks):
+            rows[row].append(event)
+        rows = self.sound.render(rows, [ask.seed for ask in asks], voices, started)
+        return [self.reply(row, ask) for row, ask in zip(rows, asks, strict=True)]
+
+    def reply(self, events: Sequence[StreamEvent], ask: Ask) -> Reply:
+        """What a row's events come to."""
+        done = events[-1]
+        assert isinstance(done, Done), f"a row's last event is Done, found {done}"
+        thought = "".join(e.text for e in events if isinstance(e, ThinkDelta))
+        profile = get_profile(self.config.profile)
+        template = profile.tag_think if ask.think == "tag" else profile.natural_think
+        chunks = [e for e in events if isinstance(e, AudioChunk)]
+        text = ask.text or "" if ask.kind == "speak" else "".join(e.text for e in events if isinstance(e, TextDelta))
+        return Reply(
+            text=text.strip(),
+            think=template.parse(thought) if thought else None,
+            speech_tokens=speech_codes(events),
+            audio=np.concatenate([chunk.samples for chunk in chunks]) if chunks else None,
+            sample_rate=chunks[0].rate if chunks else SAMPLE_RATE,
+            finish_reason=done.reason,
+            guards=done.guards,
+            timings=done.timings,
+        )
+
+    # ---- decoding -----------------------------------------------------------------------------------------------------------------
+
+    def _events(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Event]]:
+        """(row, event) of all asks as they happen, `Done` last for each. A text that is answered in speech is answered by one request and
+        said by another, after the others are through."""
+        began = time.perf_counter()
+        answers: dict[int, tuple[Done, str]] = {}
+        parts: dict[int, list[str]] = {row: [] for row, ask in enumerate(asks) if ask.mode.then is not None}
+        for row, event in self._generate(asks):
+            if row in parts and isinstance(event, Done):
+                answers[row] = event, "".join(parts[row]).strip()
+                continue
+            if row in parts and isinstance(event, TextDelta):
+                parts[row].append(event.text)
+            yield row, event
+        yield from ((row, done) for row, (done, answer) in answers.items() if not answer)
+        rows = [row for row, (_, answer) in answers.items() if answer]
+        offset = time.perf_counter() - began
+        for number, event in self._generate([_said(asks[row], answers[row][1]) for row in rows]):
+            if isinstance(event, Done):
+                yield rows[number], _joined(answers[rows[number]][0], event, offset)
+            elif not isinstance(event, TextDelta):  # the text to say has been told
+                yield rows[number], event
+
+    def _generate(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Event]]:
+        wavs = [ask.wav for ask in asks if ask.wav is not None]
+        audio = encode_recordings(self.model, self._features(wavs))
+        lengths = iter([] if audio is None else audio.lengths_N.tolist())
+        requests = [self._request(ask, [next(lengths)] if ask.wav is not None else []) for ask in asks]
+        return self.generator.generate(requests, audio=audio)
+
+    def hear(self, wavs: Sequence[Source]) -> list[AudioFeatures]:
+        """Recordings as the LLM hears them, each by itself. Raises AudioError for what cannot be used."""
+        audio = encode_recordings(self.model, self._features(wavs))
+        return [] if audio is None else split_audio(audio)
+
+    def _features(self, wavs: Sequence[Source]) -> list[Any]:
+        return [self._log_mel(to_mono_16k(wav, max_seconds=self.max_seconds)) for wav in wavs]
+
+    def _request(self, ask: Ask, lengths: Sequence[int]) -> Request:
+        """The request of an ask whose recording has ``lengths`` positions in the LLM."""
+        prompt = ask.text or "" if ask.kind == "chat" else ""
+        if ask.kind == "understand":
+            prompt = ask.prompt or self._instruction(ask.task)
+        request = build_request(
+            ask.mode.output_type,
+            self.config,
+            self.tokenizer,
+            self.model.vocabulary,
+            prompt_text=prompt,
+            say=ask.text or "" if ask.kind == "speak" else "",
+            lengths=lengths,
+            seed=ask.seed,
+            natural_think=ask.think == "language",
+        )
+        return tuned(request, ask)
+
+    def _instruction(self, task: str) -> str:
+        return load.instruction(self.config, task)
+
+
+class Dialogue:
+    """A dialogue of several turns; see `generation.session` for what is kept."""
+
+    def __init__(self, echat: EChat, session: Session) -> None:
+        self.echat, self.memory = echat, session
+
+    def __len__(self) -> int:
+        """Past turns that are remembered."""
+        return len(self.memory)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.memory.clear()
+
+    def chat(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Reply:
+        """The answer to the next turn."""
+        started, ask, sound = time.perf_counter(), Ask(wav, text, **options), self.echat.sound
+        voice = sound.voice_of(ask)
+        [row] = sound.render([list(self._events(ask))], [ask.seed], [voice], started)
+        return self.echat.reply(row, ask)
+
+    def stream(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Iterator[StreamEvent]:
+        """The events of the next turn as they happen. A stream that is closed before its end leaves no trace in the dialogue."""
+        ask = Ask(wav, text, **options)
+        return self.echat.sound.stream(self._events(ask), ask.seed, self.echat.sound.voice_of(ask))
+
+    def _events(self, ask: Ask) -> Iterator[Event]:
+        if ask.mode.then is not None:
+            raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
+        heard = self.echat.hear([ask.wav]) if ask.wav is not None else []
+        text = ask.text or ""
+        request = tuned(
+            self.memory.request(ask.mode.output_type, heard, text, ask.seed, natural_think=ask.think == "language"), ask
+        )
+        events: list[Event] = []
+        for _, event in self.echat.generator.generate([request]):
+            events.append(event)
+            if isinstance(event, Done):
+                self.memory.commit(request, events, heard, text)
+            yield event
+
+
+def tuned(request: Request, ask: Ask) -> Request:
+    """The request with the sampling and the limit that the ask wants instead of the checkpoint's own."""
+    request.mode = request.mode.tuned(ask.greedy, ask.temperature, ask.max_tokens)
+    return request
+
+
+def _said(ask: Ask, answer: str) -> Ask:
+    assert ask.mode.then is not None
+    return replace(ask, kind=MODES[ask.mode.then].kind, text=answer)
+
+
+def _joined(text: Done, speech: Done, offset: float) -> Done:
+    """One end for a text that was answered and then said; the second began ``offset`` seconds after the first."""
+    first_speech = speech.timings.first_speech
+    return replace(
+        text,
+        reason=text.reason if text.reason != "stop" else speech.reason,
+        generated=text.generated + speech.generated,
+        guards={name: text.guards.get(name, 0) + speech.guards.get(name, 0) for name in {*text.guards, *speech.guards}},
+        timings=replace(
+            text.timings,
+            first_speech=None if first_speech is None else offset + first_speech,
+            total=offset + speech.timings.total,
+        ),
+    )
