@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,18 @@ class FakeAccelerator(types.ModuleType):
     def get_rng_state(self, device: torch.device) -> torch.Tensor:
         return torch.tensor([7], dtype=torch.uint8)
 
+    def current_stream(self, device: torch.device) -> str:
+        return "usual"
+
+    def Stream(self, device: torch.device) -> types.SimpleNamespace:
+        return types.SimpleNamespace(wait_stream=lambda other: self.calls.append("wait_stream"))
+
+    @contextlib.contextmanager
+    def stream(self, stream: types.SimpleNamespace) -> Iterator[None]:
+        self.calls.append("enter")
+        yield
+        self.calls.append("leave")
+
     def __getattr__(self, name: str):  # type: ignore[no-untyped-def]
         if name.startswith("__"):
             raise AttributeError(name)
@@ -87,6 +101,7 @@ def test_every_device_rule_goes_to_the_accelerator_that_is_there(
     monkeypatch.setattr(accelerators, "_accelerator", lambda k: fake if k == kind else None)
     monkeypatch.setattr(accelerators, "available", lambda k: k in (kind, "cpu"))
     monkeypatch.setenv("LOCAL_RANK", "1")
+    torch_cpu = torch.device("cpu")
     device = types.SimpleNamespace(type=kind, index=1)  # torch.device("npu") exists only with its extension
     monkeypatch.setattr(torch, "device", lambda *args: device)
     assert devices.resolve("auto") is device and devices.count() == 2
@@ -95,12 +110,25 @@ def test_every_device_rule_goes_to_the_accelerator_that_is_there(
     devices.activate(device)  # type: ignore[arg-type]
     devices.synchronize(device)  # type: ignore[arg-type]
     devices.empty_cache(device)  # type: ignore[arg-type]
+    with devices.side_stream(device)():  # type: ignore[arg-type]
+        fake.calls.append("vocoder")
+    assert devices.overlaps(device) and not devices.overlaps(torch_cpu)  # type: ignore[arg-type]
     devices.reset_peak_memory(device)  # type: ignore[arg-type]
     assert (devices.memory_allocated(device), devices.peak_memory(device), devices.total_memory(device)) == (123, 456, 789)  # type: ignore[arg-type]
     state = devices.rng_state(device)  # type: ignore[arg-type]
     assert state["device"].tolist() == [7]
     devices.set_rng_state(state, device)  # type: ignore[arg-type]
-    assert fake.calls == ["set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "set_rng_state"]
+    assert fake.calls == [
+        "set_device",
+        "synchronize",
+        "empty_cache",
+        "wait_stream",
+        "enter",
+        "vocoder",
+        "leave",
+        "reset_peak_memory_stats",
+        "set_rng_state",
+    ]
 
 
 def test_a_device_that_is_not_there_is_an_error_with_a_remedy() -> None:

@@ -16,7 +16,7 @@ from osum_echat.token2wav import Speaker, StreamConfig, Token2Wav
 from osum_echat.token2wav.compat import hamming_fade
 from osum_echat.token2wav.config import mel_frames
 from osum_echat.token2wav.draws import Draws
-from osum_echat.token2wav.streaming import FlowStream, SolverOptions, cross_fade, mel_stream, reply_noise
+from osum_echat.token2wav.streaming import FlowStream, SolverOptions, cross_fade, reply_noise
 from osum_echat.token2wav.vocoder_stream import VocoderStream, vocode
 from tests.token2wav_case import recorded_speaker, recorded_tokens, tiny_model
 
@@ -88,7 +88,8 @@ def test_streamed_mel_agrees_with_offline(model: Token2Wav, speaker: Speaker) ->
 
         def streamed(seed: int, config: StreamConfig) -> torch.Tensor:
             stream = FlowStream(model.flow, prompt, Draws(seed, 80, 9), config, solver)
-            return torch.cat([mel for mel, _ in mel_stream(stream, iter(tokens))])
+            windows = [mel for token in tokens if (mel := stream.push(token)) is not None]
+            return torch.cat([*windows, stream.finish()])
 
         def distance(mel: torch.Tensor) -> float:
             return float((mel - offline).square().mean().sqrt() / offline.std())

@@ -11,7 +11,7 @@ import importlib.util
 import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +158,21 @@ def synchronize(device: torch.device) -> None:
     module = _accelerator(device.type)
     if module is not None:
         module.synchronize(device)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether two threads' work on the device runs at the same time; on a CPU they would only share its cores."""
+    return device.type != "cpu"
+
+
+def side_stream(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Enters a queue of work beside the device's usual one, behind what is queued there now; on a CPU there is none and nothing happens."""
+    module = _accelerator(device.type)
+    if module is None:
+        return contextlib.nullcontext
+    stream = module.Stream(device)
+    stream.wait_stream(module.current_stream(device))
+    return lambda: module.stream(stream)
 
 
 def empty_cache(device: torch.device) -> None:

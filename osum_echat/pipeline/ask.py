@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from osum_echat.token2wav import Speaker
 
 Kind = Literal["chat", "understand", "speak"]
+Samples: TypeAlias = npt.NDArray[np.float32]
 ThinkForm: TypeAlias = Literal["tag", "language"] | None
 Voice: TypeAlias = "Speaker | str | Path"
 StreamEvent: TypeAlias = "Event | AudioChunk"
@@ -271,7 +272,7 @@ class Ask:
 class AudioChunk:
     """More of the reply's sound: samples [n] float32."""
 
-    samples: npt.NDArray[np.float32]
+    samples: Samples
     rate: int
 
 
@@ -291,7 +292,7 @@ class Reply:
     text: str
     think: Think | None = None
     speech_tokens: tuple[int, ...] = ()
-    audio: npt.NDArray[np.float32] | None = None
+    audio: Samples | None = None
     sample_rate: int = SAMPLE_RATE
     finish_reason: str = "stop"
     guards: Mapping[str, int] = field(default_factory=dict)

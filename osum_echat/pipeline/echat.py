@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -254,29 +254,44 @@ class Dialogue:
     def chat(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Reply:
         """The answer to the next turn."""
         started, ask, sound = time.perf_counter(), Ask(wav, text, **options), self.echat.sound
-        voice = sound.voice_of(ask)
-        [row] = sound.render([list(self._events(ask))], [ask.seed], [voice], started)
+        voice, turn = sound.voice_of(ask), self._turn(ask)
+        [row] = sound.render([list(turn.events)], [ask.seed], [voice], started)
+        list(self._remembered(iter(row), turn))
         return self.echat.reply(row, ask)
 
     def stream(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Iterator[StreamEvent]:
         """The events of the next turn as they happen. A stream that is closed before its end leaves no trace in the dialogue."""
         ask = Ask(wav, text, **options)
-        return self.echat.sound.stream(self._events(ask), ask.seed, self.echat.sound.voice_of(ask))
+        voice, turn = self.echat.sound.voice_of(ask), self._turn(ask)
+        return self._remembered(self.echat.sound.stream(turn.events, ask.seed, voice), turn)
 
-    def _events(self, ask: Ask) -> Iterator[Event]:
+    def _turn(self, ask: Ask) -> _Turn:
         if ask.mode.then is not None:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
-        heard = self.echat.hear([ask.wav]) if ask.wav is not None else []
-        text = ask.text or ""
-        request = tuned(
-            self.memory.request(ask.mode.output_type, heard, text, ask.seed, natural_think=ask.think == "language"), ask
-        )
-        events: list[Event] = []
-        for _, event in self.echat.generator.generate([request]):
-            events.append(event)
+        heard, text = self.echat.hear([ask.wav]) if ask.wav is not None else [], ask.text or ""
+        request = self.memory.request(ask.mode.output_type, heard, text, ask.seed, natural_think=ask.think == "language")
+        request = tuned(request, ask)
+        return _Turn(request, heard, text, (event for _, event in self.echat.generator.generate([request])))
+
+    def _remembered(self, events: Iterator[StreamEvent], turn: _Turn) -> Iterator[StreamEvent]:
+        """The events; the turn is the past of the next one as soon as its end has been told."""
+        told: list[Event] = []
+        for event in events:
+            if not isinstance(event, AudioChunk):
+                told.append(event)
             if isinstance(event, Done):
-                self.memory.commit(request, events, heard, text)
+                self.memory.commit(turn.request, told, turn.heard, turn.text)
             yield event
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The turn in work: its request, what the user said or wrote, and the events that it makes."""
+
+    request: Request
+    heard: Sequence[AudioFeatures]
+    text: str
+    events: Iterator[Event]
 
 
 def tuned(request: Request, ask: Ask) -> Request:

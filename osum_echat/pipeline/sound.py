@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from osum_echat.generation.events import Done, SpeechToken, speech_codes
+from osum_echat import device as devices
+from osum_echat.generation.events import Done, speech_codes
 from osum_echat.pipeline.ask import Ask, AudioChunk, StreamEvent, Voice
+from osum_echat.pipeline.stages import ahead, speak_along
 
 if TYPE_CHECKING:
     from osum_echat.token2wav import Speaker, Token2Wav
 
 
 class Sound:
-    """Token2wav and the voice that replies have by default. Without token2wav nothing makes a sound, and nothing is an error."""
+    """Token2wav and the voice that replies have by default. Without token2wav nothing makes a sound, and nothing is an error.
+
+    ``overlap``: in a stream the decoder has a thread of its own; on where the device does both at once.
+    """
 
     def __init__(self, token2wav: Token2Wav | None = None, voice: Speaker | None = None) -> None:
         self.token2wav, self.voice = token2wav, voice
+        self.overlap = token2wav is not None and devices.overlaps(token2wav.device)
 
     def speaker(self, voice: Voice) -> Speaker:
         """A voice: a `Speaker`, a saved one (``.safetensors``), a name of ``spk2info.pt``, or a recording. Raises ValueError."""
@@ -72,34 +79,18 @@ class Sound:
         ]
 
     def stream(self, events: Iterator[StreamEvent], seed: int, voice: Speaker | None) -> Iterator[StreamEvent]:
-        """Put `AudioChunk`s between the events of one row.
-
-        Sound is made from the codes as they come; an event that comes while a chunk is in the making is told right before it.
-        """
+        """The events of one row with `AudioChunk`s between them, made from the codes as they come (see `stages`)."""
         if voice is None or self.token2wav is None:
-            yield from events
-            return
-        for first in events:
-            yield first
-            if isinstance(first, SpeechToken):
-                break
-        else:
-            return
-        waiting: list[StreamEvent] = []
+            return events
+        return self._spoken(self.token2wav, events, seed, voice)
 
-        def codes() -> Iterator[int]:
-            yield first.code
-            for event in events:
-                waiting.append(event)
-                if isinstance(event, SpeechToken):
-                    yield event.code
-
-        for samples in self.token2wav.stream(codes(), voice, seed=seed):
-            done = [event for event in waiting if isinstance(event, Done)]
-            yield from (event for event in waiting if not isinstance(event, Done))
-            waiting[:] = done
-            yield AudioChunk(samples, self.token2wav.sample_rate)
-        yield from waiting
+    def _spoken(self, token2wav: Token2Wav, events: Iterator[StreamEvent], seed: int, voice: Speaker) -> Iterator[StreamEvent]:
+        vocoder = token2wav.open_stream(voice, seed=seed)
+        if not self.overlap:
+            yield from speak_along(events, vocoder, token2wav.sample_rate)
+            return
+        with closing(ahead(events)) as decoded:  # the thread has ended when this stream has
+            yield from speak_along(decoded, vocoder, token2wav.sample_rate, devices.side_stream(token2wav.device))
 
 
 def _timed(done: StreamEvent, synthesis: float, total: float) -> Done:

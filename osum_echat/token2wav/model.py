@@ -39,7 +39,6 @@ from osum_echat.token2wav.streaming import (
     SolverOptions,
     StreamConfig,
     change_speed,
-    mel_stream,
     reply_noise,
 )
 from osum_echat.token2wav.vocoder import Vocoder
@@ -198,34 +197,29 @@ class Token2Wav:
         long as `synthesize` makes the reply, and do not depend on how tokens were grouped. ``compat`` runs the published algorithm
         instead, faults included (first chunk after 70 tokens). Raises ValueError for ids outside the codebook.
         """
-        solver = SolverOptions(steps, guidance, schedule)
         ids = _flatten(tokens)
+        if not compat:
+            return _pushed(self.open_stream(speaker, seed, steps, guidance, schedule, config), ids)
         with torch.inference_mode():
             prompt = self.prompt_state(speaker)
-        chunks: Iterator[Tensor]
-        if compat:
-            chunk_draws = SeededChunkDraws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
-            chunks = (chunk.wave_S for chunk in ReferenceStream(self.flow, self.vocoder, prompt, chunk_draws, solver).run(ids))
-        else:
-            chunks = self._chunks(ids, prompt, self._draws(seed), config or StreamConfig(), solver)
-        return self._as_samples(chunks)
+        chunk_draws = SeededChunkDraws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
+        reference = ReferenceStream(self.flow, self.vocoder, prompt, chunk_draws, SolverOptions(steps, guidance, schedule))
+        return _as_samples(chunk.wave_S for chunk in reference.run(ids))
 
-    def _chunks(
-        self, ids: Iterator[int], prompt: PromptState, draws: Draws, config: StreamConfig, solver: SolverOptions
-    ) -> Iterator[Tensor]:
-        voice = VocoderStream(self.vocoder, draws)
-        for mel_TM, last in mel_stream(FlowStream(self.flow, prompt, draws, config, solver), ids):
-            yield voice.push(mel_TM, last)
-
-    def _as_samples(self, chunks: Iterator[Tensor]) -> Iterator[Samples]:
-        """Non-empty chunks as arrays. The inference context is left between chunks: it must not leak into the consumer."""
-        while True:
-            with torch.inference_mode():
-                chunk = next(chunks, None)
-            if chunk is None:
-                return
-            if len(chunk):
-                yield chunk.float().cpu().numpy()
+    def open_stream(
+        self,
+        speaker: Speaker,
+        seed: int = 0,
+        steps: int = 10,
+        guidance: float | None = None,
+        schedule: str | None = None,
+        config: StreamConfig | None = None,
+    ) -> ReplyStream:
+        """What `stream` does, for those who have the tokens in hand one after the other."""
+        draws, solver = self._draws(seed), SolverOptions(steps, guidance, schedule)
+        with torch.inference_mode():
+            flow = FlowStream(self.flow, self.prompt_state(speaker), draws, config or StreamConfig(), solver)
+            return ReplyStream(flow, VocoderStream(self.vocoder, draws))
 
     def tokenize(self, source: Source) -> list[int]:
         """Speech ids at 25 Hz of a recording of at most 30 s. Raises AudioError (a ValueError) for what cannot be read or is longer."""
@@ -250,6 +244,50 @@ class Token2Wav:
 
     def _draws(self, seed: int) -> Draws:
         return Draws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
+
+
+class ReplyStream:
+    """The sound of one reply: `push` a token and get the samples that it settled, if any; `finish` gives the rest."""
+
+    def __init__(self, flow: FlowStream, vocoder: VocoderStream) -> None:
+        self._flow, self._vocoder = flow, vocoder
+
+    @torch.inference_mode()
+    def push(self, token: int) -> Samples | None:
+        """Raises ValueError for an id outside the codebook (when the window that holds it is computed)."""
+        mel_TM = self._flow.push(token)
+        return None if mel_TM is None else _array(self._vocoder.push(mel_TM))
+
+    @torch.inference_mode()
+    def finish(self) -> Samples | None:
+        """Call it once, after the last token."""
+        return _array(self._vocoder.push(self._flow.finish(), last=True))
+
+
+def _pushed(reply: ReplyStream, ids: Iterator[int]) -> Iterator[Samples]:
+    for token in ids:
+        samples = reply.push(token)
+        if samples is not None:
+            yield samples
+    samples = reply.finish()
+    if samples is not None:
+        yield samples
+
+
+def _as_samples(chunks: Iterator[Tensor]) -> Iterator[Samples]:
+    """Non-empty chunks as arrays. The inference context is left between chunks: it must not leak into the consumer."""
+    while True:
+        with torch.inference_mode():
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        samples = _array(chunk)
+        if samples is not None:
+            yield samples
+
+
+def _array(wave_S: Tensor) -> Samples | None:
+    return wave_S.float().cpu().numpy() if len(wave_S) else None
 
 
 def _is_single(tokens: object) -> bool:

@@ -13,7 +13,6 @@ Shapes: N tokens, T mel frames, M mel bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -172,12 +171,3 @@ def cross_fade(old_TM: Tensor, new_TM: Tensor) -> Tensor:
     count = min(len(old_TM), len(new_TM))
     weight_T1 = ((torch.arange(count, device=new_TM.device) + 0.5) / count)[:, None]
     return torch.cat((torch.lerp(old_TM[:count], new_TM[:count], weight_T1), new_TM[count:]))
-
-
-def mel_stream(stream: FlowStream, tokens: Iterator[int]) -> Iterator[tuple[Tensor, bool]]:
-    """(frames, last) for every window of ``tokens``."""
-    for token in tokens:
-        frames_TM = stream.push(token)
-        if frames_TM is not None:
-            yield frames_TM, False
-    yield stream.finish(), True
