@@ -38,6 +38,16 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that reads ``1e-6`` as a number, as people write it."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper whose strings are read back as they were: PyYAML folds these line breaks away unless they are escaped."""
+
+
+def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_str)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -118,7 +128,7 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 def to_yaml(cfg: Any) -> str:
     """The config as YAML text, keys in the order of the dataclass."""
-    return yaml.safe_dump(to_dict(cfg), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(to_dict(cfg), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def _plain(value: Any) -> Any:

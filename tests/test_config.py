@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from osum_echat.config import ConfigError, check, from_dict, load, merge, read_yaml, to_dict, to_yaml, warn_older
@@ -100,6 +100,7 @@ def test_broken_or_missing_files_are_clear_errors(tmp_path):
         read_yaml(tmp_path / "list.yaml")
 
 
+@example(Run(name="next\x85line\u2028or\u2029two"))
 @given(
     st.builds(
         Run,

@@ -23,6 +23,7 @@ from osum_echat.training.config import TrainConfig
 from recipes.mini import prepare, run, texts, tokenizer
 
 CONF = Path("recipes/mini/conf")
+WORDNET = Path(__file__).parent / "data" / "wordnet"  # an excerpt; the recipe reads the whole
 STAGES = ["text", "generation_tts", "understanding_ctc", "understanding_encoder", "understanding", "generation_s2s", "empathy"]
 
 
@@ -146,7 +147,7 @@ def test_spoken_dialogue_takes_only_answers_that_fit_and_lays_words_and_codes_ou
 
 
 def test_text_records_think_in_both_forms_and_say_which(processor):
-    lines = list(prepare.text_records(400))
+    lines = list(prepare.text_records(400, wordnet_folder=WORDNET))
     told = [line for line in lines if line["extra"]["question"].startswith("tell: ")]
     assert 20 < len(told) < 100
     assert all("says: " in line["txt"] and "words:" not in line["txt"] for line in told)
@@ -185,7 +186,7 @@ def test_a_step_that_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_texts_are_asked_as_people_type_them_and_answered_without_guessing_who_asks():
     assert texts.written("i think i'm late, am i") == "I think I'm late, am I."
-    asked = [line["extra"]["question"] for line in prepare.text_records(300) if "my friend" in line["txt"]]
+    asked = [line["extra"]["question"] for line in prepare.text_records(300, wordnet_folder=WORDNET) if "my friend" in line["txt"]]
     typed = [question for question in asked if question.endswith(".")]
     assert len(typed) >= 8 and len(asked) - len(typed) >= 8
     assert all(question[0].isupper() for question in typed)

@@ -89,15 +89,15 @@ def tagged_reply(said_as: texts.Labels, answer: str) -> str:
     return f"<{texts.reply_emotion(said_as)}>{answer}"
 
 
-def text_records(count: int, seed: int = 0) -> Iterator[Json]:
-    """Sentences for the language model alone.
+def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET) -> Iterator[Json]:
+    """Sentences for the language model alone; ``wordnet_folder`` holds WordNet's ``data.*``.
 
     More than half: think and answer for a sentence with its tags, in tags or (behind "tell:") in natural language, or answer a plain text. The
     rest: copy a grammar sentence, an open-vocabulary sentence, or words in random order (so that copying never becomes guessing).
     """
     rng = random.Random(f"text {seed}")
     grammar = texts.training_user_sentences()
-    wordnet = texts.wordnet_examples()
+    wordnet = texts.wordnet_examples(wordnet_folder)
     words = sorted(
         {word for sentence in wordnet[:15_000] for word in sentence.split()} | {w for s, _ in grammar[:9_000] for w in s.split()}
     )
