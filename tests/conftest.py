@@ -117,8 +117,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.basetemp:
-        WATCH_MODULE.install([BASE, config.option.basetemp], WATCH.log)
+    """The folder of the test files (the checkout, but for planted ones) and a temporary folder of the person's choice are inside."""
+    WATCH_MODULE.install([BASE, config.rootpath, *filter(None, [config.option.basetemp])], WATCH.log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -46,7 +46,7 @@ def test_stays_inside(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     assert tmp_path.is_relative_to(tempfile.gettempdir())
     Path.home().joinpath("b.txt").write_text("b")
-    assert "torch" in (ROOT / "pyproject.toml").read_text()
+    assert "osum-echat" in (ROOT / "pyproject.toml").read_text()
     Path(json.__file__).read_text()
     subprocess.run([sys.executable, "-c", "import json, osum_echat"], check=True)
     done = subprocess.run(["bash", str(ROOT / "infer_with_shards_or_raw.sh")], capture_output=True)
