@@ -9,20 +9,25 @@ given the plain data of the section and returns it in today's form (see `warn_ol
 
     cfg = load(TrainConfig, "recipes/mini/conf/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
 
-A YAML file may start from another with ``base: other.yaml`` (relative to itself); mappings merge, everything else replaces.
+A YAML file may start from another with ``base: other.yaml``; mappings merge, everything else replaces.
+
+One rule for a relative path to something that is read (`find_path`): the folder of the YAML file that states it, then the folder where one
+stands; ``package:NAME`` is the file NAME that comes with this package (`osum_echat/conf/`). On a command line there is no file, so a path
+starts where one stands. Fields of that kind have the type `InputPath`. Paths that are written (``out``) always start where one stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.resources
 import logging
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
@@ -30,8 +35,19 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+_INPUT = "a file or folder that is read"
+InputPath = Annotated[str, _INPUT]
+PACKAGE = "package:"
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says which key and what to do."""
+
+
+class _FileText(str):
+    """A string of a YAML file; it knows the file's folder until it becomes the value of a field."""
+
+    folder: Path
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,9 +71,42 @@ _Loader.add_implicit_resolver(
 )
 
 
+def package_file(name: str) -> Path:
+    """The YAML file ``name`` that comes with the package: ct_config.yaml (the released model), prompt_config.yaml, generation.yaml.
+
+    Raises ConfigError when there is none of that name.
+    """
+    folder = importlib.resources.files("osum_echat") / "conf"
+    path = Path(str(folder / name))
+    if not path.is_file():
+        known = sorted(item.name for item in folder.iterdir() if item.name.endswith(".yaml"))
+        raise ConfigError(f"{PACKAGE}{name} does not come with the package; there are {', '.join(known)}")
+    return path
+
+
+def find_path(path: str, folder: Path | None = None) -> str:
+    """The file or folder that a relative path of a YAML file in ``folder`` names (the rule is in the module's docstring).
+
+    Nothing there: as it was written (it may be a name on the hub; whoever reads it says what is missing).
+    """
+    if path.startswith(PACKAGE):
+        return str(package_file(path.removeprefix(PACKAGE)))
+    if folder is not None and path and not Path(path).is_absolute() and (folder / path).exists():
+        return str(folder / path)
+    return path
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML mapping, following ``base:``. Raises ConfigError for a missing file, broken YAML or another top level."""
-    path = Path(path)
+    """Read one YAML mapping, following ``base:``. ``path`` may be ``package:NAME``.
+
+    Raises ConfigError for a missing file, broken YAML or another top level.
+    """
+    return typing.cast("dict[str, Any]", _without_folders(read_with_folders(path)))
+
+
+def read_with_folders(path: str | Path) -> dict[str, Any]:
+    """The same for `from_dict`: strings know their file's folder, until fields of type `InputPath` are found from there."""
+    path = Path(find_path(str(path)))
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
@@ -69,9 +118,29 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at top level, found {type(data).__name__}")
     base = data.pop("base", None)
+    data = typing.cast("dict[str, Any]", _with_folders(data, path.parent))
     if base is not None:
-        data = merge(read_yaml(path.parent / str(base)), data)
+        data = merge(read_with_folders(find_path(str(base), path.parent)), data)
     return data
+
+
+def _with_folders(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_folders(inner, folder) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_folders(inner, folder) for inner in value]
+    if isinstance(value, str):
+        value = _FileText(value)
+        value.folder = folder
+    return value
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(inner) for inner in value]
+    return str(value) if isinstance(value, _FileText) else value
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +171,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Read ``cls`` (a dataclass) from a YAML file and ``key=value`` overrides; both optional."""
-    data = read_yaml(path) if path is not None else {}
+    data = read_with_folders(path) if path is not None else {}
     return from_dict(cls, merge(data, parse_overrides(overrides)), where=str(path) if path is not None else "overrides")
 
 
@@ -167,7 +236,7 @@ def _arguments(cls: Any, data: Any, where: str, prefix: str, partial: bool = Fal
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: {prefix or 'top level'} must be a mapping, found {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     kwargs: dict[str, Any] = {}
     for key, value in _renewed(cls, data, where, prefix).items():
         name = f"{prefix}{key}"
@@ -195,7 +264,11 @@ def _renewed(cls: Any, data: Mapping[str, Any], where: str, prefix: str) -> Mapp
 def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return _without_folders(value)
+    if origin is Annotated:
+        if _INPUT in args and isinstance(value, str):
+            return find_path(str(value), getattr(value, "folder", None))
+        return _convert(args[0], value, where, name, partial)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
@@ -208,7 +281,7 @@ def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False
         raise errors[0]
     if origin is Literal:
         if value in args:
-            return value
+            return _without_folders(value)
         raise ConfigError(f"{where}: {name} must be one of {', '.join(map(repr, args))}, found {value!r}")
     if dataclasses.is_dataclass(hint):
         if isinstance(value, typing.cast(type, hint)):
@@ -234,6 +307,6 @@ def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False
         return Path(value)
     if isinstance(hint, type):
         if isinstance(value, hint) and not (hint in (int, float) and isinstance(value, bool)):
-            return value
+            return _without_folders(value)
         raise ConfigError(f"{where}: {name} must be {hint.__name__}, found {value!r}")
     raise AssertionError(f"config field {name} has a type this reader does not know: {hint}")

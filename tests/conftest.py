@@ -3,8 +3,10 @@
 One thread: two spinning OpenMP threads on a busy two-core machine are slower than one. The rules of the watch: `tests/hermetic/hermetic_watch.py`.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import shutil
@@ -17,7 +19,15 @@ from typing import Any
 HERMETIC = Path(__file__).parent / "hermetic"
 BASE_VARIABLE = "OSUM_TESTS_TEMPORARY"  # set for the processes of pytest-xdist, which share the folder
 # Each names a folder of the person who runs the tests; without it, what it names is under HOME.
-HOME_VARIABLES = ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "MPLCONFIGDIR", "TRITON_CACHE_DIR")
+HOME_VARIABLES = (
+    "XDG_CACHE_HOME",
+    "XDG_CONFIG_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "TORCH_HOME",
+    "MPLCONFIGDIR",
+    "TRITON_CACHE_DIR",
+)
 
 
 def _load_watch() -> Any:
@@ -30,10 +40,21 @@ def _load_watch() -> Any:
     return sys.modules["hermetic_watch"]
 
 
+KEEP: list[bool] = []
+
+
+def _clean_up(folder: Path) -> None:
+    """Runs last: registered before everything that uses the folder."""
+    if KEEP and not any(KEEP):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _prepare() -> tuple[Path, bool]:
     """Set this process (and by its environment its children) up; the temporary folder, and whether it was made here."""
     mine = BASE_VARIABLE not in os.environ
     base = Path(tempfile.mkdtemp(prefix="osum-tests-") if mine else os.environ[BASE_VARIABLE])
+    if mine:
+        atexit.register(_clean_up, base)
     (base / "home").mkdir(exist_ok=True)
     for name in HOME_VARIABLES:
         os.environ.pop(name, None)
@@ -121,15 +142,14 @@ def pytest_configure(config: pytest.Config) -> None:
     WATCH_MODULE.install([BASE, config.rootpath, *filter(None, [config.option.basetemp])], WATCH.log)
 
 
-@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(exitstatus: int) -> None:
-    """The temporary files of a run that passed go."""
-    if BASE_IS_MINE and exitstatus == pytest.ExitCode.OK:
-        shutil.rmtree(BASE, ignore_errors=True)
+    """The temporary files of a run that passed go, when everything else of this process has ended."""
+    if BASE_IS_MINE:
+        KEEP.append(exitstatus != pytest.ExitCode.OK)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if BASE_IS_MINE and BASE.exists():
+    if any(KEEP):
         terminalreporter.write_line(f"temporary files of this run are kept: {BASE}")
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from osum_echat.config import ConfigError, check, from_dict, load, merge, read_yaml, to_dict, to_yaml, warn_older
+from osum_echat.config import ConfigError, InputPath, check, from_dict, load, merge, read_yaml, to_dict, to_yaml, warn_older
 
 
 @dataclass
@@ -161,3 +161,54 @@ def test_changes_are_checked_without_being_whole():
     ):
         with pytest.raises(ConfigError, match=message):
             check(Run, wrong, "changes")
+
+
+@dataclass
+class Lists:
+    list: InputPath = ""
+    other: InputPath | None = None
+    out: str = ""
+    anything: Any = None
+
+
+def test_a_relative_path_starts_at_its_file_then_where_one_stands(tmp_path, monkeypatch):
+    here, conf = tmp_path / "here", tmp_path / "conf"
+    for folder, names in ((conf, ["both.txt", "at_file.txt"]), (here, ["both.txt", "here.txt"])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.chdir(here)
+    for written, found in [
+        ("both.txt", str(conf / "both.txt")),
+        ("at_file.txt", str(conf / "at_file.txt")),
+        ("here.txt", "here.txt"),
+        ("Qwen/Qwen2.5-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct"),
+        (str(here / "both.txt"), str(here / "both.txt")),
+    ]:
+        (conf / "a.yaml").write_text(f"list: {written}\nout: both.txt\nanything: [both.txt]\n", encoding="utf-8")
+        lists = load(Lists, conf / "a.yaml")
+        assert (lists.list, lists.out, lists.anything) == (found, "both.txt", ["both.txt"])
+        assert all(type(value) is str for value in (lists.list, lists.out, *lists.anything))
+    assert load(Lists, conf / "a.yaml", ["list=both.txt"]).list == "both.txt"  # a command line starts where one stands
+
+
+def test_a_path_of_a_base_starts_at_the_base(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "a.txt").touch()
+    (tmp_path / "deep" / "base.yaml").write_text("list: a.txt\nother: a.txt\n", encoding="utf-8")
+    (tmp_path / "deep" / "er" / "top.yaml").write_text("base: ../base.yaml\nother: b.txt\n", encoding="utf-8")
+    lists = load(Lists, tmp_path / "deep" / "er" / "top.yaml")
+    assert Path(lists.list).samefile(tmp_path / "deep" / "a.txt") and lists.other == "b.txt"
+
+
+def test_files_of_the_package_have_a_name(tmp_path):
+    (tmp_path / "a.yaml").write_text("list: package:ct_config.yaml\n", encoding="utf-8")
+    assert "encoder" in read_yaml(load(Lists, tmp_path / "a.yaml").list)
+    assert read_yaml("package:prompt_config.yaml")["<TRANSCRIBE>"]
+    with pytest.raises(ConfigError, match=r"there are ct_config\.yaml, generation\.yaml, prompt_config\.yaml"):
+        read_yaml("package:nothing.yaml")
+
+
+@pytest.mark.parametrize("name", ["ct_config.yaml", "prompt_config.yaml", "generation.yaml"])
+def test_files_in_conf_are_those_of_the_package(root_dir, name):
+    assert read_yaml(root_dir / "conf" / name) == read_yaml(f"package:{name}")

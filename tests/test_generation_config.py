@@ -25,12 +25,12 @@ def test_settings_survive_being_written_and_read() -> None:
 
 
 def test_mini_settings_fit_its_tokenizer_and_prompts(root_dir: Path) -> None:
-    settings = config.load(GenerationConfig, root_dir / "conf" / "mini" / "generation.yaml")
+    settings = config.load(GenerationConfig, root_dir / "recipes" / "mini" / "conf" / "generation.yaml")
     assert set(settings.modes) == set(OUTPUTS)
-    prompts = config.read_yaml(root_dir / "conf" / "mini" / "prompts.yaml")
+    prompts = config.read_yaml(root_dir / "recipes" / "mini" / "conf" / "prompts.yaml")
     assert {task: sentences[0] for task, sentences in prompts.items()} == settings.instructions
-    tokenizer = AutoTokenizer.from_pretrained(root_dir / "conf" / "mini" / "tokenizer")
-    vocab = load_config(root_dir / "conf" / "mini" / "model.yaml").vocabulary
+    tokenizer = AutoTokenizer.from_pretrained(root_dir / "recipes" / "mini" / "conf" / "tokenizer")
+    vocab = load_config(root_dir / "recipes" / "mini" / "conf" / "model.yaml").vocabulary
     assert settings.guards.age is not None
     age = AgeChoice.compile(settings.guards.age, tokenizer, vocab)
     assert age is not None and len(age.choice_ids) == len(settings.guards.age.choices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_steps_need_only_steps_before_them():
 
 def test_a_step_that_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "DONE", tmp_path)
-    step = run.Step("try", "nothing", ("false",))
+    step = run.Step("try", "nothing", (sys.executable, "-c", "raise SystemExit(1)"))
     (tmp_path / "try").write_text("1 s\n")
     run.run(step, again=False)
     assert "done before" in capsys.readouterr().out
@@ -186,7 +187,9 @@ def test_a_step_that_is_done_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 def test_texts_are_asked_as_people_type_them_and_answered_without_guessing_who_asks():
     assert texts.written("i think i'm late, am i") == "I think I'm late, am I."
-    asked = [line["extra"]["question"] for line in prepare.text_records(300, wordnet_folder=WORDNET) if "my friend" in line["txt"]]
+    asked = [
+        line["extra"]["question"] for line in prepare.text_records(300, wordnet_folder=WORDNET) if "my friend" in line["txt"]
+    ]
     typed = [question for question in asked if question.endswith(".")]
     assert len(typed) >= 8 and len(asked) - len(typed) >= 8
     assert all(question[0].isupper() for question in typed)

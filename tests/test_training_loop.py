@@ -145,7 +145,7 @@ def test_stream_weights_count_in_the_mean() -> None:
     objective = Objective(tc.tiny_model(), LossConfig(stream={"t2s": 3.0}))
     text, speech = (objective.prepare(tc.make_batch([n]), CPU) for n in (3, 1))
     both = objective.prepare(tc.make_batch([3, 1]), CPU)
-    sums = [float(objective(m, {"lm": 1.0})[0]) for m in (text, speech)]
+    sums = [float(objective(m, {"lm": 1.0})[0].detach()) for m in (text, speech)]
     assert both.counts["lm"] == text.counts["lm"] + speech.counts["lm"]
     assert speech.counts["lm"] == 3 * tc.make_batch([1]).num_targets
     assert float(objective(both, both.counts)[0]) == pytest.approx(sum(sums) / both.counts["lm"], rel=1e-5)

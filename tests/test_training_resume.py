@@ -146,3 +146,16 @@ def test_a_pointer_to_nothing_is_an_error_not_a_new_start(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="not there"):
         checkpoint.latest(folder)
     assert os.listdir(folder) == ["latest"]
+
+
+def test_the_commit_is_read_without_git(tmp_path):
+    branch = "refs/heads/main"
+    (tmp_path / "HEAD").write_text(f"ref: {branch}\n")
+    assert checkpoint._commit(tmp_path) == ""
+    (tmp_path / "packed-refs").write_text(f"# pack-refs\n{'a' * 40} refs/heads/other\n{'b' * 40} {branch}\n")
+    assert checkpoint._commit(tmp_path) == "b" * 12
+    (tmp_path / branch).parent.mkdir(parents=True)
+    (tmp_path / branch).write_text("c" * 40 + "\n")
+    assert checkpoint._commit(tmp_path) == "c" * 12
+    (tmp_path / "HEAD").write_text("d" * 40 + "\n")
+    assert checkpoint._commit(tmp_path) == "d" * 12 and checkpoint._commit(tmp_path / "no repository") == ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from osum_echat import config as config_io
+from osum_echat.config import InputPath
 from osum_echat.data import text
 from osum_echat.data.config import LimitConfig
 from osum_echat.dialogue.interleave import split_words
@@ -104,7 +105,7 @@ class ProcessingConfig:
 
     profile: str = "processor"
     dialogue: str = "as_trained"
-    prompts: str = "conf/prompt_config.yaml"
+    prompts: InputPath = "package:prompt_config.yaml"
     tag_alone_rate: float = 0.5
     streaming_tts_rate: float = 0.0
     unknown_rate: float = 0.85

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from osum_echat import config as config_io
-from osum_echat.config import ConfigError
+from osum_echat.config import ConfigError, InputPath
 from osum_echat.dialogue.vocabulary import Vocabulary
 
 DOWN_SAMPLE_RATE = 4
@@ -116,7 +116,7 @@ class LlmConfig:
     """
 
     config: dict[str, Any] = field(default_factory=lambda: dict(_QWEN_3B))
-    path: str | None = None
+    path: InputPath | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     rotary_dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -158,7 +158,7 @@ class ModelConfig:
     llm: LlmConfig = field(default_factory=LlmConfig)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     lora: LoraConfig | None = None
-    tokenizer: str | None = None
+    tokenizer: InputPath | None = None
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -174,27 +174,16 @@ class ModelConfig:
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
     """Read a model config in either written form; ``overrides`` are ``key=value`` of our form. Raises ConfigError."""
-    path = Path(path)
-    data = config_io.read_yaml(path)
-    data = from_reference(data, path) if is_reference_form(data) else _relative_to(data, path.parent)
+    path = Path(config_io.find_path(str(path)))
+    data = config_io.read_with_folders(path)
+    if is_reference_form(data):
+        data = from_reference(data, path)
     return config_io.from_dict(ModelConfig, config_io.merge(data, config_io.parse_overrides(overrides)), where=str(path))
 
 
 def _check_heads(room: str, dim: int, heads: int) -> None:
     if dim < 1 or heads < 1 or dim % heads:
         raise ValueError(f"{room}.dim={dim} must be a multiple of {room}.heads={heads}")
-
-
-def _relative_to(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths that a file states are relative to that file, when something is there; otherwise they are left as they are (a hub name)."""
-    out = dict(data)
-    llm = out.get("llm")
-    if isinstance(llm, Mapping) and isinstance(llm.get("path"), str) and (folder / llm["path"]).exists():
-        out["llm"] = {**llm, "path": str(folder / llm["path"])}
-    tokenizer = out.get("tokenizer")
-    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
-        out["tokenizer"] = str(folder / tokenizer)
-    return out
 
 
 # ---- the training YAML of the published code -------------------------------------------------------------------------------------

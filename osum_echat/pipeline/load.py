@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GENERATION_FILE = "generation.yaml"
 TOKEN2WAV_FOLDER = "token2wav"
 SPEAKER_FILE = "speaker.safetensors"
-INSTRUCTIONS = Path(__file__).resolve().parents[2] / "conf" / "prompt_config.yaml"
+INSTRUCTIONS = "package:prompt_config.yaml"
 
 
 def load_llm(
@@ -88,4 +88,4 @@ def instruction(settings: GenerationConfig, task: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _published_instructions() -> dict[str, Any]:
-    return config_io.read_yaml(INSTRUCTIONS) if INSTRUCTIONS.is_file() else {}
+    return config_io.read_yaml(INSTRUCTIONS)

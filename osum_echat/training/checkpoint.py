@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,12 +49,23 @@ class TrainState:
 
 def code_version() -> str:
     """Package version and, in a git checkout, its commit."""
-    root = Path(osum_echat.__file__).resolve().parent.parent
-    version = getattr(osum_echat, "__version__", "0")
-    if not (root / ".git").exists():
-        return version
-    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return f"{version}+{done.stdout.strip()}" if done.returncode == 0 else version
+    commit = _commit(Path(osum_echat.__file__).resolve().parent.parent / ".git")
+    return f"{osum_echat.__version__}+{commit}" if commit else osum_echat.__version__
+
+
+def _commit(git: Path) -> str:
+    """The commit checked out by the repository folder ``git``, read from its files, because git need not be installed; "" without one."""
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head[:12]
+        branch = head.removeprefix("ref: ")
+        if (git / branch).is_file():
+            return (git / branch).read_text(encoding="utf-8")[:12]
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+    except OSError:  # an installed package; or a work tree whose repository is elsewhere
+        return ""
+    return next((line[:12] for line in packed if line.endswith(f" {branch}")), "")
 
 
 def fingerprint(module: nn.Module) -> dict[str, str]:
