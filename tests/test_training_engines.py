@@ -89,17 +89,13 @@ def test_ranks_with_uneven_data_take_equal_steps_and_lose_nothing(name: str, tmp
 
 
 @pytest.mark.parametrize("name", ["fsdp", "zero2"])
-def test_bfloat16_trains_close_to_float32(
-    name: str, reference: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OSUM_ECHAT_CPU", "bfloat16")
+def test_bfloat16_trains_close_to_float32(name: str, reference: dict[str, torch.Tensor], tmp_path: Path) -> None:
     weights = train(tmp_path, name, TWO, world=2, engine=engine(name, tmp_path), precision="bf16")
     assert 0 < largest_difference({k: v.float() for k, v in weights.items()}, reference) < 0.02
 
 
-def test_lora_under_sharding_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_under_sharding_in_bfloat16(tmp_path: Path) -> None:
     """Frozen bfloat16 weights and trained float32 shards in one block."""
-    monkeypatch.setenv("OSUM_ECHAT_CPU", "bfloat16")
     config = tc.base_config(tmp_path / "run", precision="bf16", engine=engine("fsdp", tmp_path), max_steps=3)
     case = {"config": config, "batches": TWO, "lora": True, "result": str(tmp_path / "weights.pt")}
     assert tc.launch(case, 2) == [0, 0], tc.logs(case)

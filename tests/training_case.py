@@ -244,6 +244,7 @@ def run(case: dict[str, Any]) -> Trainer:
 def rank_main(case: dict[str, Any], rank: int, world: int, port: int) -> None:
     """A rank of a case in a process of its own, as torchrun would start it."""
     torch.set_num_threads(1)
+    os.environ["OSUM_ECHAT_CPU"] = "bfloat16"  # what a case asks for is tested, on a CPU that is slow in it too
     logging.basicConfig(level=logging.INFO, filename=f"{case['config']['out']}.rank{rank}.log")
     if world > 1 or case.get("torchrun"):
         os.environ.update(
