@@ -36,7 +36,7 @@ from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.model.checkpoint import build_meta
 from osum_echat.model.config import LoraConfig, load_config
 from osum_echat.model.echat import EChatModel
-from osum_echat.training.build import assemble
+from osum_echat.training.build import make_trainer
 from osum_echat.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +95,9 @@ class OneBatch:
     def __iter__(self) -> Iterator[Batch]:
         yield self.batch
 
+    def set_epoch(self, epoch: int) -> None:
+        pass
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 
@@ -136,9 +139,9 @@ def main(argv: list[str] | None = None) -> int:
             "safety": {"try_largest_batch": False, "watchdog_seconds": 0.0},
         }
         train = config_io.from_dict(TrainConfig, plain, where="this benchmark")
-        trainer = assemble(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
+        trainer = make_trainer(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
         before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        micro = trainer.objective.prepare(trainer.loader.batch, CPU)  # type: ignore[attr-defined]
+        micro = trainer.objective.prepare(trainer.run.loader.batch, CPU)  # type: ignore[attr-defined]
         began = time.monotonic()
         outcome = trainer.engine.forward(micro, micro.counts)
         forward = time.monotonic() - began

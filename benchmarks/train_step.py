@@ -51,8 +51,9 @@ from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig
 from osum_echat.model.echat import EChatModel
+from osum_echat.run.config import OptimConfig
 from osum_echat.training import stages
-from osum_echat.training.config import LossConfig, OptimConfig, TrainConfig
+from osum_echat.training.config import LossConfig, TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.engines.single import SingleEngine
 from osum_echat.training.objective import Objective

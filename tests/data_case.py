@@ -70,7 +70,7 @@ def loader(
     streams: Mapping[str, StreamConfig | str], rank: int = 0, world_size: int = 1, train: bool = True, **changes: Any
 ) -> Loader:
     return build_loader(
-        config(streams, **changes), PlainTokenizer(), plain_vocabulary(), rank, world_size, train, prompts=PROMPTS, agree=None
+        config(streams, **changes), PlainTokenizer(), plain_vocabulary(), rank, world_size, train, prompts=PROMPTS
     )
 
 

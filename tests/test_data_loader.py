@@ -17,8 +17,7 @@ from osum_echat.data.batch import Batch
 from osum_echat.data.config import StreamConfig
 from osum_echat.data.convert import convert
 from osum_echat.data.examples import ExampleBuilder
-from osum_echat.data.loader import Loader, filler
-from osum_echat.dialogue.layout import IGNORE
+from osum_echat.data.loader import Loader
 from tests.data_case import config, loader, record, same, write_raw, write_shard
 
 
@@ -134,6 +133,21 @@ def test_interrupted_and_restored_equals_uninterrupted(
 @pytest.mark.parametrize(("workers", "stop"), [(1, 1), (4, 3), (4, 6)])
 def test_restore_with_worker_processes(lists: dict[str, str], workers: int, stop: int):
     check_resume(lambda: loader(lists, workers=workers), stop)
+
+
+def test_a_rank_that_is_through_says_so_until_the_next_epoch_begins(lists: dict[str, str]):
+    """Its state may be saved while other ranks are still in the epoch: restored, it has nothing left there and is ready for the next."""
+    whole = loader(lists)
+    list(whole)
+    state = whole.state_dict()
+    assert state["epoch"] == 0 and whole.epoch == 1
+    restored = loader(lists)
+    restored.load_state_dict(state)
+    assert list(restored) == [] and restored.epoch == 1
+    assert all(same(a, b) for a, b in zip(list(restored), list(whole), strict=True))
+    whole.set_epoch(2)
+    restored.load_state_dict(whole.state_dict())
+    assert all(same(a, b) for a, b in zip(list(restored), list(whole), strict=True)), "the start of an epoch"
 
 
 def test_the_rest_of_an_epoch_is_dealt_to_another_number_of_ranks(lists: dict[str, str]):
@@ -273,12 +287,6 @@ def test_speed_noise_and_room_are_repeatable(lists: dict[str, str], tmp_path: Pa
 
     assert wavs and list(make())
     check_resume(make, 1)
-
-
-def test_a_filler_teaches_nothing_and_has_a_recording():
-    batch = filler(8)
-    assert len(batch) == 0 and batch.num_targets == 0 and (batch.rows.targets_BT == IGNORE).all()
-    assert batch.feats_lengths_N.tolist() == [32] and int(batch.rows.audio_index_BT.max()) == 3
 
 
 def test_packing_keeps_padding_low(lists: dict[str, str]):

@@ -16,13 +16,16 @@ from osum_echat.config import ConfigError
 from osum_echat.data.config import DataConfig
 from osum_echat.model.config import LoraConfig
 from osum_echat.model.lora import add_lora, merge_lora
+from osum_echat.run import progress, schedule
+from osum_echat.run.bad_steps import TooManyBadSteps
 from osum_echat.training import __main__ as entry
-from osum_echat.training import checkpoint, export, memory, progress, schedule, stages, watchdog
+from osum_echat.training import export, memory, stages, watchdog
 from osum_echat.training.config import LossConfig, OptimConfig, TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.engines.deepspeed import merged_config
-from osum_echat.training.loop import TooManyBadSteps
+from osum_echat.training.folder import trained_weights
 from osum_echat.training.objective import Objective, add_input_noise
+from osum_echat.training.weights import load_run
 from tests import training_case as tc
 
 CPU = torch.device("cpu")
@@ -284,11 +287,11 @@ def test_export_and_average_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     trainer = tc.run(case(tmp_path, save_frozen=True, max_steps=4, save_every=2))
     run = tmp_path / "run"
-    model, _ = export.assemble(run)
+    model, _ = load_run(run)
     for name, param in model.named_parameters():
         assert param.equal(dict(trainer.objective.model.named_parameters())[name]), name
     assert average_checkpoints.main([str(run), str(tmp_path / "mean"), "--last", "2"]) == 0
-    first, second = (export.trained_weights(run / "checkpoints" / f"step_{s:08d}") for s in (2, 4))
+    first, second = (trained_weights(run / "checkpoints" / f"step_{s:08d}") for s in (2, 4))
     from osum_echat.model.checkpoint import load_weights
 
     mean = dict(load_weights(tmp_path / "mean").named_parameters())
@@ -300,7 +303,7 @@ def test_export_and_average_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_lora_run_exports_merged_weights(tmp_path: Path) -> None:
     trainer = tc.run({**case(tmp_path, save_frozen=True), "heads": False, "lora": True})
     trainer.objective.model.eval()
-    checkpoint.export(tmp_path / "run", tmp_path / "out")
+    export.export_folder(tmp_path / "run", tmp_path / "out")
     from osum_echat.model.checkpoint import load_weights
 
     exported, batch = load_weights(tmp_path / "out"), tc.make_batch([0, 1, 2, 3])

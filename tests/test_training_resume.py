@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from osum_echat.training import checkpoint, export
+from osum_echat.training import checkpoint, folder
 from tests import training_case as tc
 from tests.test_training_engines import engine, largest_difference
 
@@ -55,12 +55,12 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(name: str, step: int, ph
     case = make(tmp_path, name)
     codes = tc.launch({**case, "kill_rank": rank, "kill_at_step": step, "kill_in": phase}, world)
     assert codes[rank] == -signal.SIGKILL, tc.logs(case)
-    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    newest = folder.latest(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name == f"step_{(step if phase == 'renamed' else step - 1) // 2 * 2:08d}"
     resumed = finish(case, world)
     assert "resumed" in tc.logs(case)
     assert all(resumed[key].equal(whole[key]) for key in whole)
-    stored = export.trained_weights(checkpoint.step_folder(tmp_path / "run"))
+    stored = folder.trained_weights(folder.step_folder(tmp_path / "run"))
     assert all(stored[key.removeprefix("model.")].equal(whole[key]) for key in whole)
 
 
@@ -86,7 +86,7 @@ def test_a_signal_saves_and_stops_and_the_rest_is_exact(tmp_path: Path) -> None:
     whole = finish(make(tmp_path / "whole", "ddp"), 2)
     case = make(tmp_path, "ddp", save_every=100)
     assert tc.launch({**case, "signal_at_step": 3}, 2) == [0, 0], tc.logs(case)
-    assert checkpoint.read_state(checkpoint.step_folder(tmp_path / "run"))["step"] == 3
+    assert folder.read_state(folder.step_folder(tmp_path / "run"))["step"] == 3
     resumed = finish(case, 2)
     assert all(resumed[key].equal(whole[key]) for key in whole)
 
@@ -94,7 +94,7 @@ def test_a_signal_saves_and_stops_and_the_rest_is_exact(tmp_path: Path) -> None:
 def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make(tmp_path, "single", max_steps=2)
     tc.run(case)
-    before = checkpoint.step_folder(tmp_path / "run")
+    before = folder.step_folder(tmp_path / "run")
 
     def no_space(*args: Any, **kwargs: Any) -> None:
         Path(args[1]).write_bytes(b"half")
@@ -105,10 +105,10 @@ def test_a_full_disk_costs_the_checkpoint_not_the_run(tmp_path: Path, monkeypatc
         more = {**case, "config": {**case["config"], "max_steps": 4}}
         trainer = tc.run(more)
     assert trainer.state.step == 4
-    assert checkpoint.step_folder(tmp_path / "run") == before
+    assert folder.step_folder(tmp_path / "run") == before
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp*"))
     assert tc.run(more).state.step == 4  # from step 2 again, this time written
-    assert checkpoint.step_folder(tmp_path / "run").name == "step_00000004"
+    assert folder.step_folder(tmp_path / "run").name == "step_00000004"
 
 
 def test_only_the_newest_checkpoints_are_kept_and_leftovers_of_a_kill_removed(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_only_the_newest_checkpoints_are_kept_and_leftovers_of_a_kill_removed(tm
 
 def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     tc.run(make(tmp_path, "single", max_steps=2))
-    state = checkpoint.read_state(checkpoint.step_folder(tmp_path / "run"))
+    state = folder.read_state(folder.step_folder(tmp_path / "run"))
     assert {"step", "epoch", "targets", "config", "code", "world_size", "model"} <= state.keys()
     assert state["step"] == 2 and state["config"]["optim"]["lr"] == 1e-3
 
@@ -128,10 +128,10 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
 def test_another_engine_family_or_other_frozen_weights_are_refused(tmp_path: Path) -> None:
     case = make(tmp_path, "single", max_steps=2, rooms={"encoder": 0.0})
     tc.run(case)
-    path = checkpoint.step_folder(tmp_path / "run") / "state.json"
+    path = folder.step_folder(tmp_path / "run") / "state.json"
     content = json.loads(path.read_text())
     for change, message in (
-        ({"engine_name": "DeepSpeedEngine"}, "keep the engine"),
+        ({"engine_family": "deepspeed"}, "keep the engine"),
         ({"frozen": {"encoder.conv1.weight": "0/0"}}, "frozen"),
     ):
         path.write_text(json.dumps({**content, **change}))
@@ -140,12 +140,12 @@ def test_another_engine_family_or_other_frozen_weights_are_refused(tmp_path: Pat
 
 
 def test_a_pointer_to_nothing_is_an_error_not_a_new_start(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    (folder / "latest").write_text("step_00000004\n")
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "latest").write_text("step_00000004\n")
     with pytest.raises(ValueError, match="not there"):
-        checkpoint.latest(folder)
-    assert os.listdir(folder) == ["latest"]
+        folder.latest(checkpoints)
+    assert os.listdir(checkpoints) == ["latest"]
 
 
 def test_the_commit_is_read_without_git(tmp_path):

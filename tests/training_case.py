@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model.config import AdapterConfig, CtcConfig, EncoderConfig, LlmConfig, ModelConfig
 from osum_echat.model.echat import EChatModel
 from osum_echat.training import distributed
-from osum_echat.training.build import assemble
+from osum_echat.training.build import make_trainer
 from osum_echat.training.config import TrainConfig
 from osum_echat.training.loop import Trainer
 
@@ -143,6 +143,9 @@ class ListLoader:
             yield batch
         self.epoch, self.position = self.epoch + 1, 0
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch, self.position = epoch, 0
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
 
@@ -185,25 +188,17 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return out
 
 
-def _kill_in(trainer: Trainer, step: int, phase: str) -> None:
-    """Arrange for a real kill -9 of this process: when it enters ``phase`` of ``step``, or (phase "rename") while a checkpoint is put
-    in place."""
-    beat, finish = trainer._beat, trainer.checkpoints._finish
+def interruption(case: dict[str, Any], rank: int) -> Callable[[int, str], None]:
+    """What `Run.on_phase` does in this rank of a case: a real kill -9 of this process at the beginning of ``kill_in`` (a phase of `Run`) of
+    ``kill_at_step``, or a SIGTERM when the step before ``signal_at_step`` is done."""
 
-    def killing_beat(name: str) -> None:
-        beat(name)
-        if (trainer.state.step + 1, name) == (step, phase):
+    def on_phase(step: int, phase: str) -> None:
+        if rank == case.get("kill_rank", -1) and (step, phase) == (case["kill_at_step"], case["kill_in"]):
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 0 and phase == "stepped" and step == case.get("signal_at_step", -1) - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def killing_finish(temporary: Path, name: str, state: Any, facts: Any) -> None:
-        if phase == "rename" and state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        finish(temporary, name, state, facts)
-        if phase == "renamed" and state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    trainer._beat = killing_beat  # type: ignore[method-assign]
-    trainer.checkpoints._finish = killing_finish  # type: ignore[method-assign]
+    return on_phase
 
 
 def run(case: dict[str, Any]) -> Trainer:
@@ -220,24 +215,14 @@ def run(case: dict[str, Any]) -> Trainer:
         lora = LoraConfig(rank=4, alpha=8, dropout=0.0)
         add_lora(model.lm.llm, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
-    trainer = assemble(config, model, LetterTokenizer(), loader, validation, bar=False)
-    if rank == case.get("kill_rank", -1):
-        _kill_in(trainer, case["kill_at_step"], case["kill_in"])
+    on_phase = interruption(case, rank)
+    trainer = make_trainer(config, model, LetterTokenizer(), loader, validation, bar=False, on_phase=on_phase)
     if case.get("dropout"):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.1
-    if (at := case.get("signal_at_step")) is not None and rank == 0:
-        after = trainer._after_step
-
-        def signalled(*args: Any) -> None:
-            after(*args)
-            if trainer.state.step == at - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        trainer._after_step = signalled  # type: ignore[method-assign]
     trainer.resume()
-    trainer.run()
+    trainer.fit()
     return trainer
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from osum_echat.training.checkpoint import STATE_FILE
+from osum_echat.run.progress import METRICS, read_metrics
 from osum_echat.training.export import export_average
-from osum_echat.training.progress import read_metrics
+from osum_echat.training.folder import CHECKPOINTS, STATE_FILE, complete_steps
 
 
 def choose(sources: list[Path], last: int, best: int | None) -> list[Path]:
@@ -27,9 +27,9 @@ def choose(sources: list[Path], last: int, best: int | None) -> list[Path]:
     if len(sources) > 1 or (sources[0] / STATE_FILE).is_file():
         return sources
     run = sources[0]
-    steps = sorted(p for p in (run / "checkpoints").glob("step_*") if (p / STATE_FILE).is_file())
+    steps = complete_steps(run / CHECKPOINTS)
     if best is not None:
-        losses = dict(read_metrics(run / "metrics.jsonl").get("validation", {}).get("loss", []))
+        losses = dict(read_metrics(run / METRICS).get("validation", {}).get("loss", []))
         known = [p for p in steps if int(p.name.removeprefix("step_")) in losses]
         if len(known) < best:
             raise ValueError(

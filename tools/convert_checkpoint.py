@@ -31,7 +31,7 @@ from osum_echat.model.echat import EChatModel
 from osum_echat.model.lora import merge_lora
 from osum_echat.model.released import spec_of
 from osum_echat.model.storage import Storage, open_source, stored, write_safetensors
-from osum_echat.training import checkpoint as training_io
+from osum_echat.training.folder import is_training_folder
 
 FULL_SIZE = Path(__file__).resolve().parent.parent / "conf" / "ct_config.yaml"
 
@@ -66,10 +66,10 @@ def convert(args: argparse.Namespace) -> None:
     """Convert as the arguments say. Raises ValueError for what cannot be done."""
     if args.target.suffix == ".pt" and args.storage == "int8":
         raise ValueError("the published form has no 8-bit storage; take float16 or bfloat16")
-    if training_io.is_training_folder(args.source):
-        from osum_echat.training import export
+    if is_training_folder(args.source):
+        from osum_echat.training.weights import load_run
 
-        model, tokenizer = export.assemble(args.source)
+        model, tokenizer = load_run(args.source)
         config, tensors = _in_memory(model, args.merge_lora)
     else:
         config, tensors = _from_file(args)

@@ -4,41 +4,34 @@ Workers are torch's DataLoader processes; each runs one reader with its own shar
 batch, so that the loader's state is always that of the last batch it handed out, whatever the workers have prepared ahead. The order of
 batches is round robin over readers, in one process or in several.
 
-Ranks agree as they go: before each batch all ranks tell whether they have one left, and as long as any has, a rank without gives a
-*filler* (no keys, no targets, one short silent recording). So every rank makes the same number of steps, none waits for a collective that
-does not come, and nothing is lost or seen twice. Shares are equal to within a sample per list line by construction, so fillers are few.
+A rank ends its epoch when its own share is read; that another rank has more, and what happens then, is the training loop's affair
+(`training.steps`). Shares are equal to within a sample per list line by construction.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import fsspec.asyn
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.batch import Batch
 from osum_echat.data.config import DataConfig
 from osum_echat.data.drops import DropLog, DropReport
 from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.lists import Stream
 from osum_echat.data.reader import Builder, Output, Reader
-from osum_echat.dialogue.layout import IGNORE, Row, audio_positions
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
-FILLER_FRAMES = 32
 _VERSION = 1
-
-Agree = Callable[[bool], bool]
 
 
 class Loader:
@@ -48,13 +41,10 @@ class Loader:
         streams: what is mixed.
         builder: makes examples of records.
         rank, world_size: this process among the data-parallel ones.
-        agree: given whether this rank has a batch left, tells whether any rank has (a collective). ``auto``: by torch.distributed when
-            it is initialised and ``world_size`` > 1. None: every rank ends by itself (where the caller agrees on steps).
         pin_memory: batches in page-locked memory, for copies to a GPU that do not wait.
         repeat: every epoch is the same as the first (held-out data: figures of different epochs can be compared).
 
     Attributes:
-        epoch: number of the epoch that the next batch belongs to.
         report: counts of the current (or last) epoch on this rank.
     """
 
@@ -65,18 +55,16 @@ class Loader:
         config: DataConfig,
         rank: int = 0,
         world_size: int = 1,
-        agree: Agree | Literal["auto"] | None = "auto",
         pin_memory: bool = False,
         repeat: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         self.streams, self.config = list(streams), config
-        self.epoch = 0
+        self._epoch, self._ended = 0, False
         self.report = DropReport()
         self.batches_done = 0
         self._builder, self._rank, self._world_size = builder, rank, world_size
-        self._agree = _distributed_agreement(world_size) if agree == "auto" else agree
         self._pin_memory, self._repeat = pin_memory, repeat
         self._log = DropLog(_rank_path(config.drops_file, rank, world_size))
         self._notes: dict[str, int] = {}
@@ -93,34 +81,34 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Begin with this epoch; a loaded position within an epoch is given up."""
-        self.epoch = epoch
-        self._resumed = False
+        self._epoch = epoch
+        self._ended = self._resumed = False
+        self._fresh()
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next batch belongs to."""
+        return self._epoch + self._ended
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of the epoch ``self.epoch``, from where `load_state_dict` put it; afterwards ``self.epoch`` is the next.
+
+        Until then `state_dict` says the end of this epoch: with several ranks one may be through while others are not.
 
         Raises:
             TooManyBadSamples: see `DataConfig.max_bad_fraction`.
         """
         if not self._resumed:
-            self._fresh()
+            self.set_epoch(self.epoch)
         self._resumed = False
         outputs = self._outputs()
-        while True:
-            output = self._next_output(outputs)
-            batch = output.batch if output is not None else None
-            if self._agree is not None and not self._agree(batch is not None):
-                break
-            if batch is None:
-                if self._agree is None:
-                    break
-                batch = filler(self.config.num_mels)
+        while (batch := self._next_batch(outputs)) is not None:
             self.batches_done += 1
             yield batch
         self.report.check(self.config.max_bad_fraction, final=True)
         level = logging.WARNING if self.report.bad else logging.INFO
-        log.log(level, "epoch %d, rank %d: %d batches, %s", self.epoch, self._rank, self.batches_done, self.report.text())
-        self.epoch += 1
+        log.log(level, "epoch %d, rank %d: %d batches, %s", self._epoch, self._rank, self.batches_done, self.report.text())
+        self._ended = True
 
     def _outputs(self) -> Iterator[tuple[int, Output]]:
         """(index of the reader, output) in turns, from the reader whose turn it is; a reader's last output has no batch."""
@@ -129,7 +117,7 @@ class Loader:
         if not order:
             return
         todo = [self._readers[i] for i in order]
-        shares = _Shares(self.streams, self._builder, self.config, 0 if self._repeat else self.epoch, todo, self._num_readers)
+        shares = _Shares(self.streams, self._builder, self.config, 0 if self._repeat else self._epoch, todo, self._num_readers)
         outputs: Iterable[tuple[int, Output]] = shares
         if self.config.workers > 0:
             outputs = DataLoader(
@@ -143,8 +131,8 @@ class Loader:
         for at, output in outputs:
             yield order[at], output
 
-    def _next_output(self, outputs: Iterator[tuple[int, Output]]) -> Output | None:
-        """The next output that has a batch; accounts for what was left out on the way."""
+    def _next_batch(self, outputs: Iterator[tuple[int, Output]]) -> Batch | None:
+        """The next batch, None at the end; accounts for what was left out on the way."""
         for at, output in outputs:
             reader = self._readers[at]
             reader.state, reader.finished = output.state, output.batch is None
@@ -154,7 +142,7 @@ class Loader:
             self._tell_notes(output.notes)
             self.report.check(self.config.max_bad_fraction)
             if output.batch is not None:
-                return output
+                return output.batch
         return None
 
     def _tell_notes(self, notes: Mapping[str, int]) -> None:
@@ -171,7 +159,7 @@ class Loader:
             "settings": self._settings(),
             "rank": self._rank,
             "world_size": self._world_size,
-            "epoch": self.epoch,
+            "epoch": self._epoch,
             "turn": self._turn,
             "batches_done": self.batches_done,
             "num_readers": self._num_readers,
@@ -202,7 +190,7 @@ class Loader:
         """Go on with the states of all ranks of a run that had another number of them. Returns what happens, as a sentence.
 
         The rest of the epoch is read in the old shares, dealt to the new ranks: nothing is lost or seen twice. Where there are now more
-        ranks than shares, some get fillers until the next epoch.
+        ranks than shares, some have nothing until the next epoch.
         """
         if len(states) == self._world_size:
             self.load_state_dict(states[self._rank])
@@ -217,11 +205,11 @@ class Loader:
         )
 
     def _load(self, state: Mapping[str, Any], readers: Sequence[Mapping[str, Any]], turn: int) -> None:
-        self.epoch, self._num_readers, self._turn = state["epoch"], state["num_readers"], turn
+        self._epoch, self._num_readers, self._turn = state["epoch"], state["num_readers"], turn
         self._readers = [_ReaderState(**reader) for reader in readers]
         self.batches_done = 0
         self.report = DropReport()
-        self._resumed = True
+        self._ended, self._resumed = False, True
 
     def _check(self, state: Mapping[str, Any]) -> None:
         if state.get("version") != _VERSION:
@@ -303,22 +291,6 @@ def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # remote file systems run a thread that a fork does not copy
 
 
-def filler(num_mels: int) -> Batch:
-    """A batch that teaches nothing: one position without a target, one silent recording, so that every room still runs."""
-    positions = audio_positions(FILLER_FRAMES)
-    row = Row(
-        ids_T=np.zeros(positions, np.int64),
-        positions_T=np.arange(positions),
-        visible_T=np.ones(positions, np.bool_),
-        targets_T=np.full(positions, IGNORE, np.int64),
-        text_softmax=False,
-        audio=[(0, 0, positions)],
-    )
-    batch = collate([Example("", "", row, [torch.zeros(FILLER_FRAMES, num_mels)])], num_mels)
-    batch.keys, batch.tasks, batch.tags, batch.texts, batch.streams = [], [], [], [], []
-    return batch
-
-
 def build_loader(
     config: DataConfig,
     tokenizer: Tokenizer,
@@ -326,7 +298,6 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     train: bool = True,
-    agree: Agree | Literal["auto"] | None = "auto",
     prompts: Mapping[str, Sequence[str]] | None = None,
     pin_memory: bool = False,
 ) -> Loader:
@@ -349,21 +320,7 @@ def build_loader(
     if not streams:
         raise ValueError("every stream of data.streams is empty: raise a weight in its data yaml")
     builder = ExampleBuilder(config, tokenizer, vocab, train, prompts)
-    return Loader(streams, builder, config, rank, world_size, agree, pin_memory, repeat=not train)
-
-
-def _distributed_agreement(world_size: int) -> Agree | None:
-    if world_size == 1 or not (dist.is_available() and dist.is_initialized()):
-        return None
-    # A group of its own on CPU: the flag never waits behind a queue of kernels.
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-
-    def agree(have_batch: bool) -> bool:
-        flag = torch.tensor([int(have_batch)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-        return bool(flag.item())
-
-    return agree
+    return Loader(streams, builder, config, rank, world_size, pin_memory, repeat=not train)
 
 
 def _rank_path(path: str | None, rank: int, world_size: int) -> str | None:

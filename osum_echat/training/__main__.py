@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from osum_echat import config as config_io
+from osum_echat.run import bad_steps
 from osum_echat.training import build, distributed
 from osum_echat.training.config import ConfigError, TrainConfig
-from osum_echat.training.loop import TooManyBadSteps, Validator
+from osum_echat.training.folder import latest
+from osum_echat.training.loop import Validator
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,16 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         validators = {name.partition(":")[2]: find_validator(name) for name in args.validators}
         trainer = build.trainer(config, validators, bar=not args.no_bar)
-        if args.fresh and trainer.checkpoints.latest() is not None:
+        if args.fresh and latest(trainer.checkpoints.folder) is not None:
             raise ConfigError(f"--fresh, but {config.out} has checkpoints; choose another out=, or remove it")
         trainer.resume()
-        trainer.run()
+        trainer.fit()
         if not trainer.is_saved:
             print("the last steps could not be saved (see the log); make room and start again", file=sys.stderr)
             return 4
-    except TooManyBadSteps as error:
+    except bad_steps.TooManyBadSteps as error:
         print(error, file=sys.stderr)
-        return 3
+        return bad_steps.EXIT_CODE
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

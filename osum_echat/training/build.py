@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,13 +14,14 @@ from osum_echat import device as devices
 from osum_echat.data.loader import build_loader
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.encoder_cache import EncoderCache
-from osum_echat.training import distributed, engines, export, memory, stages
+from osum_echat.training import distributed, engines, folder, memory, stages
 from osum_echat.training.checkpoint import code_version, fingerprint
 from osum_echat.training.config import ConfigError, Precision, TrainConfig
-from osum_echat.training.loop import Loader, Trainer, Validator
+from osum_echat.training.distributed import World
+from osum_echat.training.loop import Loader, Run, Trainer, Validator
 from osum_echat.training.objective import Objective
-from osum_echat.training.start import load_start
 from osum_echat.training.watchdog import Watchdog, shared_store
+from osum_echat.training.weights import load_start
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +47,11 @@ def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = No
         validation = build_loader(config.validation, tokenizer, model.vocabulary, world.rank, world.size, train=False)
     if world.is_main:
         log.info("%s", loader.describe())
-        tokenizer.save_pretrained(Path(config.out) / export.TOKENIZER)
-    return assemble(config, model, tokenizer, loader, validation, validators, bar, world)
+        tokenizer.save_pretrained(config.out / folder.TOKENIZER)
+    return make_trainer(config, model, tokenizer, loader, validation, validators, bar, world)
 
 
-def assemble(
+def make_trainer(
     config: TrainConfig,
     model: EChatModel,
     tokenizer: Any,
@@ -59,11 +59,12 @@ def assemble(
     validation: Loader | None = None,
     validators: Mapping[str, Validator] | None = None,
     bar: bool = True,
-    world: distributed.World | None = None,
+    world: World | None = None,
+    on_phase: Callable[[int, str], None] | None = None,
 ) -> Trainer:
     """A trainer for a model and loaders that exist already.
 
-    Joins the process group when there is one to join, freezes rooms, spreads the model over the ranks, and tries the largest batch.
+    Joins the process group when there is one to join, freezes parts, spreads the model over the ranks, and tries the largest batch.
     """
     device = devices.resolve(config.device)
     if config.threads:
@@ -79,13 +80,10 @@ def assemble(
     if world.is_main:
         log.info("%s", describe(config, name, world, device, model))
         log.info("%s", stages.table(model, groups))
-    frozen_sums = fingerprint(model)
+    facts = {"frozen": fingerprint(model), "model": config_io.to_dict(model.config)}
     _set_dtypes(model, config, name)
     model.to(device)
-    if config.encoder_cache is not None:
-        if any(parameter.requires_grad for parameter in model.encoder.parameters()):
-            raise ConfigError("encoder_cache is for a frozen encoder; set rooms.encoder: 0.0, or leave encoder_cache out")
-        model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
+    _add_encoder_cache(model, config)
     objective = Objective(model, config.loss, tokenizer, every_room=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:
@@ -95,24 +93,36 @@ def assemble(
         line = memory.rehearse(engine, objective, config, device)
         if world.is_main:
             log.info("%s", line)
+    watchdog = Watchdog(world, shared_store(world), config.safety.watchdog_seconds, config.safety.watchdog_abort)
     return Trainer(
-        config,
-        objective,
-        engine,
-        loader,
-        world,
-        device,
-        validation,
-        validators,
-        tokenizer,
-        expected_steps=config.expected_steps or config.max_steps,
-        watchdog=Watchdog(world, shared_store(world), config.safety.watchdog_seconds, config.safety.watchdog_abort),
-        facts={"frozen": frozen_sums, "model": config_io.to_dict(model.config)},
-        bar=bar,
+        Run(
+            config,
+            world,
+            device,
+            engine,
+            objective,
+            loader,
+            validation,
+            validators=validators or {},
+            tokenizer=tokenizer,
+            expected_steps=config.expected_steps or config.max_steps,
+            watchdog=watchdog,
+            facts=facts,
+            bar=bar,
+            on_phase=on_phase,
+        )
     )
 
 
-def join(config: TrainConfig) -> distributed.World:
+def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:
+    if config.encoder_cache is None:
+        return
+    if any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        raise ConfigError("encoder_cache is for a frozen encoder; set rooms.encoder: 0.0, or leave encoder_cache out")
+    model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
+
+
+def join(config: TrainConfig) -> World:
     """Join the process group that the config's engine needs."""
     device = devices.resolve(config.device)
     devices.activate(device)
@@ -132,7 +142,7 @@ def _set_dtypes(model: EChatModel, config: TrainConfig, engine: str) -> None:
             param.data = param.data.float()
 
 
-def describe(config: TrainConfig, engine: str, world: distributed.World, device: torch.device, model: EChatModel) -> str:
+def describe(config: TrainConfig, engine: str, world: World, device: torch.device, model: EChatModel) -> str:
     """What this run decided, a line each."""
     llm = model.config.llm
     mix = {name: stream.weight if stream.weight is not None else "by lines" for name, stream in config.data.streams.items()}

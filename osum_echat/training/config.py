@@ -1,7 +1,7 @@
 """What a training run is, as one typed config. YAML files in ``conf/`` are its written form.
 
-Defaults are those the published checkpoints were trained with (AdamW .9/.99, eps 1e-6, weight decay .01, ``warmuplr`` over 2000 steps,
-clipping at 5, 8 accumulated micro-batches); what a small run changes stands in its own file.
+Defaults are those the published checkpoints were trained with (8 accumulated micro-batches; optimiser and schedule: `run.config`). What a
+small run changes stands in its own file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, Literal
 from osum_echat.config import ConfigError
 from osum_echat.data.config import DataConfig
 from osum_echat.model.config import LoraConfig
+from osum_echat.run import config as run_config
+from osum_echat.run.config import OptimConfig
 
 Stage = Literal["understanding", "generation", "empathy"]
 EngineName = Literal["auto", "single", "ddp", "fsdp", "deepspeed"]
@@ -59,25 +61,6 @@ class RoomRates:
 
 
 @dataclass
-class OptimConfig:
-    """Optimiser, schedule and clipping. ``schedule`` see `schedule.factor`; ``total_steps`` None: the run's expected steps."""
-
-    lr: float = 1e-6
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    schedule: Literal["warmuplr", "linear", "cosine", "constant"] = "warmuplr"
-    warmup_steps: int = 2000
-    total_steps: int | None = None
-    final_factor: float = 0.0
-    clip: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or self.clip < 0:
-            raise ValueError("lr must be positive, warmup_steps and clip >= 0 (clip 0: no clipping)")
-
-
-@dataclass
 class LossConfig:
     """Weights of the parts of the loss. ``stream``: extra weight of the targets of a mixing stream (s2t, t2s, s2s, t2t)."""
 
@@ -107,7 +90,7 @@ class EngineConfig:
 
 
 @dataclass
-class SafetyConfig:
+class SafetyConfig(run_config.SafetyConfig):
     """What happens when something goes wrong.
 
     Attributes:
@@ -117,19 +100,17 @@ class SafetyConfig:
         try_largest_batch: run the largest batch that the data config allows forward and backward before step 1.
     """
 
-    max_bad_steps: int = 5
     watchdog_seconds: float = 600.0
     watchdog_abort: bool = False
     try_largest_batch: bool = True
 
 
-@dataclass
-class TrainConfig:
-    """One training run (see the sections above).
+@dataclass(kw_only=True)
+class TrainConfig(run_config.RunConfig):
+    """One training run (see the sections above; `RunConfig` has the keys that are not described here).
 
     Attributes:
         stage: decides which rooms train by default (`stages.STAGES`).
-        out: folder of this run: checkpoints, metrics.jsonl, TensorBoard, curves.
         init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
         model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
         data: the training lists and their batches; validation: the same for held-out lists, None: no validation.
@@ -139,7 +120,7 @@ class TrainConfig:
         accumulation: micro-batches a step on each rank. The update is the mean over all targets of all of them.
         checkpoint_activations: recompute each block in backward instead of storing it.
         max_steps, max_epochs, max_minutes: whichever comes first ends the run.
-        save_every, keep: optimiser steps between checkpoints; how many are kept.
+        keep: how many checkpoints are kept.
         save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by fingerprint.
         encoder_cache: folder in which the outputs of a frozen encoder are kept, by content (`model.encoder_cache`); only without augmentation
             is anything found there again.
@@ -147,7 +128,6 @@ class TrainConfig:
     """
 
     stage: Stage = "understanding"
-    out: str = "out/train"
     init: InitConfig = field(default_factory=InitConfig)
     model: str | None = None
     model_changes: dict[str, Any] = field(default_factory=dict)
@@ -155,32 +135,24 @@ class TrainConfig:
     validation: DataConfig | None = None
     rooms: RoomRates = field(default_factory=RoomRates)
     lora: LoraConfig | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     safety: SafetyConfig = field(default_factory=SafetyConfig)
-    device: str = "auto"
-    precision: Precision = "bf16"
+    precision: Precision = "bf16"  # type: ignore[assignment]  # more than every training knows
     accumulation: int = 8
     checkpoint_activations: bool = True
-    max_steps: int | None = None
     max_epochs: int | None = 1
-    max_minutes: float | None = None
     expected_steps: int | None = None
-    save_every: int = 1250
     keep: int = 3
     save_frozen: bool = False
-    log_every: int = 10
-    validate_every: int = 1250
     validate_batches: int | None = None
     encoder_cache: str | None = None
     input_noise: float = 0.0
-    seed: int = 777
-    threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.accumulation < 1 or self.save_every < 1 or self.keep < 1 or self.log_every < 1:
-            raise ValueError("accumulation, save_every, keep and log_every must be at least 1")
+        super().__post_init__()
+        if self.accumulation < 1 or self.keep < 1:
+            raise ValueError("accumulation and keep must be at least 1")
         if not 0 <= self.input_noise < 1:
             raise ValueError(f"input_noise is a share of codes in [0, 1), found {self.input_noise}")
         if self.max_steps is None and self.max_epochs is None and self.max_minutes is None:

@@ -9,7 +9,6 @@ D samples, N recordings, M targets, B rows, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -185,8 +184,3 @@ def placeholder(num_mels: int) -> Batch:
     )
     none = torch.zeros(0, dtype=torch.long)
     return Batch(rows, torch.zeros(0, 0, num_mels), none, keys=[""], tasks=[""], tags=[{}], sample_N=none, streams=[""])
-
-
-def total_counts(table: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, float]:
-    """Column sums of the ranks' counts, by name."""
-    return {name: float(sum(row[i] for row in table)) for i, name in enumerate(names)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from osum_echat.training.config import OptimConfig
+from osum_echat.run.config import OptimConfig
 
 
 @dataclass
@@ -92,9 +92,3 @@ class Optimizer:
                 yield f"{key}.{name}", value
             if master is not param:
                 yield f"master.{name}", master.detach()
-
-    def bytes_per_parameter(self) -> float:
-        """Memory of states, masters and gradients over the number of parameters (full, not this rank's share)."""
-        total = sum(p.numel() for p in self.parameters)
-        used = sum(p.numel() * (8 + p.element_size() + (4 if m is not p else 0)) for _, p, m in self.pairs)
-        return used / total if total else 0.0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from osum_echat import device as devices
 from osum_echat.training.config import TrainConfig
 from osum_echat.training.distributed import World
+from osum_echat.training.folder import DCP
 from osum_echat.training.objective import MicroBatch, Objective, Outcome
 from osum_echat.training.optimizer import Group, Optimizer
 
@@ -43,6 +44,7 @@ class Engine(abc.ABC):
         blocks: repeated layers, the units of sharding.
     """
 
+    family: str  # what a checkpoint says about who can continue it: engines of one family read each other's files
     needs_group = True
     shards_weights = False
 
@@ -92,6 +94,8 @@ class Engine(abc.ABC):
 
 class TorchEngine(Engine):
     """Single, ddp and fsdp: torch's optimiser, torch DCP for checkpoints."""
+
+    family = "torch"
 
     def __init__(
         self,
@@ -149,10 +153,10 @@ class TorchEngine(Engine):
         return {"model": weights, "optimizer": dict(self.optimizer.tensors())}
 
     def save(self, folder: Path) -> None:
-        dcp.save(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=self.world.size == 1)
+        dcp.save(self._state(), checkpoint_id=str(folder / DCP), no_dist=self.world.size == 1)
 
     def load(self, folder: Path) -> None:
-        dcp.load(self._state(), checkpoint_id=str(folder / "dcp"), no_dist=self.world.size == 1)
+        dcp.load(self._state(), checkpoint_id=str(folder / DCP), no_dist=self.world.size == 1)
 
     def extra_state(self) -> dict[str, Any]:
         return {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}

@@ -23,10 +23,9 @@ from osum_echat import device as devices
 from osum_echat.training.config import ConfigError, TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.engines.base import Engine, StepResult
+from osum_echat.training.folder import DEEPSPEED as TAG
 from osum_echat.training.objective import MicroBatch, Objective, Outcome
 from osum_echat.training.optimizer import Group
-
-TAG = "deepspeed"
 
 
 def stated_twice(config: TrainConfig) -> dict[str, Any]:
@@ -79,6 +78,8 @@ def merged_config(config: TrainConfig) -> dict[str, Any]:
 
 class DeepSpeedEngine(Engine):
     """ZeRO 1-3."""
+
+    family = "deepspeed"
 
     def __init__(
         self,

@@ -1,4 +1,7 @@
-"""What a run's weights start from: a checkpoint of any form, a training run of ours, or a new model; then single rooms put in."""
+"""Where weights come from: a checkpoint of any form, a training run, or a new model; then single parts put in.
+
+A training checkpoint holds what was trained; what was frozen comes from where that run started (`load_run`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
@@ -16,7 +20,7 @@ from osum_echat.model.config import ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.lora import add_lora
 from osum_echat.model.whisper import read_whisper
-from osum_echat.training import checkpoint, export
+from osum_echat.training import folder as layout
 from osum_echat.training.config import ConfigError, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -31,8 +35,8 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
     """
     init = config.init
     devices.seed_all(config.seed)  # new weights are the same on every rank
-    if init.checkpoint is not None and checkpoint.is_training_folder(Path(init.checkpoint)):
-        model, tokenizer = export.assemble(Path(init.checkpoint), changes=_changes(config))
+    if init.checkpoint is not None and layout.is_training_folder(Path(init.checkpoint)):
+        model, tokenizer = load_run(Path(init.checkpoint), changes=_changes(config))
     elif init.checkpoint is not None:
         model, tokenizer = _from_checkpoint(config, init.checkpoint)
     else:
@@ -49,11 +53,46 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
     return model, tokenizer
 
 
+def load_run(
+    folder: Path, changes: dict[str, Any] | None = None, weights: dict[str, Tensor] | None = None
+) -> tuple[EChatModel, Any]:
+    """Model (LoRA not merged) and tokenizer of a training run's newest checkpoint, or of one ``step_*`` folder of it.
+
+    Args:
+        changes: keys of the model config to replace.
+        weights: instead of those in the checkpoint (an average).
+    """
+    step = layout.step_folder(folder)
+    content = layout.read_state(step)
+    config = config_io.from_dict(TrainConfig, content["config"], where=str(step))
+    if config.save_frozen or not content.get("frozen"):
+        # Nothing of the start is needed any more.
+        model_config = config_io.from_dict(ModelConfig, content["model"], where=str(step))
+        model, tokenizer = _complete_run(step, model_config, changes or {})
+    else:
+        config.model_changes = config_io.merge(config.model_changes, changes or {})
+        model, tokenizer = load_start(config)
+    own = dict(model.named_parameters(remove_duplicate=False))  # DeepSpeed names tied weights twice
+    for name, tensor in (layout.trained_weights(step) if weights is None else weights).items():
+        own[name].data = tensor.to(own[name].dtype)
+    return model, tokenizer
+
+
+def _complete_run(step: Path, model_config: ModelConfig, changes: dict[str, Any]) -> tuple[EChatModel, Any]:
+    """An empty model for a checkpoint that holds every weight, and the run's own tokenizer (None when it saved none)."""
+    model = EChatModel(changed(model_config, {**changes, "lora": None}))
+    if model_config.lora is not None:
+        model.config = changed(model.config, {"lora": config_io.to_dict(model_config.lora)})
+        add_lora(model.lm.llm, model_config.lora)
+    tokenizer_folder = layout.run_folder(step) / layout.TOKENIZER
+    return model, model_io.load_tokenizer(step, model.config, tokenizer_folder) if tokenizer_folder.is_dir() else None
+
+
 def _put_room(model: EChatModel, room: str, path: Path) -> int:
     """Copy one room from a checkpoint or from a training run that has trained (or kept) it; returns the number of tensors."""
-    if not checkpoint.is_training_folder(path):
+    if not layout.is_training_folder(path):
         return len(model_io.load_rooms(model, path, [room]))
-    weights = export.trained_weights(checkpoint.step_folder(path))
+    weights = layout.trained_weights(layout.step_folder(path))
     wanted = {name: param for name, param in model.named_parameters() if name.startswith(f"{room}.")}
     missing = [name for name in wanted if name not in weights]
     if missing or not wanted:
