@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Test processes: one a core, four at most (each holds some 2 GB).
+WORKERS ?= logical
 # Spinning OpenMP threads on a busy small machine are several times slower than waiting ones.
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
@@ -16,17 +19,16 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+$(VENV)/.installed: constraints.txt pyproject.toml | $(BIN)/python
+	$(INSTALL) -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,ui,deepspeed]'
+	$(INSTALL) -e '.[dev,ui,deepspeed]'
 	@touch $@
 
 $(VENV)/.installed-evaluation: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[evaluation]'
+	$(INSTALL) -e '.[evaluation]'
 	@touch $@
 
 demo: venv  ## talk to the mini model (WAV=me.wav for a recording of your own)
@@ -45,10 +47,10 @@ types: venv-dev  ## mypy
 	$(BIN)/mypy
 
 test: lint types  ## lint, types and tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
 $(VENV)/.installed-mini: $(VENV)/.installed-evaluation
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mini]'
+	$(INSTALL) -e '.[mini]'
 	@touch $@
 
 mini: $(VENV)/.installed-mini  ## make the mini model from nothing; goes on where it stopped (hours)

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(prog="osum-echat doctor", description=__doc__).parse_args(argv)
     print(f"osum-echat {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "peft", "onnxruntime", "soundfile", "soxr"):
-        print(f"  {package:<16} {version_of(package) or 'MISSING: pip install -r requirements.txt'}")
+        print(f"  {package:<16} {version_of(package) or 'MISSING: pip install osum-echat'}")
     print("devices")
     for kind in device.KINDS:
         if device.available(kind):
