@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test venv venv-dev lint types mini evaluate-mini clean
+.PHONY: help demo page test venv venv-dev lint types mini evaluate-mini clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -31,8 +31,15 @@ $(VENV)/.installed-evaluation: $(VENV)/.installed
 	$(INSTALL) -e '.[evaluation]'
 	@touch $@
 
-demo: venv  ## talk to the mini model (WAV=me.wav for a recording of your own)
+demo: venv  ## what the mini model makes of eight recordings (WAV=me.wav: and of yours)
 	$(BIN)/python -m osum_echat.cli demo $(if $(WAV),--wav "$(WAV)")
+
+$(VENV)/.installed-ui: $(VENV)/.installed
+	$(INSTALL) -e '.[ui]'
+	@touch $@
+
+page: $(VENV)/.installed-ui  ## talk to the mini model in the browser
+	$(BIN)/python -m osum_echat.cli serve
 
 venv: $(VENV)/.installed  ## make .venv with what the program needs
 

@@ -120,12 +120,36 @@ def test_multiturn_writes_a_wav_a_round(checkpoint, wav, tmp_path, capsys):
         assert (reply["wav"] is not None) == bool(reply["speech_tokens"])
 
 
-def test_demo_shows_every_mode(checkpoint, wav, tmp_path, capsys):
-    assert demo.main(["--wav", str(wav), "--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    for name in ("asr", "s2t_chat", "s2t_chat_think", "s2s", "s2s_think", "tts", "t2t"):
-        assert f"\n  {name}: " in out
-    assert (tmp_path / "text-tts.wav").stat().st_size > 1000
+def test_demo_shows_every_mode(checkpoint, wav, tmp_path, capsys, monkeypatch):
+    record = {
+        "key": "ours",
+        "wav": "ours.wav",
+        "txt": "hello there",
+        "extra": {"age": "adult", "emotion": "sad", "replies": ["Hi."]},
+    }
+    shutil.copy(wav, tmp_path / "ours.wav")
+    (tmp_path / "demo.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    monkeypatch.setattr(demo, "RECORDINGS", tmp_path / "demo.jsonl")
+    out = tmp_path / "out"
+    arguments = ["--wav", str(wav), "--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out)]
+    assert demo.main(arguments) == 0
+    shown = capsys.readouterr().out
+    modes = next(line for line in shown.splitlines() if line.startswith("modes: ")).removeprefix("modes: ").split(", ")
+    assert set(modes) == {"s2s_think", "asr", "emotion", "age+gender", "s2t_chat", "s2t_chat_think", "s2s", "tts", "t2t"}
+    assert f"yours: {wav.stem}" in shown and "hello there" in shown and "tags 0 of 2" in shown
+    assert shown.splitlines()[-1].startswith(f"look and listen: {out / 'index.html'}")
+    assert (out / "mode_tts.wav").stat().st_size > 1000
+    page = (out / "index.html").read_text(encoding="utf-8")
+    for name in modes[1:]:
+        assert f"<code>{name}</code>" in page
+    assert "✗ emotion: ?" in page and "(is sad)" in page and "a recording of your own" in page
+    assert page.count("data:audio/mpeg;base64,") >= 3 and "://" not in page, "the page asks the network for nothing"
+
+
+def test_demo_without_a_recording_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "RECORDINGS", tmp_path / "demo.jsonl")
+    assert demo.main([]) == 1 and "WAV=me.wav" in capsys.readouterr().err
+    assert demo.main(["--wav", "none.wav"]) == 1 and "no such recording: none.wav" in capsys.readouterr().err
 
 
 @pytest.fixture
