@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("lists", nargs="*", default=FAKE, help="lists of any form, or data yamls (default: the fake data)")
     parser.add_argument("--tokenizer", help="tokenizer folder or hub name (default: one id a character, no files needed)")
     parser.add_argument("--data-type", choices=("auto", "raw", "shard"), default="auto", help="default: by the look of the list")
-    parser.add_argument("--profile", default="processor", help="processing profile: processor, language_think, tag_think, mini")
-    parser.add_argument("--dialogue", default="as_trained", help="prompt profile: as_trained, as_released, mini")
+    parser.add_argument("--label-rules", default="language_think", help="how labels are read: language_think or tag_think")
+    parser.add_argument("--profile", default="as_trained", help="prompt profile: as_trained or as_released")
     parser.add_argument("--workers", type=int, default=0, help="worker processes (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=3, help="batches to show in full of each list (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=6, help="samples to show of each of them (default: %(default)s)")
@@ -32,9 +32,10 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
-    from osum_echat.data.config import DataConfig, StreamConfig  # after --help: torch takes seconds to import
+    from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig  # after --help: torch takes seconds to import
     from osum_echat.data.loader import build_loader
     from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
+    from osum_echat.dialogue.dialect import Dialect
     from osum_echat.dialogue.vocabulary import Vocabulary
 
     if args.tokenizer:
@@ -49,12 +50,12 @@ def main() -> None:
     for path in args.lists:
         config = DataConfig(
             streams={"all": StreamConfig(path, type=args.data_type)},
-            processing={"profile": args.profile, "dialogue": args.dialogue},
+            processing=ProcessingConfig(label_rules=args.label_rules),
             workers=args.workers,
             max_bad_fraction=args.max_bad_fraction,
         )
         try:
-            loader = build_loader(config, tokenizer, vocab)
+            loader = build_loader(config, tokenizer, vocab, Dialect(args.profile))
         except ValueError as error:
             parser.exit(2, f"{parser.prog}: {error}\n")
         print(f"\n=== {path} ({', '.join(s.form for s in loader.streams[0].sources)}) ===")

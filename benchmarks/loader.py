@@ -34,7 +34,7 @@ from osum_echat.audio import augment
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import to_mono_16k
 from osum_echat.data.batch import pad_features
-from osum_echat.data.config import DataConfig, StreamConfig
+from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig
 from osum_echat.data.convert import convert
 from osum_echat.data.loader import build_loader
 from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
@@ -67,7 +67,7 @@ def make_data(folder: str, count: int) -> dict[str, str]:
 def ours(path: str, epochs: int, workers: int = 1) -> tuple[float, list[float]]:
     """(utterances/s over the epochs, start of workers included; resident MB of the worker after each epoch)."""
     config = DataConfig(
-        streams={"all": StreamConfig(path)}, workers=workers, shuffle_buffer=200, processing={"tag_alone_rate": 0.0}
+        streams={"all": StreamConfig(path)}, workers=workers, shuffle_buffer=200, processing=ProcessingConfig(tag_alone_rate=0.0)
     )
     loader = build_loader(config, PlainTokenizer(), plain_vocabulary())
     used, seconds, memory = 0, 0.0, []

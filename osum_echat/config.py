@@ -55,11 +55,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper whose strings are read back as they were: PyYAML folds these line breaks away unless they are escaped."""
+    """SafeDumper whose strings stand in one line and are read back as they were: PyYAML folds line breaks away unless they are escaped."""
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    style = '"' if any(c in text for c in "\x85\u2028\u2029") else None
+    style = '"' if any(c in text for c in "\n\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 

@@ -17,8 +17,12 @@ from osum_echat.data.config import DataConfig, StreamConfig
 from osum_echat.data.convert import convert
 from osum_echat.data.loader import Loader, build_loader
 from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
+from osum_echat.dialogue.dialect import Dialect
 
-PROMPTS = {"<TRANSCRIBE>": ["write it down", "写下来"], "<EMOTION>": ["how does it sound"]}
+DIALECT = Dialect(
+    instructions={"<TRANSCRIBE>": ("write it down", "写下来"), "<EMOTION>": "how does it sound"}, refuse_unlisted=True
+)
+MELS = 8
 
 
 def wav_bytes(seconds: float = 0.3, seed: int = 0, rate: int = 16_000) -> bytes:
@@ -59,7 +63,7 @@ def write_shard(folder: Path, records: Iterable[Mapping[str, Any]], per_tar: int
 def config(streams: Mapping[str, StreamConfig | str], **changes: Any) -> DataConfig:
     """Settings for small lists: no filter on length, prompts given by hand."""
     named = {name: stream if isinstance(stream, StreamConfig) else StreamConfig(stream) for name, stream in streams.items()}
-    settings: dict[str, Any] = {"workers": 0, "shuffle_buffer": 5, "processing": {"prompts": ""}, "num_mels": 8}
+    settings: dict[str, Any] = {"workers": 0, "shuffle_buffer": 5}
     made = DataConfig(streams=named, **(settings | changes))
     made.batch.pool = 8
     made.batch.rows, made.batch.row_positions = 2, 2000
@@ -69,9 +73,7 @@ def config(streams: Mapping[str, StreamConfig | str], **changes: Any) -> DataCon
 def loader(
     streams: Mapping[str, StreamConfig | str], rank: int = 0, world_size: int = 1, train: bool = True, **changes: Any
 ) -> Loader:
-    return build_loader(
-        config(streams, **changes), PlainTokenizer(), plain_vocabulary(), rank, world_size, train, prompts=PROMPTS
-    )
+    return build_loader(config(streams, **changes), PlainTokenizer(), plain_vocabulary(), DIALECT, MELS, rank, world_size, train)
 
 
 def same(one: Batch, two: Batch) -> bool:

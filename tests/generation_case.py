@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, Event
@@ -31,9 +32,9 @@ def tiny() -> tuple[EChatModel, Any, list[AudioFeatures]]:
     return model, tokenizer, listen(model, feats)
 
 
-def generator(config: GenerationConfig | None = None) -> Generator:
+def generator(config: GenerationConfig | None = None, dialect: Dialect | None = None) -> Generator:
     model, tokenizer, _ = tiny()
-    return Generator(model, tokenizer, config)
+    return Generator(model, tokenizer, config, dialect)
 
 
 def request(
@@ -46,6 +47,7 @@ def request(
     seed: int = 0,
     plan: dict[int, int] | None = None,
     history: Sequence[PastTurn] = (),
+    dialect: Dialect | None = None,
     **texts: str,
 ) -> Request:
     model, tokenizer, heard = tiny()
@@ -56,6 +58,7 @@ def request(
         model.vocabulary,
         heard=[heard[i] for i in recordings],
         history=history,
+        dialect=dialect,
         greedy=greedy,
         seed=seed,
         **texts,
@@ -85,10 +88,12 @@ def every_kind(greedy: bool, config: GenerationConfig | None = None, seeds: Sequ
     ]
 
 
-def run(requests: Sequence[Request], config: GenerationConfig | None = None, **options: Any) -> list[list[Event]]:
+def run(
+    requests: Sequence[Request], config: GenerationConfig | None = None, dialect: Dialect | None = None, **options: Any
+) -> list[list[Event]]:
     """All events of each row."""
     events: list[list[Event]] = [[] for _ in requests]
-    for row, event in generator(config).generate(requests, **options):
+    for row, event in generator(config, dialect).generate(requests, **options):
         assert not (events[row] and isinstance(events[row][-1], Done)), "nothing comes after Done"
         events[row].append(event)
     return events

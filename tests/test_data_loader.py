@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from osum_echat.data.batch import Batch
-from osum_echat.data.config import StreamConfig
+from osum_echat.data.config import ProcessingConfig, StreamConfig
 from osum_echat.data.convert import convert
 from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.loader import Loader
-from tests.data_case import config, loader, record, same, write_raw, write_shard
+from tests.data_case import MELS, config, loader, record, same, write_raw, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +261,7 @@ def test_dialogues_are_expanded_and_survive_a_restore(tmp_path: Path):
     raw = write_raw(tmp_path, [{**record(n, "<S2TCHAT>", q_txt="q"), **turn} for n in range(4)])
 
     def make() -> Loader:
-        reader = loader({"all": raw}, processing={"prompts": "", "expand_dialogues": True})
+        reader = loader({"all": raw}, processing=ProcessingConfig(expand_dialogues=True))
         reader.config.batch.max_samples = 2
         return reader
 
@@ -272,7 +272,7 @@ def test_dialogues_are_expanded_and_survive_a_restore(tmp_path: Path):
         check_resume(make, stop)
 
 
-def test_speed_noise_and_room_are_repeatable(lists: dict[str, str], tmp_path: Path):
+def test_speed_noise_and_reverberation_are_repeatable(lists: dict[str, str], tmp_path: Path):
     wavs = write_raw(tmp_path, [record(n) for n in range(2)])
     (tmp_path / "noise.txt").write_text("\n".join(str(p) for p in (tmp_path / "wav").glob("*.wav")))
 
@@ -283,7 +283,7 @@ def test_speed_noise_and_room_are_repeatable(lists: dict[str, str], tmp_path: Pa
         from osum_echat.data.loader import build_loader
         from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
 
-        return build_loader(settings, PlainTokenizer(), plain_vocabulary(), prompts={})
+        return build_loader(settings, PlainTokenizer(), plain_vocabulary(), mels=MELS)
 
     assert wavs and list(make())
     check_resume(make, 1)

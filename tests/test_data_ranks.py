@@ -22,7 +22,7 @@ from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
 from osum_echat.training import distributed
 from osum_echat.training.objective import MicroBatch
 from osum_echat.training.steps import Steps
-from tests.data_case import PROMPTS, config
+from tests.data_case import DIALECT, MELS, config
 
 class Counting:
     names = ["lm"]
@@ -33,7 +33,7 @@ class Counting:
 world = distributed.start(torch.device("cpu"), needs_group=True)
 settings = config(json.loads(sys.argv[1]), workers=int(sys.argv[2]), shuffle_buffer=2)
 settings.batch.pool, settings.batch.row_positions, settings.batch.max_samples = 2, 2000, 1
-loader = build_loader(settings, PlainTokenizer(), plain_vocabulary(), world.rank, 2, prompts=PROMPTS)
+loader = build_loader(settings, PlainTokenizer(), plain_vocabulary(), DIALECT, MELS, world.rank, 2)
 epochs = []
 for epoch in range(2):
     steps = Steps(iter(loader), Counting(), world, torch.device("cpu"), accumulation=int(sys.argv[3]))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from osum_echat.dialogue.prompts import AS_RELEASED, AS_TRAINED, MINI, OUTPUT_TYPES, PROFILES, get_profile
-from osum_echat.dialogue.tasks import OUTPUTS, Sample, build_layout
+from osum_echat.dialogue.prompts import AS_RELEASED, AS_TRAINED, PROFILES, get_profile
+from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.tokens import encode
-from tests.dialogue_case import VOCAB, golden, tokenizer
+from tests.dialogue_case import golden, tokenizer
 
 PROMPTS = golden("prompts.json")
 OUTPUT_OF_FUNCTION = {
@@ -46,36 +46,16 @@ def test_other_fixed_strings_are_exact():
     assert AS_TRAINED.system["speech2text_token_streaming_think"] == PROMPTS["unused_but_defined"]
 
 
-def test_mini_openings_tell_every_mode_apart_and_are_short():
-    modes = [m for m in OUTPUT_TYPES if m != "speech2text_token_history"]  # the same mode with a past
-    assert len({MINI.system[m] for m in modes}) == len(modes)
-    layout = build_layout(Sample("speech2text_token_think"), tokenizer(), VOCAB, "mini", prefix_only=True)
-    assert sum(len(s.ids) for s in layout.segments) <= 12
-
-
-def test_mini_is_asked_for_a_think_in_language_by_an_opening_of_its_own():
-    thinking = [name for name, output in OUTPUTS.items() if output.think]
-    openings = {MINI.opening(name, natural_think=form) for name in thinking for form in (False, True)}
-    assert len(openings) == 2 * len(thinking)
-    assert MINI.opening("text", natural_think=True) == MINI.system["text"]
-    told = [
-        build_layout(Sample(thinking[0], natural_think=form), tokenizer(), VOCAB, "mini", prefix_only=True).segments[0].ids
-        for form in (False, True)
-    ]
-    assert told[0] != told[1]
-
-
 @pytest.mark.parametrize("profile", [AS_TRAINED, AS_RELEASED], ids=lambda p: p.name)
 def test_the_published_profiles_have_one_opening_for_both_forms(profile):
-    assert all(profile.opening(name, natural_think=True) == profile.system[name] for name in OUTPUT_TYPES)
+    assert all(profile.opening(name, "language") == profile.system[name] for name in OUTPUTS)
 
 
 def test_every_output_type_has_a_system_prompt_in_every_profile():
-    assert set(OUTPUT_TYPES) == set(OUTPUTS)
     for profile in PROFILES.values():
-        assert set(profile.system) == set(OUTPUT_TYPES)
+        assert set(profile.system) == set(OUTPUTS)
 
 
 def test_an_unknown_profile_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="as_trained, as_released, mini"):
+    with pytest.raises(ValueError, match="as_trained or as_released"):
         get_profile("as_traned")

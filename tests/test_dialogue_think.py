@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osum_echat.dialogue.think import NATURAL, TAG_CHINESE, TAG_ENGLISH, Think, split_think
+from osum_echat.dialogue.think import LANGUAGE, TAG_CHINESE, Think, split_think
+from recipes.mini.dialect import DIALECT
+
+TAG_ENGLISH = DIALECT.strings.tag_think  # of the small model: another language, no brackets
 
 FULL = Think(transcript="今天天气真好", age="ADULT", gender="FEMALE", emotion="HAPPY", event="laugh", reply_emotion="中立")
 
@@ -19,7 +22,7 @@ def test_the_tag_think_is_the_trained_sentence():
     )
     assert "年龄为:<&&>," in TAG_CHINESE.write(Think(transcript="x"))
     assert TAG_ENGLISH.write(FULL).startswith("<think>words: 今天天气真好, age: ADULT, gender: FEMALE")
-    assert NATURAL.write(Think(raw="听起来很开心。")) == "<think>听起来很开心。<think end>"
+    assert LANGUAGE.write(Think(raw="听起来很开心。")) == "<think>听起来很开心。<think end>"
 
 
 @pytest.mark.parametrize("template", [TAG_CHINESE, TAG_ENGLISH])
@@ -71,7 +74,7 @@ def test_think_and_reply_are_separated(text, think, reply, closed):
 
 
 @settings(deadline=None)
-@given(st.text(max_size=80), st.sampled_from([TAG_CHINESE, TAG_ENGLISH, NATURAL]))
+@given(st.text(max_size=80), st.sampled_from([TAG_CHINESE, TAG_ENGLISH, LANGUAGE]))
 def test_parsing_never_fails(raw, template):
     assert template.parse(raw).raw == raw
     split_think(raw)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, speech_codes
@@ -262,7 +263,7 @@ def test_the_thread_serves_many_callers_and_closes() -> None:
 
 
 def test_words_are_the_same_in_company() -> None:
-    config = GenerationConfig(speech_form="word", max_codes_per_word=4)
+    config, dialect = GenerationConfig(max_codes_per_word=4), Dialect(speech_form="word")
 
     def rows() -> Sequence[Request]:
         return [
@@ -271,7 +272,7 @@ def test_words_are_the_same_in_company() -> None:
             request("text", config, recordings=[1], max_new=12),
         ]
 
-    model = Engine(generator(config), EngineLimits(piece=8))
+    model = Engine(generator(config, dialect), EngineLimits(piece=8))
     told = []
     for asked in rows():
         told.append(submit(model, asked)[1])
@@ -279,4 +280,4 @@ def test_words_are_the_same_in_company() -> None:
             model.tick()
     finish(model)
     for asked, events in zip(rows(), told, strict=True):
-        assert done(events).generated == done(run([asked], config)[0]).generated
+        assert done(events).generated == done(run([asked], config, dialect)[0]).generated

@@ -94,7 +94,7 @@ def test_repetition_guard_acts_on_a_planned_loop_and_is_off_as_released() -> Non
     loop = dict.fromkeys(range(6), code)
     on, off = (
         GenerationConfig(guards=replace(Guards.off(), repetition=RepetitionGuard())),
-        GenerationConfig().with_profile("as_released"),
+        GenerationConfig().as_released(),
     )
     acted = done(run([request("text2token", on, say="你好", plan=loop, max_new=8)], on)[0])
     left = done(run([request("text2token", off, say="你好", plan=loop, max_new=8)], off)[0])

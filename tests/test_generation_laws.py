@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
@@ -18,6 +19,7 @@ from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelt
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import build_request
 from osum_echat.generation.session import Session
+from recipes.mini.dialect import DIALECT
 from tests.generation_case import done, every_kind, generator, request, run, tiny
 
 
@@ -58,7 +60,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_words_are_the_same_batched_and_alone_though_several_ids_are_fed_at_once() -> None:
-    config = GenerationConfig(speech_form="word", max_codes_per_word=4)
+    config, dialect = GenerationConfig(max_codes_per_word=4), Dialect(speech_form="word")
 
     def rows() -> list:
         eos = tiny()[0].vocabulary.eos_id
@@ -69,9 +71,9 @@ def test_words_are_the_same_batched_and_alone_though_several_ids_are_fed_at_once
             request("text", config, recordings=[1], max_new=12),
         ]
 
-    together = run(rows(), config)
+    together = run(rows(), config, dialect)
     for row, events in zip(rows(), together, strict=True):
-        assert done(events).generated == done(run([row], config)[0]).generated
+        assert done(events).generated == done(run([row], config, dialect)[0]).generated
     assert done(together[0]).reason == "stop" and len(speech_codes(together[0])) <= 20
 
 
@@ -117,12 +119,14 @@ def test_closing_the_iterator_stops_decoding() -> None:
     assert not torch.is_inference_mode_enabled(), "the caller's mode is its own"
 
 
-@pytest.mark.parametrize("profile", ["as_trained", "as_released", "mini"])
-def test_a_session_answers_as_if_everything_were_read_anew(profile: str) -> None:
+@pytest.mark.parametrize(
+    "dialect", [Dialect(), Dialect("as_released"), replace(DIALECT, speech_form="plain")], ids=lambda d: d.strings.name
+)
+def test_a_session_answers_as_if_everything_were_read_anew(dialect: Dialect) -> None:
     model, _, heard = tiny()
-    config = GenerationConfig().with_profile(profile)
+    config = GenerationConfig().as_released() if dialect.as_released else GenerationConfig()
     vocab = model.vocabulary
-    session = Session(generator(config), max_turns=2)
+    session = Session(generator(config, dialect), max_turns=2)
     kept = []
     for turn in range(4):
         row = session.request("speech2text_token", [heard[turn]], greedy=True)
@@ -130,8 +134,8 @@ def test_a_session_answers_as_if_everything_were_read_anew(profile: str) -> None
         row.plan = {4 + turn: vocab.eos_id, 5 + turn: vocab.speech_delimiter, 18: vocab.speech_delimiter}
         fresh = replace(row, past=None, keep_cache=False)
         kept.append(row.past.common(row.prompt, row.heard) / len(row.prompt) if row.past else 0.0)
-        [events] = run([row], config)
-        answer, anew = done(events), done(run([fresh], config)[0])
+        [events] = run([row], config, dialect)
+        answer, anew = done(events), done(run([fresh], config, dialect)[0])
         assert answer.generated == anew.generated and answer.reason == "stop"
         session.commit(row, events, [heard[turn]])
         assert len(session) <= 2

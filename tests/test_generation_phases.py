@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osum_echat.dialogue.interleave import interleave_chunks, split_words
-from osum_echat.dialogue.tasks import Sample, build_layout
+from osum_echat.dialogue.tasks import Sample, SpeechForm, build_layout
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.config import GenerationConfig, Guards
 from osum_echat.generation.events import TextDelta, speech_codes
@@ -18,7 +18,9 @@ TEXT = "好的，我们明天一起去公园散步吧，听说那里的花都开
 WORDS = "good morning to you"
 
 
-def state(output_type: str, config: GenerationConfig | None = None, max_new: int = 500, say: str = "") -> RowState:
+def state(
+    output_type: str, config: GenerationConfig | None = None, max_new: int = 500, say: str = "", speech_form: SpeechForm = "plain"
+) -> RowState:
     model, tokenizer, _ = tiny()
     return RowState(
         output_type,
@@ -28,6 +30,7 @@ def state(output_type: str, config: GenerationConfig | None = None, max_new: int
         model.vocabulary,
         encode(tokenizer, say),
         split_words(say),
+        speech_form,
     )
 
 
@@ -107,11 +110,10 @@ def test_streaming_text_to_speech_is_given_its_text() -> None:
 
 def test_words_are_given_and_only_codes_and_delimiters_chosen() -> None:
     model, tokenizer, _ = tiny()
-    config = GenerationConfig(speech_form="word", guards=Guards.off())
     words, lengths = tuple(WORDS.split()), (3, 1, 4, 2)
     ids = (*encode(tokenizer, WORDS), model.vocabulary.eos_id)
     sample = Sample("speech2text_token", text_ids=ids, speech=tuple(range(10)), words=words, word_lengths=lengths)
-    row = state("speech2text_token", config)
+    row = state("speech2text_token", speech_form="word")
     given_ids = follow(row, assistant_ids(sample, "word"))
     spelled = "".join(tokenizer.decode([i]) for i in given_ids if i < model.vocabulary.text_size)
     assert spelled == WORDS + " ", "every word is spelled once and none is chosen"
@@ -119,18 +121,17 @@ def test_words_are_given_and_only_codes_and_delimiters_chosen() -> None:
 
 
 def test_word_form_of_text_to_speech_begins_behind_the_given_delimiter() -> None:
-    config = GenerationConfig(speech_form="word", guards=Guards.off())
     _, tokenizer, _ = tiny()
     ids = encode(tokenizer, WORDS)
     sample = Sample("text2token", text_ids=ids, speech=tuple(range(10)), words=tuple(WORDS.split()), word_lengths=(3, 1, 4, 2))
-    row = state("text2token", config, say=WORDS)
+    row = state("text2token", say=WORDS, speech_form="word")
     follow(row, assistant_ids(sample, "word"))
     assert row.codes == list(range(10))
 
 
 def test_a_word_has_at_least_one_code_and_at_most_its_cap() -> None:
-    config = GenerationConfig(speech_form="word", max_codes_per_word=5, guards=Guards.off())
-    row = state("text2token", config, say="no way")
+    config = GenerationConfig(max_codes_per_word=5, guards=Guards.off())
+    row = state("text2token", config, say="no way", speech_form="word")
     assert not row.may_end_speech
     for code in range(10):
         assert row.finished is None
@@ -155,7 +156,7 @@ def test_speech_cut_by_the_limit_keeps_its_last_code() -> None:
 
 
 def test_as_released_the_model_itself_begins_speech() -> None:
-    row = state("speech2text_token", GenerationConfig().with_profile("as_released"))
+    row = state("speech2text_token", GenerationConfig().as_released())
     row.accept(row.vocab.eos_id)
     assert row.in_speech and row.generated == [row.vocab.eos_id]
     trained = state("speech2text_token")
@@ -164,6 +165,6 @@ def test_as_released_the_model_itself_begins_speech() -> None:
 
 
 def test_an_empty_reply_in_the_word_form_has_no_speech() -> None:
-    row = state("speech2text_token", GenerationConfig(speech_form="word"))
+    row = state("speech2text_token", GenerationConfig(), speech_form="word")
     row.accept(row.vocab.eos_id)
     assert row.finished == "stop" and row.codes == []

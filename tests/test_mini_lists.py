@@ -12,16 +12,17 @@ import pytest
 from transformers import AutoTokenizer
 
 from osum_echat import config as config_io
-from osum_echat.data.processing import ProcessingConfig, Processor
+from osum_echat.data.processing import Processor
 from osum_echat.dialogue.interleave import spell
 from osum_echat.dialogue.record import Record
-from osum_echat.dialogue.tasks import build_layout
-from osum_echat.dialogue.think import TAG_ENGLISH, split_think
+from osum_echat.dialogue.tasks import OUTPUTS, Sample, find_task
+from osum_echat.dialogue.think import split_think
 from osum_echat.dialogue.tokens import decode, encode
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.model.config import load_config
 from osum_echat.training.config import TrainConfig
 from recipes.mini import prepare, run, texts, tokenizer
+from recipes.mini.dialect import DIALECT
 
 CONF = Path("recipes/mini/conf")
 WORDNET = Path(__file__).parent / "data" / "wordnet"  # an excerpt; the recipe reads the whole
@@ -36,8 +37,8 @@ def tok() -> Any:
 @pytest.fixture(scope="module")
 def processor(tok: Any) -> Processor:
     train = config_io.load(TrainConfig, CONF / "empathy.yaml")
-    settings = config_io.from_dict(ProcessingConfig, train.data.processing)
-    return Processor(settings, tok, load_config(CONF / "model.yaml").vocabulary)
+    model = load_config(CONF / "model.yaml")
+    return Processor(train.data.processing, tok, model.vocabulary, model.dialect)
 
 
 def recording(topic: str | None = "exam") -> dict[str, Any]:
@@ -79,12 +80,38 @@ def test_stage_configs_load_and_name_lists_that_the_recipe_makes(name):
     assert any(step.name == name and f"recipes/mini/conf/{name}.yaml" in step.command for step in run.STEPS)
 
 
-def test_generation_settings_ask_what_training_asked():
-    settings = config_io.load(GenerationConfig, CONF / "generation.yaml")
-    prompts = config_io.read_yaml(CONF / "prompts.yaml")
-    assert {task: sentences[0] for task, sentences in prompts.items()} == dict(settings.instructions)
-    train = config_io.load(TrainConfig, CONF / "empathy.yaml")
-    assert settings.profile == train.data.processing["dialogue"] and settings.speech_form == train.data.speech_form
+def test_the_shipped_checkpoint_speaks_the_dialect_that_training_used():
+    assert load_config("checkpoints/mini/config.yaml").dialect == load_config(CONF / "model.yaml").dialect == DIALECT
+    assert not hasattr(GenerationConfig(), "profile"), "what is asked is said in one place"
+
+
+def test_openings_tell_every_mode_apart_and_are_short(tok):
+    modes = [m for m in OUTPUTS if m != "speech2text_token_history"]  # the same mode with a past
+    assert len({DIALECT.strings.system[m] for m in modes}) == len(modes)
+    layout = DIALECT.layout(Sample("speech2text_token_think"), tok, load_config(CONF / "model.yaml").vocabulary, prefix_only=True)
+    assert sum(len(s.ids) for s in layout.segments) <= 12
+
+
+def test_a_think_in_language_is_asked_for_by_an_opening_of_its_own(tok):
+    strings, vocab = DIALECT.strings, load_config(CONF / "model.yaml").vocabulary
+    thinking = [name for name, output in OUTPUTS.items() if output.think]
+    openings = {strings.opening(name, think) for name in thinking for think in ("tag", "language")}
+    assert len(openings) == 2 * len(thinking)
+    assert strings.opening("text", "language") == strings.system["text"]
+    asked = [
+        DIALECT.layout(Sample(thinking[0], think=f), tok, vocab, prefix_only=True).segments[0].ids for f in ("tag", "language")
+    ]
+    assert asked[0] != asked[1]
+
+
+def test_what_it_has_learnt_is_what_its_stages_train(processor):
+    """Modes and tasks that the dialect lists are those of the recipe's lists."""
+    lines = [line for seed in range(60) for line in prepare.hearing_records(recording(), random.Random(seed), every_task=True)]
+    lines += [{"key": "t", "task": "<TEXT2TEXT>"}, {"key": "s", "task": "<TEXT2TOKEN>"}]
+    lines += [{"key": "d", "task": task} for task in ("<S2TCHAT> <TEXT2TOKEN>", "<S2TCHAT> <TEXT2TOKEN> <THINK>")]
+    tasks = {line["task"] for line in lines}
+    assert {find_task(task).output_type for task in tasks} == set(DIALECT.learnt.modes)
+    assert {task for task in tasks if find_task(task).prompted} == set(DIALECT.instructions)
 
 
 def test_hearing_records_become_samples_without_telling_the_answer(processor):
@@ -100,7 +127,7 @@ def test_think_records_write_a_think_that_parses_back(processor):
     lines = list(prepare.hearing_records(recording(), random.Random(1), every_task=True))
     label = processed(processor, next(line for line in lines if line["task"] == "<S2TCHAT> <THINKER>")).label
     split = split_think(label)
-    think = TAG_ENGLISH.parse(split.think)
+    think = DIALECT.strings.tag_think.parse(split.think)
     assert (think.transcript, think.age, think.event, think.reply_emotion) == (
         "i got my math exam back",
         "child",
@@ -116,7 +143,7 @@ def test_some_thinks_are_in_natural_language_and_name_words_person_and_tone(proc
     done = processed(processor, line)
     split = split_think(done.label)
     assert split.think == "a girl says: i got my math exam back. she sounds sad and coughs, so i answer gently."
-    assert done.sample.natural_think
+    assert done.sample.think == "language"
     assert texts.reply_fits("exam", texts.Labels("child", "female", "sad", "cough"), split.reply)
 
 
@@ -141,7 +168,7 @@ def test_spoken_dialogue_takes_only_answers_that_fit_and_lays_words_and_codes_ou
     for line in lines:
         sample = processed(processor, line)
         assert sample.sample.words == tuple(fitting.split())
-        layout = build_layout(sample.sample, tok, processor.vocab, "mini", "word")
+        layout = DIALECT.layout(sample.sample, tok, processor.vocab)
         codes = sum(i == processor.vocab.speech_id(7) for segment in layout.segments for i in segment.ids)
         assert codes == sum(lengths)
     assert not list(prepare.spoken_dialogue(recording(), {}, random.Random(0)))

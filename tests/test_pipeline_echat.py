@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta, speech_codes
@@ -252,8 +253,7 @@ def test_a_task_that_is_not_in_the_table_is_asked_without_an_instruction(echat: 
 
 
 def test_a_checkpoint_that_says_so_refuses_tasks_that_it_has_not_learnt(echat: EChat, monkeypatch: pytest.MonkeyPatch) -> None:
-    knows = replace(echat.config, only_instructed=True, instructions={"<GENDER>": "who is it"})
-    monkeypatch.setattr(echat, "config", knows)
+    monkeypatch.setattr(echat.generator, "dialect", Dialect(refuse_unlisted=True, instructions={"<GENDER>": "who is it"}))
     assert echat._instruction("<GENDER>") == "who is it"
     with pytest.raises(ValueError, match="has not learnt <EMOTION>, only <GENDER>"):
         echat.understand((np.zeros(16_000, np.float32), 16_000), "<EMOTION>")

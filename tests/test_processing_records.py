@@ -7,15 +7,19 @@ import random
 
 import pytest
 
-from osum_echat.config import ConfigError
+from osum_echat import config as config_io
 from osum_echat.data import text
-from osum_echat.data.config import LimitConfig
-from osum_echat.data.processing import ProcessingConfig, Processor, check_limits, expand_dialogue, load_prompts
+from osum_echat.data.config import LimitConfig, ProcessingConfig
+from osum_echat.data.label_rules import LabelRules
+from osum_echat.data.processing import Processor, check_limits, expand_dialogue
+from osum_echat.dialogue.dialect import Dialect, default_instructions
 from osum_echat.dialogue.interleave import split_words
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import TASKS, build_layout
 from osum_echat.dialogue.think import CLOSE
 from osum_echat.dialogue.tokens import decode
+from osum_echat.training.config import TrainConfig
+from recipes.mini.dialect import DIALECT
 from tests.dialogue_case import OSUM, VOCAB, golden, tokenizer
 from tools.golden import data as golden_data
 
@@ -30,8 +34,13 @@ EXTRA = {
 SPEECH = list(range(100, 400))
 
 
-def processor(profile: str = "processor", prompts: dict | None = None, **settings) -> Processor:
-    return Processor(ProcessingConfig(profile=profile, **settings), tokenizer(), VOCAB, prompts or {})
+MINI_RULES = config_io.load(TrainConfig, "recipes/mini/conf/empathy.yaml").data.processing.label_rules
+RULES = {"language_think": "language_think", "tag_think": "tag_think", "mini": MINI_RULES}
+
+
+def processor(rules: str = "language_think", prompts: dict | None = None, **settings) -> Processor:
+    dialect = DIALECT if rules == "mini" else Dialect(instructions=prompts or {}, refuse_unlisted=True)
+    return Processor(ProcessingConfig(label_rules=RULES[rules], **settings), tokenizer(), VOCAB, dialect)
 
 
 def record(txt: str, task: str, **fields) -> Record:
@@ -124,42 +133,38 @@ def test_text_to_speech_turns_into_streaming_at_its_rate():
     assert 60 < tasks.count("<TEXT2TOKEN> <STREAMING>") < 120
 
 
-@pytest.mark.parametrize("profile", ["processor", "tag_think", "mini"])
-def test_a_think_is_separate_from_its_reply(profile):
-    done = processor(profile, dialogue="mini" if profile == "mini" else "as_trained")(
-        record("<开心>好的。", "<S2TCHAT> <TEXT2TOKEN> <THINK>"), random.Random(0)
-    )
+@pytest.mark.parametrize("rules", RULES)
+def test_a_think_is_separate_from_its_reply(rules):
+    done = processor(rules)(record("<开心>好的。", "<S2TCHAT> <TEXT2TOKEN> <THINK>"), random.Random(0))
     think, reply = done.sample.text_ids[: done.sample.think_length], done.sample.text_ids[done.sample.think_length :]
     assert CLOSE in decode(tokenizer(), think) and CLOSE not in decode(tokenizer(), think[:-1])
     assert "好的。" in decode(tokenizer(), reply) and reply[-1] == VOCAB.eos_id
     assert (done.tags["age"], done.tags["emotion"], done.transcripts) == ("ADULT", "HAPPY", ("天气真好",))
 
 
-def test_the_mini_profile_writes_tags_without_brackets():
+def test_the_mini_rules_write_tags_without_brackets():
     extra = {name: value for name, value in EXTRA.items() if name != "think_str"}
-    done = processor("mini", dialogue="mini")(record("<happy>Sure!", "<S2TCHAT> <THINKER>", extra=extra), random.Random(0))
+    done = processor("mini")(record("<happy>Sure!", "<S2TCHAT> <THINKER>", extra=extra), random.Random(0))
     assert done.label == (
         "<think>words:天气真好, age: ADULT, gender: FEMALE, emotion: HAPPY, event: laugh, reply: happy<think end>Sure!"
     )
-    assert not done.sample.natural_think
+    assert done.sample.think == "tag"
 
 
-def test_the_mini_profile_takes_a_natural_think_where_the_record_has_one_and_asks_for_it_in_other_words():
+def test_the_mini_rules_take_a_think_in_language_where_the_record_has_one_and_asks_for_it_in_other_words():
     item = record("<happy>Sure!", "<S2TCHAT> <THINKER>")
-    done = processor("mini", dialogue="mini")(item, random.Random(0))
+    done = processor("mini")(item, random.Random(0))
     assert done.label == "<think>听起来很开心。<think end>Sure!"
-    assert done.sample.natural_think
+    assert done.sample.think == "language"
     chat = record("<happy>Sure!", "<S2TCHAT>")
-    assert not processor("mini", dialogue="mini")(chat, random.Random(0)).sample.natural_think
+    assert processor("mini")(chat, random.Random(0)).sample.think is None
 
 
 def test_word_lengths_reach_the_sample_with_the_words_of_the_reply_alone():
     extra = {**EXTRA, "speech_token": [1, 2, 3], "word_lengths": [2, 1]}
-    done = processor("mini", dialogue="mini")(
-        record("<happy>Sure thing!", "<S2TCHAT> <TEXT2TOKEN> <THINK>", extra=extra), random.Random(0)
-    )
+    done = processor("mini")(record("<happy>Sure thing!", "<S2TCHAT> <TEXT2TOKEN> <THINK>", extra=extra), random.Random(0))
     assert done.sample.words == ("Sure", "thing!") == tuple(split_words("Sure thing!"))
-    build_layout(done.sample, tokenizer(), VOCAB, "mini", "word")
+    DIALECT.layout(done.sample, tokenizer(), VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +222,8 @@ def test_a_dialogue_expands_to_one_sample_per_turn():
     assert all(processor()(t, random.Random(0)).sample.speech for t in turns)
 
 
-def test_our_instructions_cover_every_prompted_task_in_two_languages(root_dir):
-    prompts = load_prompts(root_dir / "conf" / "prompt_config.yaml")
+def test_our_instructions_cover_every_prompted_task_in_two_languages():
+    prompts = default_instructions()
     assert set(prompts) == {task.name for task in TASKS.values() if task.prompted}
     recorded = {r.get("prompt") for results in golden("data_cases.json")["results"].values() for r in results.values()}
     for sentences in prompts.values():
@@ -228,14 +233,21 @@ def test_our_instructions_cover_every_prompted_task_in_two_languages(root_dir):
         assert not recorded & set(sentences)
 
 
-def test_settings_that_cannot_be_are_errors(tmp_path):
-    for wrong in ({"profile": "tag"}, {"dialogue": "trained"}, {"tag_alone_rate": 2.0}):
+def test_settings_that_cannot_be_are_errors():
+    for wrong in ({"label_rules": "tag"}, {"tag_alone_rate": 2.0}):
         with pytest.raises(ValueError):
             ProcessingConfig(**wrong)
-    path = tmp_path / "p.yaml"
-    path.write_text('"<AGE>": not a list\n', encoding="utf-8")
-    with pytest.raises(ConfigError, match="list of sentences"):
-        load_prompts(path)
+
+
+def test_the_older_name_of_the_rules_is_read_with_a_warning(caplog):
+    old = config_io.from_dict(ProcessingConfig, {"profile": "processor"}, "data.yaml")
+    assert old == ProcessingConfig(label_rules="language_think")
+    assert [r.getMessage() for r in caplog.records] == [
+        "data.yaml: profile is an older name; write label_rules",
+        "data.yaml: label_rules: processor is an older name; write label_rules: language_think",
+    ]
+    written = {"think": "natural", "strip_leading_tag": True}
+    assert config_io.from_dict(LabelRules, written) == LabelRules("language", True)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,6 @@ def test_the_largest_batch_is_run_before_step_one_and_leaves_no_trace(tmp_path: 
     data = {
         "batch": {"rows": 2, "row_positions": 96, "max_frames": 400},
         "limits": {"max_frames": 300, "max_positions": 96},
-        "num_mels": tc.MELS,
     }
     with caplog.at_level(logging.INFO):
         tried = tc.run(case(tmp_path / "a", data=data, safety={"try_largest_batch": True}))
@@ -234,15 +233,14 @@ def test_a_largest_batch_without_room_stops_with_the_setting_to_change(monkeypat
     data = {
         "batch": {"rows": 2, "row_positions": 96, "max_frames": 400},
         "limits": {"max_frames": 300, "max_positions": 96},
-        "num_mels": tc.MELS,
     }
     with pytest.raises(ConfigError, match=r"checkpoint_activations: true; lower data.batch.rows \(now 2\)"):
         tc.run(case(tmp_path, data=data, safety={"try_largest_batch": True}))
 
 
 def test_the_largest_batch_fills_every_row_and_frame_that_the_config_allows() -> None:
-    data = config_io.from_dict(DataConfig, {"batch": {"rows": 3, "row_positions": 200, "max_frames": 800}, "limits": {"max_frames": 400, "max_positions": 200}, "num_mels": tc.MELS})  # fmt: skip
-    batch = memory.largest_batch(data, tc.VOCABULARY)
+    data = config_io.from_dict(DataConfig, {"batch": {"rows": 3, "row_positions": 200, "max_frames": 800}, "limits": {"max_frames": 400, "max_positions": 200}})  # fmt: skip
+    batch = memory.largest_batch(data, tc.VOCABULARY, tc.MELS)
     assert batch.rows.ids_BT.shape == (3, 200) and batch.rows.padding_fraction == 0
     assert batch.feats_NTF.shape == (2, 400, tc.MELS)
 

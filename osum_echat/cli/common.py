@@ -29,7 +29,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--speaker", help="the reply's voice: a saved speaker (.safetensors) or a recording of 1 to 30 s")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu, or with an index: cuda:1")
     group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
-    group.add_argument("--profile", help="prompt profile: as_trained, as_released or mini (default: the checkpoint's own)")
+    group.add_argument(
+        "--profile", help="published prompt profile instead of the checkpoint's own strings: as_trained or as_released"
+    )
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
 
 

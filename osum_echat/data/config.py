@@ -6,8 +6,12 @@ buffer of 1500, recordings of 0.2 to 200 s, labels of 1 to 1200 ids, at most 200
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+
+from osum_echat import config as config_io
+from osum_echat.data.label_rules import OLDER_NAMES, LabelRules, get_rules
 
 STREAMS = ("s2t", "t2s", "s2s", "t2t")
 """The mixing streams of the published training. A stream of this name takes only the tasks that belong to it; other names take all."""
@@ -51,6 +55,46 @@ class LimitConfig:
     max_audio_seconds: float = 600.0
     max_label: int = 1200
     max_positions: int = 2000
+
+
+@dataclass
+class ProcessingConfig:
+    """How a record becomes a sample (see `processing`). Strings, speech form and instructions are the model's (`dialogue.dialect`).
+
+    Attributes:
+        label_rules: how labels are read: a name of `label_rules.LABEL_RULES`, or `LabelRules` written out.
+        tag_alone_rate: how often ``<TRANSCRIBE> <X>`` becomes ``<X>``, and transcript-and-answer the answer. 0 for evaluation.
+        streaming_tts_rate: how often text to speech is made its interleaved form.
+        unknown_rate: how often missing tags of a think are written as unknown rather than as the usual ones.
+        drop_none: labels with a ``<NONE>`` tag are dropped.
+        expand_dialogues: one sample for every turn of a dialogue instead of one for the last.
+        min_turns, max_turns: which turns that gives; 0: no limit.
+    """
+
+    RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"profile": "label_rules"}
+
+    label_rules: LabelRules | str = "language_think"
+    tag_alone_rate: float = 0.5
+    streaming_tts_rate: float = 0.0
+    unknown_rate: float = 0.85
+    drop_none: bool = True
+    expand_dialogues: bool = False
+    min_turns: int = 1
+    max_turns: int = 0
+
+    def __post_init__(self) -> None:
+        get_rules(self.label_rules)
+        for name in ("tag_alone_rate", "streaming_tts_rate", "unknown_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share in [0, 1], found {getattr(self, name)}")
+
+    @classmethod
+    def read_older(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
+        name = data.get("label_rules")
+        if isinstance(name, str) and name in OLDER_NAMES:
+            config_io.warn_older(where, f"label_rules: {name}", f"label_rules: {OLDER_NAMES[name]}")
+            data["label_rules"] = OLDER_NAMES[name]
+        return data
 
 
 @dataclass
@@ -113,9 +157,7 @@ class DataConfig:
     Attributes:
         streams: what is mixed, by name.
         seed: order, mixing and augmentation depend on it and on the epoch only.
-        processing: settings of `data.processing` (profile, prompts, think form, rates), as plain data.
-        speech_form: how speech codes are written: ``plain``, or ``word`` (see `dialogue.interleave`; records need word_lengths).
-        num_mels: 80, or 128 for the newer Whisper encoders.
+        processing: how records become samples.
         split: an epoch reads one of this many slices of every list.
         shuffle: False also turns the shuffle buffer off (validation).
         shuffle_buffer: samples to draw from; what is in it is held undecoded.
@@ -128,12 +170,10 @@ class DataConfig:
 
     streams: dict[str, StreamConfig] = field(default_factory=dict)
     seed: int = 0
-    processing: dict[str, Any] = field(default_factory=dict)
+    processing: ProcessingConfig = field(default_factory=ProcessingConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    speech_form: Literal["plain", "word"] = "plain"
-    num_mels: int = 80
     split: int = 1
     shuffle: bool = True
     shuffle_buffer: int = 1500
@@ -152,3 +192,40 @@ class DataConfig:
                 f"limits.max_positions={self.limits.max_positions} does not fit into batch.row_positions={self.batch.row_positions}: "
                 "raise the second or lower the first"
             )
+
+
+def older_model_keys(data: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out of a data section what older files stated there and a model's config states now.
+
+    Returns:
+        The section without those keys, and the changes of the model's config that they come to.
+
+    Raises:
+        ConfigError: a file of instruction sentences that cannot be read.
+    """
+    out, changes = dict(data), dict[str, Any]()
+    processing = dict(data["processing"]) if isinstance(data.get("processing"), Mapping) else {}
+    for section, key, place in (
+        (out, "speech_form", "dialect.speech_form"),
+        (out, "num_mels", "encoder.mels"),
+        (processing, "dialogue", "dialect.profile"),
+        (processing, "prompts", "dialect.instructions"),
+    ):
+        if key not in section:
+            continue
+        config_io.warn_older(where, key, f"{place} into the model's config")
+        value = section.pop(key)
+        part, _, name = place.partition(".")
+        if key != "prompts":
+            changes = config_io.merge(changes, {part: {name: value}})
+        elif not value:
+            changes = config_io.merge(changes, {part: {"refuse_unlisted": True}})
+        elif value not in _DEFAULT_PROMPTS:
+            file = config_io.find_path(str(value), getattr(value, "folder", None))
+            changes = config_io.merge(changes, {part: {name: config_io.read_yaml(file)}})
+    if "processing" in out:
+        out["processing"] = processing
+    return out, changes
+
+
+_DEFAULT_PROMPTS = ("conf/prompt_config.yaml", "package:prompt_config.yaml")

@@ -24,13 +24,15 @@ from tqdm import tqdm
 from osum_echat.audio.features import HOP
 from osum_echat.audio.io import SAMPLE_RATE, AudioError, duration, read
 from osum_echat.data import paths
-from osum_echat.data.config import LimitConfig, StreamConfig
+from osum_echat.data.config import LimitConfig, ProcessingConfig, StreamConfig
 from osum_echat.data.drops import Drop
+from osum_echat.data.label_rules import LABEL_RULES
 from osum_echat.data.lists import Stream
 from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
-from osum_echat.data.processing import PROFILES, Processed, ProcessingConfig, Processor, check_limits
+from osum_echat.data.processing import Processed, Processor, check_limits
 from osum_echat.data.sampling import Share
 from osum_echat.data.sources import Item, Source
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -176,7 +178,7 @@ class Checker:
 
 def examine(
     path: str,
-    profile: str = "processor",
+    label_rules: str = "language_think",
     tokenizer: Tokenizer | None = None,
     vocab: Vocabulary | None = None,
     decode: bool = True,
@@ -190,8 +192,8 @@ def examine(
         tokenizer, vocab: with them, samples that ``limits`` would keep out are told as well; without, lengths in ids are not judged.
         workers: processes; 0: in this one.
     """
-    settings = ProcessingConfig(profile=profile, prompts="", tag_alone_rate=0.0)
-    processor = Processor(settings, tokenizer or PlainTokenizer(), vocab or plain_vocabulary())
+    settings = ProcessingConfig(label_rules=label_rules, tag_alone_rate=0.0)
+    processor = Processor(settings, tokenizer or PlainTokenizer(), vocab or plain_vocabulary(), Dialect(refuse_unlisted=True))
     judged = (limits or LimitConfig()) if tokenizer is not None else None
     max_seconds = (limits or LimitConfig()).max_audio_seconds
     found = Findings()
@@ -265,7 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("list", help="raw, shard or combine list, or a data yaml")
     parser.add_argument("--out", help="folder for report.json and report.png (default: neither is written)")
     parser.add_argument(
-        "--profile", default="processor", choices=list(PROFILES), help="processing profile (default: %(default)s)"
+        "--label-rules",
+        default="language_think",
+        choices=list(LABEL_RULES),
+        help="how labels are read: of the published checkpoint with this kind of think (default: %(default)s)",
     )
     parser.add_argument("--tokenizer", help="tokenizer folder or hub name: judge lengths in ids, too")
     parser.add_argument("--speech-codes", type=int, default=4096, help="codes of the speech tokenizer (default: %(default)s)")
@@ -280,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         vocab = Vocabulary(max(len(tokenizer), Vocabulary().text_size), tokenizer.eos_token_id, None, args.speech_codes)
     try:
         found = examine(
-            args.list, args.profile, tokenizer, vocab, not args.headers_only, args.workers, progress=sys.stderr.isatty()
+            args.list, args.label_rules, tokenizer, vocab, not args.headers_only, args.workers, progress=sys.stderr.isatty()
         )
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")

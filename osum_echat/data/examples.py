@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from osum_echat import config as config_io
 from osum_echat.audio import augment
 from osum_echat.audio.features import HOP, LogMel
 from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
@@ -19,11 +19,12 @@ from osum_echat.audio.wav import pcm16_mono_16k
 from osum_echat.data import paths
 from osum_echat.data.batch import TAGS, Example
 from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
-from osum_echat.data.processing import Processed, ProcessingConfig, Processor, check_limits, expand_dialogue
+from osum_echat.data.processing import Processed, Processor, check_limits, expand_dialogue
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.interleave import ImpossibleInterleave
 from osum_echat.dialogue.layout import audio_positions, flatten
 from osum_echat.dialogue.record import Record, RecordError
-from osum_echat.dialogue.tasks import OUTPUTS, build_layout
+from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
 
@@ -36,7 +37,8 @@ class ExampleBuilder:
 
     Args:
         train: with augmentation and with randomly changed tasks; else every record as it is.
-        prompts: instruction sentences by task (default: the file that the processing settings name).
+        dialect: strings, forms and instructions of the model that the examples are for (its config's section).
+        mels: what its encoder takes.
     """
 
     def __init__(
@@ -45,15 +47,17 @@ class ExampleBuilder:
         tokenizer: Tokenizer,
         vocab: Vocabulary,
         train: bool = True,
-        prompts: Mapping[str, Sequence[str]] | None = None,
+        dialect: Dialect | None = None,
+        mels: int = 80,
     ) -> None:
-        settings = config_io.from_dict(ProcessingConfig, config.processing, "data.processing")
+        settings = config.processing
         if not train:
-            settings.tag_alone_rate = settings.streaming_tts_rate = 0.0
-        self.config, self.settings = config, settings
-        self.processor = Processor(settings, tokenizer, vocab, prompts)
+            settings = dataclasses.replace(settings, tag_alone_rate=0.0, streaming_tts_rate=0.0)
+        self.config, self.settings, self.mels = config, settings, mels
+        self.dialect = dialect or Dialect()
+        self.processor = Processor(settings, tokenizer, vocab, self.dialect)
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._log_mel = LogMel(config.num_mels)
+        self._log_mel = LogMel(mels)
         self._augment = Augmenter(config.augment) if train else None
 
     def build(
@@ -97,7 +101,7 @@ class ExampleBuilder:
         else:
             feats = [self._log_mel(samples) for samples in recordings]
         try:
-            layout = build_layout(processed.sample, self._tokenizer, self._vocab, self.settings.dialogue, self.config.speech_form)
+            layout = self.dialect.layout(processed.sample, self._tokenizer, self._vocab)
         except ImpossibleInterleave as error:
             raise record.error("interleave", str(error)) from error
         except ValueError as error:
@@ -147,16 +151,16 @@ class Augmenter:
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
         self._noises = paths.read_lines(config.noise_list) if config.noise_list else []
-        self._rooms = paths.read_lines(config.reverb_list) if config.reverb_list else []
+        self._impulses = paths.read_lines(config.reverb_list) if config.reverb_list else []
 
     def samples(self, recordings: Sequence[Samples], rng: np.random.Generator) -> list[Samples]:
-        """Speed, room and noise, the same speed and room for all recordings of a sample."""
+        """Speed, reverberation and noise, the same speed and reverberation for all recordings of a sample."""
         config, out = self.config, list(recordings)
         if config.speeds:
             factor = config.speeds[int(rng.integers(len(config.speeds)))]
             out = [augment.change_speed(x, SAMPLE_RATE, factor) for x in out]
-        if self._rooms and rng.random() < config.reverb_probability:
-            impulse = to_mono_16k(self._rooms[int(rng.integers(len(self._rooms)))], min_seconds=0.0)
+        if self._impulses and rng.random() < config.reverb_probability:
+            impulse = to_mono_16k(self._impulses[int(rng.integers(len(self._impulses)))], min_seconds=0.0)
             out = [augment.reverberate(x, SAMPLE_RATE, 0.0, rng, impulse) for x in out]
         if self._noises and rng.random() < config.noise_probability:
             noise = to_mono_16k(self._noises[int(rng.integers(len(self._noises)))])

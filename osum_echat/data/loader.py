@@ -26,6 +26,7 @@ from osum_echat.data.drops import DropLog, DropReport
 from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.lists import Stream
 from osum_echat.data.reader import Builder, Output, Reader
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
 
@@ -295,17 +296,18 @@ def build_loader(
     config: DataConfig,
     tokenizer: Tokenizer,
     vocab: Vocabulary,
+    dialect: Dialect | None = None,
+    mels: int = 80,
     rank: int = 0,
     world_size: int = 1,
     train: bool = True,
-    prompts: Mapping[str, Sequence[str]] | None = None,
     pin_memory: bool = False,
 ) -> Loader:
     """The loader of a config.
 
     Args:
         train: False: held-out data, in the order of the lists, without augmentation, every stream once; the same whatever seed and epoch.
-        prompts: instruction sentences by task, when not those of the file that ``config.processing`` names.
+        dialect, mels: of the model that the batches are for, from its config (``dialect`` and ``encoder.mels``).
 
     Raises:
         ValueError: no streams, or a list that is not there or empty.
@@ -319,7 +321,7 @@ def build_loader(
     streams = [stream for stream in streams if len(stream)]
     if not streams:
         raise ValueError("every stream of data.streams is empty: raise a weight in its data yaml")
-    builder = ExampleBuilder(config, tokenizer, vocab, train, prompts)
+    builder = ExampleBuilder(config, tokenizer, vocab, train, dialect, mels)
     return Loader(streams, builder, config, rank, world_size, pin_memory, repeat=not train)
 
 

@@ -1,6 +1,6 @@
 """From a record to a sample: which task it is, what the model shall say, what it is asked.
 
-One pipeline with named profiles for what the published training code did in three copies of a file (`PROFILES`). Its steps, in order: names
+One pipeline with named rules for what the published training code did in three copies of a file (`label_rules`). Its steps, in order: names
 that must not appear, renamed tasks, merged labels, tasks that are randomly made smaller, leading tag of the reply, think, clean-up, ids,
 instruction, speech. Whatever is random comes from the generator that is handed in. A record that gives no sample raises a RecordError
 whose ``reason`` is counted. Where this differs from the published code on purpose, docs/compatibility.md has a line.
@@ -10,60 +10,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass, replace
 
-from osum_echat import config as config_io
-from osum_echat.config import InputPath
 from osum_echat.data import text
-from osum_echat.data.config import LimitConfig
+from osum_echat.data.config import LimitConfig, ProcessingConfig
+from osum_echat.data.label_rules import get_rules
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.interleave import split_words
-from osum_echat.dialogue.prompts import get_profile
 from osum_echat.dialogue.record import Record, Turn
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, find_task
-from osum_echat.dialogue.think import CLOSE, Think
+from osum_echat.dialogue.think import CLOSE, Think, ThinkForm
 from osum_echat.dialogue.tokens import Tokenizer, decode, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
-
-
-@dataclass(frozen=True)
-class ProcessingProfile:
-    """What differs between the published processors.
-
-    Attributes:
-        think: form of a think: ``natural``, the record's own sentence (``extra.think_str``); ``tag``, the template filled with tags;
-            ``either``: the sentence where the record has one, else tags.
-        strip_leading_tag: a tag in front of a label (the emotion of a reply) is taken off.
-        neutral_tag: put in front of a dialogue reply that has no tag; in a think it stands for a tag that is not known.
-        reply_tags: reply emotions that are known; empty: all.
-        stand_ins: what may stand for a missing tag in a think instead of "unknown".
-        names: a label that holds one of these is dropped.
-    """
-
-    think: Literal["natural", "tag", "either"]
-    strip_leading_tag: bool
-    neutral_tag: str = "<中立>"
-    reply_tags: frozenset[str] = frozenset()
-    stand_ins: Mapping[str, str] = field(default_factory=dict)
-    names: tuple[str, ...] = text.OTHER_NAMES
-
-
-_REPLY_EMOTIONS = ("愉悦", "抱歉", "开心", "愤怒", "惊讶", "厌恶", "悲伤", "害怕", "哭腔", "安慰鼓励", "中立")
-
-PROFILES: Mapping[str, ProcessingProfile] = {
-    "processor": ProcessingProfile(think="natural", strip_leading_tag=True),
-    "language_think": ProcessingProfile(think="natural", strip_leading_tag=True),
-    "tag_think": ProcessingProfile(
-        think="tag",
-        strip_leading_tag=False,
-        reply_tags=frozenset(f"<{name}>" for name in _REPLY_EMOTIONS),
-        stand_ins={"age": "<ADULT>", "gender": "<MALE>", "emotion": "<NEUTRAL>", "event": "<OTHER>"},
-        names=("MOSS", *text.OTHER_NAMES),
-    ),
-    # The small model: both forms of a think, tags in English, the reply's emotion in the think only.
-    "mini": ProcessingProfile(think="either", strip_leading_tag=True, neutral_tag="<neutral>", names=()),
-}
 
 RENAMED_TASKS = {
     "TEXT2TOKEN": "<TEXT2TOKEN>",
@@ -85,42 +43,6 @@ _TAG_FIELDS = {
     "event": ("caption", "event"),
     "style": ("style",),
 }
-
-
-@dataclass
-class ProcessingConfig:
-    """Settings of the pipeline.
-
-    Attributes:
-        profile: a key of `PROFILES`.
-        dialogue: prompt profile whose think templates are used (see `dialogue.prompts`).
-        prompts: YAML of instruction sentences by task; empty: understanding tasks have no instruction.
-        tag_alone_rate: how often ``<TRANSCRIBE> <X>`` becomes ``<X>``, and transcript-and-answer the answer. 0 for evaluation.
-        streaming_tts_rate: how often text to speech is made its interleaved form.
-        unknown_rate: how often missing tags of a think are written as unknown rather than as the usual ones.
-        drop_none: labels with a ``<NONE>`` tag are dropped.
-        min_turns, max_turns: which turns `expand_dialogue` gives; 0: no limit.
-        expand_dialogues: one sample for every turn of a dialogue instead of one for the last.
-    """
-
-    profile: str = "processor"
-    dialogue: str = "as_trained"
-    prompts: InputPath = "package:prompt_config.yaml"
-    tag_alone_rate: float = 0.5
-    streaming_tts_rate: float = 0.0
-    unknown_rate: float = 0.85
-    drop_none: bool = True
-    expand_dialogues: bool = False
-    min_turns: int = 1
-    max_turns: int = 0
-
-    def __post_init__(self) -> None:
-        if self.profile not in PROFILES:
-            raise ValueError(f"unknown processing profile {self.profile!r}: use one of {', '.join(PROFILES)}")
-        get_profile(self.dialogue)
-        for name in ("tag_alone_rate", "streaming_tts_rate", "unknown_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], found {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -146,37 +68,17 @@ class Processed:
     recordings: tuple[str | bytes | None, ...]
 
 
-def load_prompts(path: str | Path) -> dict[str, list[str]]:
-    """Instruction sentences by task. Raises ConfigError for a missing file or an entry that is not a list of sentences."""
-    data = config_io.read_yaml(path)
-    for task, sentences in data.items():
-        if not isinstance(sentences, list) or not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
-            raise config_io.ConfigError(f"{path}: {task!r} must be a list of sentences")
-    return data
-
-
 class Processor:
-    """Makes samples of records.
+    """Makes samples of records, in the dialect of the model that they are for."""
 
-    Args:
-        prompts: instruction sentences by task; default: read from ``config.prompts``.
-    """
-
-    def __init__(
-        self,
-        config: ProcessingConfig,
-        tokenizer: Tokenizer,
-        vocab: Vocabulary,
-        prompts: Mapping[str, Sequence[str]] | None = None,
-    ) -> None:
+    def __init__(self, config: ProcessingConfig, tokenizer: Tokenizer, vocab: Vocabulary, dialect: Dialect | None = None) -> None:
         self.config, self.tokenizer, self.vocab = config, tokenizer, vocab
-        self.profile = PROFILES[config.profile]
-        self._dialogue = get_profile(config.dialogue)
-        self._prompts = prompts if prompts is not None else load_prompts(config.prompts) if config.prompts else {}
+        self.dialect = dialect or Dialect()
+        self.rules = get_rules(config.label_rules)
 
     def __call__(self, record: Record, rng: random.Random) -> Processed:
         """The sample of ``record``. Raises RecordError with the reason why there is none."""
-        name = text.mentioned_name(record.txt, self.profile.names)
+        name = text.mentioned_name(record.txt, self.rules.names)
         if name is not None:
             raise record.error("name_filter", f"the label names another assistant ({name!r})")
         if self.config.drop_none and any(tag in record.txt for tag in text.NONE_TAGS):
@@ -186,14 +88,14 @@ class Processor:
         said = _said(record, task, label)
         tags = _known_tags(record, task, label)
         task, label = self._smaller_task(record, task, label, rng)
-        label, think_written = self._reply(record, task, label, rng)
+        label, think = self._reply(record, task, label, rng)
         if record.history:
             task = _HISTORY_TASK.get(task, task)
         output = find_task(task).output
         open_ended = label.endswith(_UNKNOWN_END)
         label = text.clean(label, lower=task == "<TRANSCRIBE>")
         ids = encode(self.tokenizer, label)
-        think_length = self._think_length(ids) if think_written else 0
+        think_length = self._think_length(ids) if think else 0
         if not open_ended:
             ids = (*ids, self.vocab.eos_id)
         prompt = self._prompt(record, task, rng)
@@ -208,7 +110,7 @@ class Processor:
             history=tuple(self._past(record, turn) for turn in history),
             words=tuple(split_words(label.rpartition(CLOSE)[2])) if speech and record.word_lengths else (),
             word_lengths=record.word_lengths if speech else (),
-            natural_think=think_written and self._is_natural(record),
+            think=think,
         )
         recordings: list[str | bytes | None] = [turn.wav for turn in history]
         transcripts = [""] * len(recordings)
@@ -234,32 +136,34 @@ class Processor:
             return "<TEXT2TOKEN> <STREAMING>", label
         return task, label
 
-    def _reply(self, record: Record, task: str, label: str, rng: random.Random) -> tuple[str, bool]:
-        """The label with its leading tag as the profile wants it and with its think, and whether there is a think."""
-        profile = self.profile
+    def _reply(self, record: Record, task: str, label: str, rng: random.Random) -> tuple[str, ThinkForm | None]:
+        """The label with its leading tag as the rules want it and with its think, and the form of that (None: no think)."""
+        rules = self.rules
         tag, rest = text.split_leading_tag(label)
-        if profile.strip_leading_tag:
+        if rules.strip_leading_tag:
             # A label that is nothing but tags is an answer of its own, not a reply with an emotion in front.
             label = label if text.only_tags(label) else rest
         elif tag is None and task in _TAGGED_REPLIES:
-            tag, label = profile.neutral_tag, profile.neutral_tag + label
+            tag, label = rules.neutral_tag, rules.neutral_tag + label
         if not find_task(task).output.think:
-            return label, False
-        if self._is_natural(record):
+            return label, None
+        if self._think_form(record) == "language":
             think = record.extra.get("think_str")
             if think is None:
                 raise record.error("missing_think", "a think task needs extra.think_str")
-            return self._dialogue.natural_think.write(Think(raw=str(think))) + label, True
-        tag = tag or profile.neutral_tag
-        if profile.reply_tags and tag not in profile.reply_tags:
-            label = label.replace(tag, profile.neutral_tag)
-            tag = profile.neutral_tag
-        return self._dialogue.tag_think.write(self._tag_think(record, tag, rng)) + label, True
+            return self.dialect.strings.language_think.write(Think(raw=str(think))) + label, "language"
+        tag = tag or rules.neutral_tag
+        if rules.reply_tags and tag not in rules.reply_tags:
+            label = label.replace(tag, rules.neutral_tag)
+            tag = rules.neutral_tag
+        return self.dialect.strings.tag_think.write(self._tag_think(record, tag, rng)) + label, "tag"
 
-    def _is_natural(self, record: Record) -> bool:
-        """Whether a think of this record is written in natural language."""
-        form = self.profile.think
-        return form == "natural" or (form == "either" and record.extra.get("think_str") is not None)
+    def _think_form(self, record: Record) -> ThinkForm:
+        """The form in which a think of this record is written."""
+        form = self.rules.think
+        if form == "either":
+            return "language" if record.extra.get("think_str") is not None else "tag"
+        return form
 
     def _tag_think(self, record: Record, reply_tag: str, rng: random.Random) -> Think:
         extra = record.extra
@@ -272,7 +176,7 @@ class Processor:
 
         def tag(name: str) -> str | None:
             value = next((extra[key] for key in _TAG_FIELDS[name] if extra.get(key) is not None), None)
-            stand_in = None if unknown else self.profile.stand_ins.get(name)
+            stand_in = None if unknown else self.rules.stand_ins.get(name)
             return stand_in if value is None else self._bare(str(value))
 
         return Think(
@@ -286,7 +190,7 @@ class Processor:
 
     def _bare(self, tag: str) -> str:
         """Tags without brackets where the template writes none."""
-        return tag if self._dialogue.tag_think.brackets else tag.strip("<>")
+        return tag if self.dialect.strings.tag_think.brackets else tag.strip("<>")
 
     def _think_length(self, ids: Sequence[int]) -> int:
         """Ids up to the one that completes the closing mark of the think."""
@@ -305,7 +209,7 @@ class Processor:
             if not isinstance(question, str) or not question:
                 raise record.error("empty_question", "extra.question is there but empty")
             return question
-        sentences = self._prompts.get(task)
+        sentences = self.dialect.sentences(task)
         return sentences[rng.randrange(len(sentences))] if sentences else ""
 
     def _speech(self, record: Record) -> tuple[int, ...]:
@@ -324,7 +228,7 @@ class Processor:
             raise record.error("bad_history", "a past turn has no recording")
         self._check_codes(record, turn.speech_token)
         reply = turn.txt.replace("\n", " ")
-        if self.profile.strip_leading_tag and not text.only_tags(reply):
+        if self.rules.strip_leading_tag and not text.only_tags(reply):
             reply = text.split_leading_tag(reply)[1]
         reply = text.clean(reply, lower=False)
         return PastTurn(reply_ids=encode(self.tokenizer, reply), speech=turn.speech_token)

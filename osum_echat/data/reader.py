@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 
 
 class Builder(Protocol):
-    """Turns records into examples (see `examples.ExampleBuilder`)."""
+    """Turns records into examples (see `examples.ExampleBuilder`). ``mels``: bins of their features."""
+
+    mels: int
 
     def build(
         self, record: Record, resolve: paths.Resolver, stream: str, rng: random.Random
@@ -108,7 +110,7 @@ class Reader:
             number = {i: n for n, i in enumerate(chosen)}
             batch = collate(
                 [self._pool[i][2] for i in chosen],
-                config.num_mels,
+                self._builder.mels,
                 [[number[i] for i in row] for row in plan],
                 config.batch.multiple_of,
             )

@@ -1,8 +1,8 @@
-"""Every fixed string of a dialogue as data, in three profiles.
+"""Every fixed string of a dialogue as data: the class of such strings, and the two published profiles.
 
 ``as_trained`` (the default) is what the published weights were trained with; ``as_released`` is what the published inference code feeds
-them, its typing errors and omissions included; ``mini`` are short strings of ours for the small model, a few ids each.
-The strings of the first two are part of a checkpoint's interface: byte for byte, misspellings too.
+them, its typing errors and omissions included. They are part of a checkpoint's interface: byte for byte, misspellings too. A checkpoint
+with strings of its own writes them into its config (see `dialect`).
 """
 
 from __future__ import annotations
@@ -10,23 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from osum_echat.dialogue.think import NATURAL, TAG_CHINESE, TAG_ENGLISH, ThinkTemplate
-
-OUTPUT_TYPES = (
-    "text",
-    "s2t_chat",
-    "s2t_chat_fake",
-    "s2t_chat_think",
-    "text2text",
-    "text2token",
-    "text2token_streaming",
-    "speech2text_token",
-    "speech2text_token_think",
-    "speech2text_token_history",
-    "speech2text_token_streaming",
-    "speech2text_token_streaming_think",
-)
-"""The kinds of sequence. The last one is ours: the strings and the interleave for it exist in the reference, a task does not."""
+from osum_echat.dialogue.think import LANGUAGE, TAG_CHINESE, ThinkForm, ThinkTemplate
 
 
 @dataclass(frozen=True)
@@ -43,9 +27,10 @@ class Profile:
         history_audio_marks: recordings of past turns stand between the audio-begins and audio-ends rows.
         history_after_audio: stands after a past user turn, in front of ``turn_end``.
         history_after_reply: stands after a past reply.
-        tag_think, natural_think: the two forms of a think.
-        natural_system: openings of think sequences whose think is natural language, for a checkpoint that writes both forms; what is not
-            named here opens as in ``system`` (the published checkpoints write one form each).
+        tag_think, language_think: how the two forms of a think are written.
+        language_system: openings of think sequences whose think is natural language, for a checkpoint that writes both forms; what is
+            not named here opens as in ``system`` (the published checkpoints write one form each).
+        asks: the sentence that inference asks a task in, where that is a fixed one, by task string (see `Dialect.instruction`).
     """
 
     name: str
@@ -59,16 +44,17 @@ class Profile:
     history_after_audio: str = ""
     history_after_reply: str = ""
     tag_think: ThinkTemplate = TAG_CHINESE
-    natural_think: ThinkTemplate = NATURAL
-    natural_system: Mapping[str, str] = field(default_factory=dict)
+    language_think: ThinkTemplate = LANGUAGE
+    language_system: Mapping[str, str] = field(default_factory=dict)
+    asks: Mapping[str, str] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        missing = set(OUTPUT_TYPES) - set(self.system)
-        assert not missing, f"profile {self.name} lacks system prompts for {sorted(missing)}"
-
-    def opening(self, output_type: str, natural_think: bool = False) -> str:
+    def opening(self, output_type: str, think: ThinkForm | None = None) -> str:
         """The system prompt of a sequence."""
-        return (natural_think and self.natural_system.get(output_type)) or self.system[output_type]
+        return (think == "language" and self.language_system.get(output_type)) or self.system[output_type]
+
+    def template(self, think: ThinkForm) -> ThinkTemplate:
+        """How this form of a think is written and parsed."""
+        return self.tag_think if think == "tag" else self.language_think
 
 
 def _system(text: str) -> str:
@@ -111,20 +97,6 @@ _RELEASED_TEXT = (
     "You are OSUM-chat, an audio understanding. You can transcribe speech accurately and anaosum_echat2e paralinguistic cues to provide "
     "precise text responses."
 )
-_MINI = {
-    "text": "hear",
-    "s2t_chat": "chat",
-    "s2t_chat_fake": "think, chat aloud",
-    "s2t_chat_think": "think, chat",
-    "text2text": "read, chat",
-    "text2token": "say",
-    "text2token_streaming": "say along",
-    "speech2text_token": "talk",
-    "speech2text_token_history": "talk",
-    "speech2text_token_think": "think, talk",
-    "speech2text_token_streaming": "talk along",
-    "speech2text_token_streaming_think": "think, talk along",
-}
 
 AS_TRAINED = Profile(
     name="as_trained",
@@ -132,6 +104,7 @@ AS_TRAINED = Profile(
     user_header="<|im_start|>user\n",
     turn_end="<|im_end|>\n",
     assistant="<|im_start|>assistant\n",
+    asks={"<TRANSCRIBE>": "将这段音频的语音内容详细记录为文字稿。"},
     history_after_audio="<|im_end|>\n",  # so this mark stands twice after a past recording
     history_after_reply="<|im_end|>\n",
 )
@@ -147,30 +120,7 @@ AS_RELEASED = replace(
     history_after_reply="",
 )
 
-_MINI_NATURAL = {
-    "s2t_chat_think": "wonder, chat",
-    "speech2text_token_think": "wonder, talk",
-    "speech2text_token_streaming_think": "wonder, talk along",
-}
-
-
-def _mini_system(texts: Mapping[str, str]) -> dict[str, str]:
-    return {name: f"<|im_start|>{text}\n" for name, text in texts.items()}
-
-
-MINI = Profile(
-    name="mini",
-    system=_mini_system(_MINI),
-    natural_system=_mini_system(_MINI_NATURAL),
-    user_header="",
-    turn_end="<|im_end|>",
-    assistant="<|im_start|>",
-    history_audio_marks=True,
-    history_after_reply="<|im_end|>",
-    tag_think=TAG_ENGLISH,
-)
-
-PROFILES: Mapping[str, Profile] = {p.name: p for p in (AS_TRAINED, AS_RELEASED, MINI)}
+PROFILES: Mapping[str, Profile] = {p.name: p for p in (AS_TRAINED, AS_RELEASED)}
 
 
 def get_profile(profile: str | Profile) -> Profile:
@@ -178,5 +128,7 @@ def get_profile(profile: str | Profile) -> Profile:
     if isinstance(profile, Profile):
         return profile
     if profile not in PROFILES:
-        raise ValueError(f"unknown prompt profile {profile!r}: use one of {', '.join(PROFILES)}")
+        raise ValueError(
+            f"unknown prompt profile {profile!r}: use {' or '.join(PROFILES)}, or write the strings of your own out (dialect.profile)"
+        )
     return PROFILES[profile]

@@ -14,6 +14,7 @@ from typing import Literal
 from osum_echat.dialogue.interleave import Run, interleave_chunks, interleave_words
 from osum_echat.dialogue.layout import Layout, Role, Segment
 from osum_echat.dialogue.prompts import Profile, get_profile
+from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import Tokenizer, encode_fixed
 from osum_echat.dialogue.vocabulary import Vocabulary
 
@@ -26,6 +27,7 @@ class Output:
     """A kind of sequence.
 
     Attributes:
+        about: what it is for, to people.
         stream: mixing stream; its first letter says what is heard or read (s, t), its last what is answered.
         instruction: the user's turn may hold text in front of the audio (understanding) or is text (text2text).
         audio: the user's turn holds a recording.
@@ -37,6 +39,7 @@ class Output:
     """
 
     name: str
+    about: str
     stream: Stream
     instruction: bool = False
     audio: bool = True
@@ -52,30 +55,53 @@ class Output:
         return self.speech == "none"
 
 
+# `s2t_chat_fake` is in the published training code: text dialogue under the system prompt of spoken replies. Kept, because records of that
+# task exist and must come out as published. The last row is ours: the published code has its strings and interleave, but no task for it.
 _OUTPUT_ROWS = (
-    Output("text", "s2t", instruction=True),
-    Output("s2t_chat", "s2t", history=True),
-    Output("s2t_chat_fake", "s2t", history=True),
-    Output("s2t_chat_think", "s2t", think=True, history=True),
-    Output("text2text", "t2t", instruction=True, audio=False, history=True),
-    Output("text2token", "t2s", audio=False, spoken_text=True, reply_text=False, speech="after"),
-    Output("text2token_streaming", "t2s", audio=False, spoken_text=True, speech="interleaved"),
-    Output("speech2text_token", "s2s", speech="after", history=True),
-    Output("speech2text_token_think", "s2s", speech="after", think=True, history=True),
-    Output("speech2text_token_history", "s2s", speech="after", history=True),
-    Output("speech2text_token_streaming", "s2s", speech="interleaved", history=True),
-    Output("speech2text_token_streaming_think", "s2s", speech="interleaved", think=True, history=True),
+    Output("text", "understanding", "s2t", instruction=True),
+    Output("s2t_chat", "a written reply to a recording", "s2t", history=True),
+    Output("s2t_chat_fake", "a written reply to a recording, asked for in the words of a spoken one", "s2t", history=True),
+    Output("s2t_chat_think", "a written reply to a recording, with a think", "s2t", think=True, history=True),
+    Output("text2text", "a written reply to a text", "t2t", instruction=True, audio=False, history=True),
+    Output("text2token", "text to speech", "t2s", audio=False, spoken_text=True, reply_text=False, speech="after"),
+    Output(
+        "text2token_streaming",
+        "text to speech, text and speech in turns",
+        "t2s",
+        audio=False,
+        spoken_text=True,
+        speech="interleaved",
+    ),
+    Output("speech2text_token", "a spoken reply to a recording", "s2s", speech="after", history=True),
+    Output(
+        "speech2text_token_think", "a spoken reply to a recording, with a think", "s2s", speech="after", think=True, history=True
+    ),
+    Output("speech2text_token_history", "a spoken reply to a recording behind past turns", "s2s", speech="after", history=True),
+    Output(
+        "speech2text_token_streaming",
+        "a spoken reply to a recording, text and speech in turns",
+        "s2s",
+        speech="interleaved",
+        history=True,
+    ),
+    Output(
+        "speech2text_token_streaming_think",
+        "a spoken reply to a recording, with a think, text and speech in turns",
+        "s2s",
+        speech="interleaved",
+        think=True,
+        history=True,
+    ),
 )
 OUTPUTS: Mapping[str, Output] = {row.name: row for row in _OUTPUT_ROWS}
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task string of records. ``stage``: the first training stage that uses it (1 understanding, 2 generation, 3 empathy)."""
+    """A task string of records. ``prompted``: the user's turn asks for it in a sentence (see `Dialect.instructions`)."""
 
     name: str
     output_type: str
-    stage: int
     prompted: bool = False
 
     @property
@@ -83,7 +109,7 @@ class Task:
         return OUTPUTS[self.output_type]
 
 
-# Understanding: what is asked for beside (or instead of) the words. Each has instruction sentences in conf/prompt_config.yaml.
+# Understanding: what is asked for beside (or instead of) the words. Each has instruction sentences (`dialect.default_instructions`).
 _PROMPTED = (
     "<TRANSCRIBE>",
     "<TRANSCRIBE> <ALIGN>",
@@ -111,28 +137,28 @@ _PROMPTED = (
 )
 
 _TASK_ROWS = (
-    *(Task(name, "text", stage=1, prompted=True) for name in _PROMPTED),
-    Task("<TEXT2TOKEN>", "text2token", stage=2),
-    Task("TEXT2TOKEN", "text2token", stage=2),
-    Task("<TEXT2TOKEN> <STREAMING>", "text2token_streaming", stage=2),
-    Task("<TEXT2TEXT>", "text2text", stage=2),
-    Task("<S2TCHAT>", "s2t_chat", stage=2),
-    Task("<S2TCHAT_FAKE>", "s2t_chat_fake", stage=2),
-    Task("<S2TCHAT> <THINKER>", "s2t_chat_think", stage=3),
-    Task("<S2TCHAT> <TEXT2TOKEN>", "speech2text_token", stage=2),
-    Task("<Speech2TEXTandTOKEN>", "speech2text_token", stage=2),
-    Task("<S2TCHAT> <TEXT2TOKEN> <EMOTION>", "speech2text_token", stage=2),
-    Task("<S2TCHAT> <TEXT2TOKEN> <STREAMING>", "speech2text_token_streaming", stage=2),
-    Task("<S2TCHAT> <TEXT2TOKEN> <HISTORY>", "speech2text_token_history", stage=2),
-    Task("<S2TCHAT> <TEXT2TOKEN> <THINK>", "speech2text_token_think", stage=3),
-    Task("<S2TCHAT> <TEXT2TOKEN> <STREAMING> <THINK>", "speech2text_token_streaming_think", stage=3),
+    *(Task(name, "text", prompted=True) for name in _PROMPTED),
+    Task("<TEXT2TOKEN>", "text2token"),
+    Task("TEXT2TOKEN", "text2token"),  # as written in published records; `data.processing.RENAMED_TASKS` reads it
+    Task("<TEXT2TOKEN> <STREAMING>", "text2token_streaming"),
+    Task("<TEXT2TEXT>", "text2text"),
+    Task("<S2TCHAT>", "s2t_chat"),
+    Task("<S2TCHAT_FAKE>", "s2t_chat_fake"),
+    Task("<S2TCHAT> <THINKER>", "s2t_chat_think"),
+    Task("<S2TCHAT> <TEXT2TOKEN>", "speech2text_token"),
+    Task("<Speech2TEXTandTOKEN>", "speech2text_token"),
+    Task("<S2TCHAT> <TEXT2TOKEN> <EMOTION>", "speech2text_token"),
+    Task("<S2TCHAT> <TEXT2TOKEN> <STREAMING>", "speech2text_token_streaming"),
+    Task("<S2TCHAT> <TEXT2TOKEN> <HISTORY>", "speech2text_token_history"),
+    Task("<S2TCHAT> <TEXT2TOKEN> <THINK>", "speech2text_token_think"),
+    Task("<S2TCHAT> <TEXT2TOKEN> <STREAMING> <THINK>", "speech2text_token_streaming_think"),
 )
 TASKS: Mapping[str, Task] = {row.name: row for row in _TASK_ROWS}
 
 
 def find_task(name: str) -> Task:
     """The row of a task string; a string that is not in the table is understanding without an instruction, as in the reference."""
-    return TASKS.get(name) or Task(name, "text", stage=1)
+    return TASKS.get(name) or Task(name, "text")
 
 
 @dataclass(frozen=True)
@@ -157,7 +183,7 @@ class Sample:
         speech: codes [0, S) of the reply, without delimiters.
         history: past turns, oldest first.
         words, word_lengths: for the word form of speech: words of the reply and how many codes each has.
-        natural_think: the think is natural language, which some profiles ask for in words of its own.
+        think: form of the think, None without one: some profiles ask for natural language in words of its own.
     """
 
     output_type: str
@@ -168,7 +194,7 @@ class Sample:
     history: tuple[PastTurn, ...] = ()
     words: tuple[str, ...] = ()
     word_lengths: tuple[int, ...] = ()
-    natural_think: bool = False
+    think: ThinkForm | None = None
 
     @property
     def num_recordings(self) -> int:
@@ -236,7 +262,7 @@ class _Builder:
         profile = self.profile
         if sample.history and not output.history:
             raise ValueError(f"output type {output.name} takes no history")
-        self.add_fixed("system", profile.opening(output.name, sample.natural_think))
+        self.add_fixed("system", profile.opening(output.name, sample.think))
         for turn in sample.history:
             self.past_turn(turn)
         if output.name not in profile.headerless:

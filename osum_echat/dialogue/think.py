@@ -10,6 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+ThinkForm = Literal["tag", "language"]
+"""The two forms of a think: a fixed sentence filled with tags, or a sentence in natural language."""
 
 OPEN = "<think>"
 CLOSE = "<think end>"
@@ -125,7 +129,7 @@ def split_think(text: str) -> SplitReply:
     return SplitReply(text.strip().removeprefix(OPEN), "", closed=False) if opened else SplitReply(None, text)
 
 
-NATURAL = ThinkTemplate()
+LANGUAGE = ThinkTemplate()
 
 TAG_CHINESE = ThinkTemplate(
     parts=(
@@ -138,17 +142,4 @@ TAG_CHINESE = ThinkTemplate(
     ),
     ending=",我应该综合用户的语义和副语言信息给出专业且对应的回答",
     unknown="<&&>",
-)
-
-TAG_ENGLISH = ThinkTemplate(
-    parts=(
-        ("words: ", "transcript"),
-        (", age: ", "age"),
-        (", gender: ", "gender"),
-        (", emotion: ", "emotion"),
-        (", event: ", "event"),
-        (", reply: ", "reply_emotion"),
-    ),
-    brackets=False,
-    unknown="unknown",
 )

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.data.processing import load_prompts
 from osum_echat.dialogue.record import Record
 from osum_echat.evaluation import suites
 from osum_echat.evaluation.judge import Recogniser
@@ -84,16 +83,11 @@ def _item(record: Record) -> Item:
 
 
 def _echat(trainer: Trainer, token2wav: str | None = None) -> EChat:
-    """The model as it is now, decoding as the data is written."""
-    data = trainer.config.data
-    prompts = load_prompts(data.processing["prompts"]) if data.processing.get("prompts") else {}
+    """The model as it is now, asked in its own dialect."""
     greedy = Sampling(greedy=True)
     settings = GenerationConfig(
-        profile=data.processing.get("dialogue", "as_trained"),
-        speech_form=data.speech_form,
         modes={name: Mode(text=greedy, speech=_SPEECH, max_new=1000) for name in GenerationConfig().modes},
         guards=Guards.off(),
-        instructions={task: sentences[0] for task, sentences in prompts.items()},
     )
     from osum_echat.token2wav.model import Token2Wav
 

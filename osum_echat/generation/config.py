@@ -5,13 +5,12 @@ The numbers are those of the published inference code where it has any. A checkp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
-from osum_echat.dialogue.prompts import PROFILES
-from osum_echat.dialogue.tasks import OUTPUTS, SpeechForm
-
-AS_RELEASED = "as_released"
+from osum_echat.config import warn_older
+from osum_echat.dialogue.tasks import OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -167,33 +166,22 @@ def _default_modes() -> dict[str, Mode]:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Everything that decoding needs to know beside the model.
+    """Everything that decoding needs to know beside the model and its dialect (`dialogue.dialect`).
 
     Args:
-        profile: prompt profile (see `dialogue.prompts`).
-        speech_form: ``plain``, or ``word`` for a model that speaks word by word (see `dialogue.interleave`).
         modes: settings by output type; types that are not named keep the published settings.
         guards: see `Guards`.
         force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there; otherwise the model
             must choose it itself.
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
-        instructions: what the user asks in an understanding task, by task string; tasks that are not named take the first sentence of
-            `conf/prompt_config.yaml`.
-        only_instructed: the checkpoint knows the understanding tasks of ``instructions`` and no others.
     """
 
-    profile: str = "as_trained"
-    speech_form: SpeechForm = "plain"
     modes: dict[str, Mode] = field(default_factory=_default_modes)
     guards: Guards = field(default_factory=Guards)
     force_speech_begin: bool = True
     max_codes_per_word: int = 50
-    instructions: dict[str, str] = field(default_factory=lambda: {"<TRANSCRIBE>": "将这段音频的语音内容详细记录为文字稿。"})
-    only_instructed: bool = False
 
     def __post_init__(self) -> None:
-        if self.profile not in PROFILES:
-            raise ValueError(f"unknown profile {self.profile!r}: use one of {', '.join(PROFILES)}")
         unknown = sorted(set(self.modes) - set(OUTPUTS))
         if unknown:
             raise ValueError(f"modes: unknown output type {unknown[0]!r}; use {', '.join(OUTPUTS)}")
@@ -206,11 +194,31 @@ class GenerationConfig:
             return _default_modes()[output_type]
         raise ValueError(f"unknown output type {output_type!r}; use {', '.join(OUTPUTS)}")
 
-    def with_profile(self, profile: str) -> GenerationConfig:
-        """The same with another prompt profile; ``as_released`` also switches to what the published code did about guards and begin of speech."""
-        if profile == AS_RELEASED:
-            return replace(self, profile=profile, guards=Guards.as_released(), force_speech_begin=False)
-        return replace(self, profile=profile)
+    def as_released(self) -> GenerationConfig:
+        """The same with what the published code did about guards and begin of speech, for the dialect ``as_released``."""
+        return replace(self, guards=Guards.as_released(), force_speech_begin=False)
+
+
+_OLDER_KEYS = {
+    "profile": "profile",
+    "speech_form": "speech_form",
+    "instructions": "instructions",
+    "only_instructed": "refuse_unlisted",
+}
+
+
+def older_dialect_keys(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Take out of generation settings what older files said there of the dialect, which the checkpoint's config.yaml says now.
+
+    Returns:
+        The settings without those keys, and the changes of the dialect that they come to.
+    """
+    changes: dict[str, Any] = {}
+    for key, name in _OLDER_KEYS.items():
+        if key in data:
+            warn_older(where, key, f"{name} under dialect: in the checkpoint's config.yaml")
+            changes[name] = data[key]
+    return {key: value for key, value in data.items() if key not in _OLDER_KEYS}, changes
 
 
 Reason = Literal["stop", "length", "cancelled"]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.generation.config import GenerationConfig, Reason, Sampling
 from osum_echat.generation.decoder_state import Batch, Slots
@@ -64,10 +65,21 @@ class LiveRow:
 
 
 class Generator:
-    """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same moment)."""
+    """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same moment).
 
-    def __init__(self, model: EChatModel, tokenizer: Tokenizer, config: GenerationConfig | None = None) -> None:
+    Args:
+        dialect: how the model is spoken to, when not as its config says.
+    """
+
+    def __init__(
+        self,
+        model: EChatModel,
+        tokenizer: Tokenizer,
+        config: GenerationConfig | None = None,
+        dialect: Dialect | None = None,
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
+        self.dialect = dialect or model.config.dialect
         self.vocab = model.vocabulary
         self.config = config or GenerationConfig()
         guards = self.config.guards
@@ -168,6 +180,7 @@ class Generator:
             self.vocab,
             request.text_ids,
             request.words,
+            self.dialect.speech_form,
         )
 
     def _drop_finished(self, live: list[LiveRow], batch: Slots, events: list[tuple[int, Event]]) -> list[LiveRow]:

@@ -18,7 +18,7 @@ from typing import Literal
 
 from osum_echat.dialogue import think
 from osum_echat.dialogue.interleave import SPEECH_CHUNK, TEXT_CHUNK, spell, split_words
-from osum_echat.dialogue.tasks import OUTPUTS
+from osum_echat.dialogue.tasks import OUTPUTS, SpeechForm
 from osum_echat.dialogue.tokens import Tokenizer, encode_fixed
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import GenerationConfig, Reason
@@ -59,12 +59,13 @@ class RowState:
         vocab: Vocabulary,
         text_to_say: Sequence[int] = (),
         words: Sequence[str] = (),
+        speech_form: SpeechForm = "plain",
     ) -> None:
         output = OUTPUTS[output_type]
         self.config, self.tokenizer, self.vocab = config, tokenizer, vocab
         self.max_new = max_new
         self.form: Form = output.speech
-        if output.speech == "after" and config.speech_form == "word":
+        if output.speech == "after" and speech_form == "word":
             self.form = "word"
         self.text = TextStream(tokenizer, output.think)
         self.in_speech = not output.reply_text

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.interleave import split_words
 from osum_echat.dialogue.layout import Row, flatten
-from osum_echat.dialogue.prompts import Profile
-from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
+from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample
+from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import Tokenizer, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.cache import KeptCache
@@ -36,7 +37,7 @@ class Request:
         plan: ids to take instead of what would be chosen, by step (0 is the first generated id); for comparisons.
         past: cache of an earlier part of a dialogue; what it has in common with the prompt is not read again.
         keep_cache: hand the cache back in `cache` when the row is done.
-        natural_think: the prompt asks for a think in natural language (see `build_request`).
+        think: form of the think that the prompt asks for (see `build_request`).
         cancelled: set it to stop the row within one step.
     """
 
@@ -50,7 +51,7 @@ class Request:
     plan: Mapping[int, int] = field(default_factory=dict)
     past: KeptCache | None = None
     keep_cache: bool = False
-    natural_think: bool = False
+    think: ThinkForm | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     cache: KeptCache | None = None
 
@@ -121,10 +122,10 @@ def build_request(
     heard: Sequence[AudioFeatures] = (),
     lengths: Sequence[int] | None = None,
     history: Sequence[PastTurn] = (),
-    profile: str | Profile | None = None,
+    dialect: Dialect | None = None,
     seed: int = 0,
     greedy: bool = False,
-    natural_think: bool = False,
+    think: ThinkForm | None = None,
 ) -> Request:
     """A request of any kind of sequence.
 
@@ -134,8 +135,8 @@ def build_request(
         heard: recordings of past turns first, the current one last.
         lengths: positions of the recordings instead, where they are handed to the generator joined with those of other requests.
         history: past turns, oldest first.
-        profile: other than the one of ``config``.
-        natural_think: ask for a think in natural language, where the profile tells the two forms apart.
+        dialect: how the model is spoken to (its config's section); default: as the published ones.
+        think: ask for a think of this form, where the dialect tells the two forms apart.
 
     Raises:
         ValueError: unknown output type, or what it needs is missing.
@@ -152,14 +153,14 @@ def build_request(
         prompt_ids=encode(tokenizer, prompt_text) if prompt_text else (),
         text_ids=text_ids,
         history=tuple(history),
-        natural_think=natural_think,
+        think=think,
     )
     lengths = [int(h.lengths_N[0]) for h in heard] if lengths is None else lengths
     if len(lengths) != sample.num_recordings:
         raise ValueError(
             f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(lengths)}"
         )
-    layout = build_layout(sample, tokenizer, vocab, profile or config.profile, config.speech_form, prefix_only=True)
+    layout = (dialect or Dialect()).layout(sample, tokenizer, vocab, prefix_only=True)
     row = flatten(layout.prefix, lengths, layout.text_softmax)
     return Request(
         output_type,
@@ -169,5 +170,5 @@ def build_request(
         seed,
         text_ids=text_ids,
         words=tuple(split_words(say)) if output.spoken_text else (),
-        natural_think=natural_think,
+        think=think,
     )

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 
 from osum_echat.dialogue.layout import flatten
-from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
+from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample
+from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.decoder_state import Batch
@@ -54,7 +55,7 @@ class Session:
         text: str = "",
         seed: int = 0,
         greedy: bool = False,
-        natural_think: bool = False,
+        think: ThinkForm | None = None,
     ) -> Request:
         """The request of the next turn, with the past in front.
 
@@ -75,7 +76,8 @@ class Session:
                 history=self.turns,
                 seed=seed,
                 greedy=greedy,
-                natural_think=natural_think,
+                dialect=self.generator.dialect,
+                think=think,
             )
             if len(request.prompt) <= self.max_tokens:
                 break
@@ -129,10 +131,8 @@ class Session:
         """What is to be read so that the past stands as the next turn will show it, if it is of the kind of the last one."""
         generator = self.generator
         heard = tuple(h for turn in self.heard for h in turn)
-        sample = Sample(last.output_type, history=tuple(self.turns), natural_think=last.natural_think)
-        layout = build_layout(
-            sample, generator.tokenizer, generator.vocab, generator.config.profile, generator.config.speech_form, prefix_only=True
-        )
+        sample = Sample(last.output_type, history=tuple(self.turns), think=last.think)
+        layout = generator.dialect.layout(sample, generator.tokenizer, generator.vocab, prefix_only=True)
         slots = [i for i, segment in enumerate(layout.prefix) if segment.audio == len(heard)]
         past = layout.prefix[: slots[0]] if slots else layout.prefix[:-1]
         row = flatten(past, [int(h.lengths_N[0]) for h in heard])

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from osum_echat import config as config_io
 from osum_echat.config import ConfigError, InputPath
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.vocabulary import Vocabulary
 
 DOWN_SAMPLE_RATE = 4
@@ -149,7 +150,7 @@ class LoraConfig:
 class ModelConfig:
     """The whole model.
 
-    ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: recompute each
+    ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: recompute each
     block's activations in the backward pass instead of keeping them.
     """
 
@@ -158,6 +159,7 @@ class ModelConfig:
     llm: LlmConfig = field(default_factory=LlmConfig)
     vocabulary: Vocabulary = field(default_factory=Vocabulary)
     lora: LoraConfig | None = None
+    dialect: Dialect = field(default_factory=Dialect)
     tokenizer: InputPath | None = None
     activation_checkpointing: bool = False
 

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from osum_echat import device as devices
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
-from osum_echat.dialogue.prompts import get_profile
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.events import Done, Event, TextDelta, ThinkDelta, speech_codes
 from osum_echat.generation.generator import Generator
@@ -41,10 +41,11 @@ class EChat:
         config: GenerationConfig | None = None,
         token2wav: Token2Wav | None = None,
         speaker: Speaker | None = None,
+        dialect: Dialect | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = config or GenerationConfig()
-        self.generator = Generator(model, tokenizer, self.config)
+        self.generator = Generator(model, tokenizer, self.config, dialect)
         self.sound = Sound(token2wav, speaker)
         self._log_mel = LogMel(model.config.encoder.mels)
         # What the position tables hold: 50 encoder frames and 12.5 adapter positions a second.
@@ -73,7 +74,7 @@ class EChat:
                 and no sound).
             dtype: ``auto`` is bfloat16 on accelerators. On a CPU it is float32, but bfloat16 for a large checkpoint where the CPU does that well or
                 float32 would not fit into memory (`device.cpu`).
-            profile: prompt profile, other than the one in the generation settings.
+            profile: a published prompt profile, ``as_trained`` or ``as_released``, instead of the checkpoint's own strings.
             speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
                 checkpoint's ``token2wav/speaker.safetensors``, else the first name).
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
@@ -86,12 +87,18 @@ class EChat:
         target, path = devices.resolve(device), Path(checkpoint)
         model, tokenizer = load.load_llm(checkpoint, config, target, dtype, pack)
         sound = load.load_token2wav(path, token2wav, target)
-        echat = cls(model, tokenizer, load.read_settings(path, generation, profile), sound)
+        settings, dialect = load.read_settings(path, generation, model.config.dialect, profile)
+        echat = cls(model, tokenizer, settings, sound, dialect=dialect)
         if compile:
             echat.generator.compile()
         if sound is not None:
             echat.voice = echat.speaker(speaker) if speaker is not None else load.default_voice(path, sound)
         return echat
+
+    @property
+    def dialect(self) -> Dialect:
+        """How the model is spoken to, and what it has learnt."""
+        return self.generator.dialect
 
     @property
     def token2wav(self) -> Token2Wav | None:
@@ -161,8 +168,7 @@ class EChat:
         done = events[-1]
         assert isinstance(done, Done), f"a row's last event is Done, found {done}"
         thought = "".join(e.text for e in events if isinstance(e, ThinkDelta))
-        profile = get_profile(self.config.profile)
-        template = profile.tag_think if ask.think == "tag" else profile.natural_think
+        template = self.dialect.strings.template(ask.think or "language")
         chunks = [e for e in events if isinstance(e, AudioChunk)]
         text = ask.text or "" if ask.kind == "speak" else "".join(e.text for e in events if isinstance(e, TextDelta))
         return Reply(
@@ -229,12 +235,13 @@ class EChat:
             say=ask.text or "" if ask.kind == "speak" else "",
             lengths=lengths,
             seed=ask.seed,
-            natural_think=ask.think == "language",
+            dialect=self.dialect,
+            think=ask.think,
         )
         return tuned(request, ask)
 
     def _instruction(self, task: str) -> str:
-        return load.instruction(self.config, task)
+        return load.instruction(self.dialect, task)
 
 
 class Dialogue:
@@ -269,7 +276,7 @@ class Dialogue:
         if ask.mode.then is not None:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
         heard, text = self.echat.hear([ask.wav]) if ask.wav is not None else [], ask.text or ""
-        request = self.memory.request(ask.mode.output_type, heard, text, ask.seed, natural_think=ask.think == "language")
+        request = self.memory.request(ask.mode.output_type, heard, text, ask.seed, think=ask.think)
         request = tuned(request, ask)
         return _Turn(request, heard, text, (event for _, event in self.echat.generator.generate([request])))
 

@@ -1,4 +1,4 @@
-"""What belongs to a checkpoint beside its model: decoding settings, token2wav, the reply's voice, instructions."""
+"""What belongs to a checkpoint beside its model: decoding settings, dialect, token2wav, the reply's voice."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from osum_echat import config as config_io
 from osum_echat import device as devices
 from osum_echat.cpu_linear import pack_linears
-from osum_echat.dialogue.tasks import find_task
-from osum_echat.generation.config import GenerationConfig
+from osum_echat.dialogue.dialect import Dialect
+from osum_echat.generation.config import GenerationConfig, older_dialect_keys
 from osum_echat.model.checkpoint import load_model
 from osum_echat.model.config import ModelConfig
 from osum_echat.model.echat import EChatModel
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 GENERATION_FILE = "generation.yaml"
 TOKEN2WAV_FOLDER = "token2wav"
 SPEAKER_FILE = "speaker.safetensors"
-INSTRUCTIONS = "package:prompt_config.yaml"
 
 
 def load_llm(
@@ -39,14 +38,25 @@ def load_llm(
     return model, tokenizer
 
 
-def read_settings(checkpoint: Path, generation: str | Path | GenerationConfig | None, profile: str | None) -> GenerationConfig:
-    """Decoding settings: those given, else the checkpoint's own file, else the defaults."""
-    if isinstance(generation, GenerationConfig):
-        settings = generation
-    else:
-        own = checkpoint / GENERATION_FILE
-        settings = config_io.load(GenerationConfig, own if generation is None and own.is_file() else generation)
-    return settings if profile is None else settings.with_profile(profile)
+def read_settings(
+    checkpoint: Path, generation: str | Path | GenerationConfig | None, dialect: Dialect, profile: str | None
+) -> tuple[GenerationConfig, Dialect]:
+    """Decoding settings (those given, else the checkpoint's own file, else the defaults), and the dialect to ask in.
+
+    Args:
+        dialect: the checkpoint's own. profile: a published one instead of its strings; ``as_released`` has decoding settings of its own.
+    """
+    settings = generation if isinstance(generation, GenerationConfig) else GenerationConfig()
+    own = checkpoint / GENERATION_FILE
+    file = own if generation is None and own.is_file() else generation
+    if isinstance(file, (str, Path)):
+        data, older = older_dialect_keys(config_io.read_yaml(file), str(file))
+        settings = config_io.from_dict(GenerationConfig, data, str(file))
+        if older:
+            dialect = config_io.from_dict(Dialect, config_io.merge(config_io.to_dict(dialect), older), str(file))
+    if profile is not None:
+        dialect = dialect.with_profile(profile)
+    return (settings.as_released() if dialect.as_released else settings), dialect
 
 
 def load_token2wav(checkpoint: Path, given: str | Path | Token2Wav | None, device: torch.device) -> Token2Wav | None:
@@ -68,24 +78,9 @@ def default_voice(checkpoint: Path, token2wav: Token2Wav) -> Speaker | None:
     return Speaker.load(saved) if saved.is_file() else next(iter(token2wav.speakers.values()), None)
 
 
-def instruction(settings: GenerationConfig, task: str) -> str:
-    """What the user asks for. A task without an instruction of its own is asked without one, as in training.
-
-    Raises:
-        ValueError: a task that the checkpoint has not learnt, or one that lacks its instruction.
-    """
-    known = settings.instructions
-    if task in known:
-        return known[task]
-    prompted = find_task(task).prompted
-    if settings.only_instructed and prompted:
-        raise ValueError(f"this checkpoint has not learnt {task}, only {', '.join(known)}; prompt= asks in words of your own")
-    sentences = _published_instructions().get(task)
-    if sentences is None and prompted:
-        raise ValueError(f"there is no instruction for {task}: give prompt=, or instructions in {GENERATION_FILE}")
-    return str(sentences[0]) if sentences else ""
-
-
-@functools.lru_cache(maxsize=1)
-def _published_instructions() -> dict[str, Any]:
-    return config_io.read_yaml(INSTRUCTIONS)
+def instruction(dialect: Dialect, task: str) -> str:
+    """What the user asks for. Raises ValueError for a task that the checkpoint has not learnt."""
+    refusal = dialect.refusal(task)
+    if refusal is not None:
+        raise ValueError(f"{refusal}; prompt= asks in words of your own")
+    return dialect.instruction(task)

@@ -36,15 +36,12 @@ def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = No
         torch.set_num_threads(config.threads)
     world = join(config)
     model, tokenizer = load_start(config)
-    if config.data.num_mels != model.config.encoder.mels:
-        raise ConfigError(
-            f"data.num_mels={config.data.num_mels}, but the encoder takes {model.config.encoder.mels}: make them equal"
-        )
     pin = devices.resolve(config.device).type != "cpu"
-    loader = build_loader(config.data, tokenizer, model.vocabulary, world.rank, world.size, pin_memory=pin)
+    shared = (tokenizer, model.vocabulary, model.config.dialect, model.config.encoder.mels, world.rank, world.size)
+    loader = build_loader(config.data, *shared, pin_memory=pin)
     validation = None
     if config.validation is not None:
-        validation = build_loader(config.validation, tokenizer, model.vocabulary, world.rank, world.size, train=False)
+        validation = build_loader(config.validation, *shared, train=False)
     if world.is_main:
         log.info("%s", loader.describe())
         tokenizer.save_pretrained(config.out / folder.TOKENIZER)

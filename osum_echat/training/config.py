@@ -6,12 +6,14 @@ small run changes stands in its own file.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from osum_echat import config as config_io
 from osum_echat.config import ConfigError
-from osum_echat.data.config import DataConfig
-from osum_echat.model.config import LoraConfig
+from osum_echat.data.config import DataConfig, older_model_keys
+from osum_echat.model.config import LoraConfig, ModelConfig
 from osum_echat.run import config as run_config
 from osum_echat.run.config import OptimConfig
 
@@ -149,8 +151,18 @@ class TrainConfig(run_config.RunConfig):
     encoder_cache: str | None = None
     input_noise: float = 0.0
 
+    @classmethod
+    def read_older(cls, data: dict[str, Any], where: str) -> dict[str, Any]:
+        """What a data section said of the model's dialect in older files becomes a change of the model's config."""
+        for section in ("validation", "data"):
+            if isinstance(data.get(section), Mapping):
+                data[section], changes = older_model_keys(data[section], f"{where}: {section}")
+                data["model_changes"] = config_io.merge(changes, data.get("model_changes") or {})
+        return data
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        config_io.check(ModelConfig, self.model_changes, "model_changes")
         if self.accumulation < 1 or self.keep < 1:
             raise ValueError("accumulation and keep must be at least 1")
         if not 0 <= self.input_noise < 1:

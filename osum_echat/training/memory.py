@@ -22,7 +22,7 @@ from osum_echat.training.optimizer import Group
 GB = 2**30
 
 
-def largest_batch(data: DataConfig, vocabulary: Vocabulary, eos_id: int | None = None) -> Batch:
+def largest_batch(data: DataConfig, vocabulary: Vocabulary, mels: int) -> Batch:
     """Every row full, recordings as long as the limits allow, every position behind them a target over text and speech.
 
     The worst of both kinds of cost: ``batch.rows`` rows of ``batch.row_positions`` positions, and ``batch.max_frames`` frames in all.
@@ -41,9 +41,9 @@ def largest_batch(data: DataConfig, vocabulary: Vocabulary, eos_id: int | None =
         if audio:
             ids_T[0], ids_T[audio + 1] = vocabulary.audio_begin, vocabulary.audio_end
         row = Row(ids_T, np.arange(length), np.ones(length, dtype=np.bool_), targets_T, False, [(0, 1, audio)] if audio else [])
-        feats = [torch.zeros(frames, data.num_mels)] if audio else []
+        feats = [torch.zeros(frames, mels)] if audio else []
         examples.append(Example(f"largest-{number}", "largest", row, feats, [""] * len(feats)))
-    return collate(examples, data.num_mels)
+    return collate(examples, mels)
 
 
 def rehearse(engine: Engine, objective: Objective, config: TrainConfig, device: torch.device) -> str:
@@ -52,7 +52,7 @@ def rehearse(engine: Engine, objective: Objective, config: TrainConfig, device: 
     Raises:
         ConfigError: when it does not fit, naming the settings to change.
     """
-    batch = largest_batch(config.data, objective.model.vocabulary)
+    batch = largest_batch(config.data, objective.model.vocabulary, objective.model.config.encoder.mels)
     micro = objective.prepare(batch, device)
     rng = devices.rng_state(device)
     devices.reset_peak_memory(device)

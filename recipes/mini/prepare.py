@@ -129,7 +129,8 @@ def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], word
 
 
 def _think(sentence: str, topic: str, said_as: texts.Labels, natural: bool, rng: random.Random) -> str:
-    from osum_echat.dialogue.think import NATURAL, TAG_ENGLISH, Think
+    from osum_echat.dialogue.think import Think
+    from recipes.mini.dialect import DIALECT
 
     think = Think(
         raw=texts.natural_think(sentence, said_as),
@@ -137,7 +138,7 @@ def _think(sentence: str, topic: str, said_as: texts.Labels, natural: bool, rng:
         reply_emotion=texts.reply_emotion(said_as),
         **{n: getattr(said_as, n) for n in TAG_TASKS},
     )
-    return (NATURAL if natural else TAG_ENGLISH).write(think) + texts.reply(topic, said_as, rng)
+    return DIALECT.strings.template("language" if natural else "tag").write(think) + texts.reply(topic, said_as, rng)
 
 
 def _text(key: str, question: str, answer: str) -> Json:

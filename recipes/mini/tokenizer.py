@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from osum_echat.dialogue.think import CLOSE, OPEN, TAG_ENGLISH
+from osum_echat.dialogue.think import CLOSE, OPEN
 from recipes.mini import texts
+from recipes.mini.dialect import DIALECT
 
 SIZE = 800
 END_OF_TEXT, TURN_BEGIN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -29,7 +30,7 @@ SPECIAL = (END_OF_TEXT, TURN_BEGIN, TURN_END)
 
 def pieces() -> list[str]:
     """Strings that are one token each: think marks, the fixed parts of the think, tags."""
-    template = [part.rstrip() for part, _ in TAG_ENGLISH.parts]
+    template = [part.rstrip() for part, _ in DIALECT.strings.tag_think.parts]
     tags = [f"<{value}>" for values in (texts.AGES, texts.GENDERS, texts.EMOTIONS, texts.EVENTS) for value in values]
     return [OPEN, CLOSE, *template, *tags]
 

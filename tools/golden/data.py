@@ -1,4 +1,4 @@
-"""Golden check of the data side: records through the processing profiles, recorded dataset runs, the name filter.
+"""Golden check of the data side: records through the processing, recorded dataset runs, the name filter.
 
 Where the reference draws at random, every outcome that it could have drawn is accepted: the pipeline is run with many seeds and one
 outcome must equal the recorded one. Instruction sentences are ours, so of a drawn prompt only its presence is compared. What differs on
@@ -21,8 +21,10 @@ from osum_echat.audio import features
 from osum_echat.audio import io as audio_io
 from osum_echat.audio.resample import resample_sinc
 from osum_echat.data import text
-from osum_echat.data.config import LimitConfig
-from osum_echat.data.processing import PROFILES, Processed, ProcessingConfig, Processor, check_limits, load_prompts
+from osum_echat.data.config import LimitConfig, ProcessingConfig
+from osum_echat.data.label_rules import LABEL_RULES
+from osum_echat.data.processing import Processed, Processor, check_limits
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import find_task
 from osum_echat.dialogue.think import CLOSE
@@ -31,6 +33,7 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from tools.golden.report import CaseResult, not_understood
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+PROCESSORS = {"processor": LABEL_RULES["language_think"], **LABEL_RULES}  # as the recordings name the three published files
 SEEDS = 64  # the rarest draw has probability 0.15: missed once in 30,000 runs
 INPUT_FIELDS = {"key", "wav", "sample_rate", "txt", "task", "extra", "history", "speech_token", "start", "end"} | {
     *("lang", "speaker", "emotion", "gender", "duration")
@@ -101,12 +104,11 @@ def _load_tokenizer(place: Path) -> Any:
 
 def _check_results(cases: Mapping[str, Any], tokenizer: Any) -> Iterator[CaseResult]:
     inputs = {item["key"]: item for item in cases.get("inputs", [])}
-    prompts = load_prompts(ROOT / "conf" / "prompt_config.yaml")
     for processor_name, recorded in cases.get("results", {}).items():
-        if processor_name not in PROFILES:
-            yield not_understood(processor_name, f"no such profile; known: {', '.join(PROFILES)}")
+        if processor_name not in PROCESSORS:
+            yield not_understood(processor_name, f"no such processor; known: {', '.join(PROCESSORS)}")
             continue
-        processor = Processor(ProcessingConfig(profile=processor_name), tokenizer, Vocabulary(), prompts)
+        processor = Processor(ProcessingConfig(label_rules=PROCESSORS[processor_name]), tokenizer, Vocabulary(), Dialect())
         outcomes: dict[str, set[Outcome] | CaseResult] = {}
         for name, expected in recorded.items():
             case, key = f"{processor_name}/{name}", name.rpartition("|")[0] or name
@@ -284,7 +286,7 @@ def _speech_given(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Ou
 
 
 def _history_read(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Outcome, processor: Processor) -> bool:
-    """Two of the three published copies do not look at past turns; here every profile does."""
+    """Two of the three published copies do not look at past turns; here all do."""
     return (
         bool(item.get("history"))
         and ours.output_type == "speech2text_token_history"
@@ -294,7 +296,7 @@ def _history_read(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Ou
 
 
 def _speech_beside_extra(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Outcome, processor: Processor) -> bool:
-    """``speech_token`` beside ``extra`` is read by every profile."""
+    """``speech_token`` beside ``extra`` is read by all."""
     return "speech_token" in item and expected.get("dropped") == "tokenize" and not ours.dropped and ours.speech > 0
 
 
@@ -327,8 +329,8 @@ DIFFERENCES: Mapping[str, Rule] = {
     "a label of tags alone keeps its first tag": _tags_kept,
     "a label with <NONE> is dropped, as was meant": _none_dropped,
     "streaming and multi-turn samples have speech and are kept": _speech_given,
-    "past turns are read in every profile": _history_read,
-    "a top-level speech_token is read in every profile": _speech_beside_extra,
+    "past turns are always read": _history_read,
+    "a top-level speech_token is always read": _speech_beside_extra,
     "a recording that the task does not use is not measured": _unused_recording,
     "line ends become blanks in every task": _newline_kept,
     "a record with fields that cannot be used is dropped": _unusable,
@@ -358,9 +360,9 @@ def _short(expected: Mapping[str, Any]) -> str:
 
 def _check_dataset(name: str, recorded: Mapping[str, Any], directory: Path, tokenizer: Any) -> Iterator[CaseResult]:
     """A run of a whole list: its records once more through this pipeline if they lie beside the golden files, else the recorded fields."""
-    profile, _, rest = name.partition(".")
-    if profile not in PROFILES or "samples" not in recorded:
-        yield not_understood(name, f"expected <{'|'.join(PROFILES)}>.<train|test>.<raw|shard|combine> with samples")
+    processor_name, _, rest = name.partition(".")
+    if processor_name not in PROCESSORS or "samples" not in recorded:
+        yield not_understood(name, f"expected <{'|'.join(PROCESSORS)}>.<train|test>.<raw|shard|combine> with samples")
         return
     if not recorded["samples"]:
         # The published combine list misspells its task field, so the reference read nothing from it.
@@ -371,7 +373,8 @@ def _check_dataset(name: str, recorded: Mapping[str, Any], directory: Path, toke
     yield from _check_fields(name, recorded, tokenizer)
     raw = directory.parent.parent / "reference_data" / "raw"
     if (raw / "data.list").is_file():
-        processor = Processor(ProcessingConfig(profile=profile, tag_alone_rate=0.0), tokenizer, Vocabulary(), {})
+        settings = ProcessingConfig(label_rules=PROCESSORS[processor_name], tag_alone_rate=0.0)
+        processor = Processor(settings, tokenizer, Vocabulary(), Dialect(refuse_unlisted=True))
         yield _replay(name, recorded, raw, processor, augmented)
 
 
@@ -449,31 +452,31 @@ def _check_name_filter(name: str, recorded: Any) -> Iterator[CaseResult]:
     cases = list(_verdicts(recorded, "processor"))
     if not cases:
         yield not_understood(f"sampling_cases.json:{name}", "no pairs of a text and a verdict found")
-    for profile, phrase, dropped in cases:
-        names = PROFILES[profile].names
+    for processor_name, phrase, dropped in cases:
+        names = PROCESSORS[processor_name].names
         ours = text.mentioned_name(phrase, names) is not None
         verdict = "dropped" if dropped else "kept"
-        yield CaseResult(f"{name}/{profile}/{phrase}", float(ours != dropped), 0, verdict)
+        yield CaseResult(f"{name}/{processor_name}/{phrase}", float(ours != dropped), 0, verdict)
 
 
-def _verdicts(recorded: Any, profile: str) -> Iterator[tuple[str, str, bool]]:
+def _verdicts(recorded: Any, processor_name: str) -> Iterator[tuple[str, str, bool]]:
     if isinstance(recorded, Mapping):
         phrase = next((recorded[k] for k in ("txt", "text", "input") if isinstance(recorded.get(k), str)), None)
         verdict = next((v for k, v in recorded.items() if isinstance(v, bool) and k not in ("txt", "text")), None)
         if phrase is not None and verdict is not None:
             kept = any(k in recorded for k in ("kept", "keep", "passes"))
-            yield profile, phrase, verdict != kept
+            yield processor_name, phrase, verdict != kept
             return
         for key, value in recorded.items():
-            if key in PROFILES:
+            if key in PROCESSORS:
                 yield from _verdicts(value, key)
             elif isinstance(value, bool):
-                yield profile, key, value
+                yield processor_name, key, value
             else:
-                yield from _verdicts(value, profile)
+                yield from _verdicts(value, processor_name)
     elif isinstance(recorded, list):
         if len(recorded) == 2 and isinstance(recorded[0], str) and isinstance(recorded[1], bool):
-            yield profile, recorded[0], recorded[1]
+            yield processor_name, recorded[0], recorded[1]
             return
         for item in recorded:
-            yield from _verdicts(item, profile)
+            yield from _verdicts(item, processor_name)

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.interleave import ImpossibleInterleave, interleave_chunks
 from osum_echat.dialogue.packing import pack
 from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.dialogue.vocabulary import Vocabulary
-from osum_echat.generation.config import AS_RELEASED, GenerationConfig, RepetitionGuard
+from osum_echat.generation.config import GenerationConfig, RepetitionGuard
 from osum_echat.generation.events import Done, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.guards import AgeChoice, ban_ids, repetition_bans
@@ -33,7 +34,8 @@ from tools.golden.report import CaseResult, not_understood
 
 LOGITS = 1e-4
 EMBEDS = 1e-5
-CONFIG = GenerationConfig().with_profile(AS_RELEASED)
+CONFIG = GenerationConfig().as_released()
+DIALECT = Dialect("as_released")
 
 # How the recordings name the reference's functions -> output type; the first pattern that fits counts.
 _MODES = (
@@ -150,6 +152,7 @@ class Decodes:
             say=self.data.get("tts_text", "") if output_type == "text2token" else "",
             heard=heard,
             history=history,
+            dialect=DIALECT,
             greedy=True,
         )
         if self._starts_in_speech(name, output_type):
@@ -190,7 +193,7 @@ class Decodes:
         request.mode = replace(request.mode, max_new=limit)
         request.plan = {int(step): token + offsets[int(step)] for step, token in case.get("forced_plan", {}).items()}
         logits: list[Tensor] = []
-        generator = Generator(self.model, self.tokenizer, CONFIG)
+        generator = Generator(self.model, self.tokenizer, CONFIG, DIALECT)
         events = list(generator.generate([request], on_logits=lambda _, logits_V: logits.append(logits_V.clone())))
         done = events[-1][1]
         assert isinstance(done, Done)
