@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             "max_steps": 1,
             "max_epochs": None,
             "threads": args.threads,
-            "rooms": {"encoder": 0.0},
+            "lr": {"encoder": 0.0},
             "safety": {"try_largest_batch": False, "watchdog_seconds": 0.0},
         }
         train = config_io.from_dict(TrainConfig, plain, where="this benchmark")

@@ -3,7 +3,7 @@
     python benchmarks/train_step.py                 # tiny and mid-size, a few minutes
     python benchmarks/train_step.py --quick --json  # within 50 s
 
-Both sides take the same samples, weights and AdamW, all rooms trained, float32, no activation checkpointing; each runs in a process of its own with one
+Both sides take the same samples, weights and AdamW, all parts trained, float32, no activation checkpointing; each runs in a process of its own with one
 thread. Time is that thread's CPU time of a whole step (collation, forward, backward, clipping, update), memory the peak of the resident set above what
 the process held after a small step to warm up. Ours packs all samples of the step into rows and runs them in one forward; the baseline is `padded_baseline`,
 one micro-batch a task, cut by the published loader's limits. Both must give the same mean loss, which is checked. ``scaling_2p``: targets/s of two ranks
@@ -233,7 +233,7 @@ def rank(size: str, tasks: Sequence[str], count: int, steps: int, rank_: int, wo
     world_ = distributed.start(cpu, needs_group=True)
     config = TrainConfig(stage="generation", optim=OptimConfig(lr=1e-4), precision="fp32")
     model = build(size)
-    objective = Objective(model, LossConfig(), every_room=world > 1)
+    objective = Objective(model, LossConfig(), run_all_parts=world > 1)
     engine = DdpEngine(objective, stages.assign(model, config), [], config, world_, cpu)
     batches = [objective.prepare(pack_samples(make_samples(count, model.vocabulary, 100 + i, tasks)), cpu) for i in range(world)]
     totals = {"lm": sum(b.counts["lm"] for b in batches)}

@@ -75,8 +75,8 @@ def test_stage_configs_load_and_name_lists_that_the_recipe_makes(name):
     for stream in (*train.data.streams.values(), *train.validation.streams.values()):
         assert Path(stream.list).parent == run.LISTS
     assert train.threads == 1
-    assert bool(train.rooms.encoder) == (name == "understanding_encoder")  # a cache of features stands only on a frozen encoder
-    assert bool(train.encoder_cache) <= (train.rooms.encoder == 0.0)
+    assert bool(train.lr.encoder) == (name == "understanding_encoder")  # a cache of features stands only on a frozen encoder
+    assert bool(train.encoder_cache) <= (train.lr.encoder == 0.0)
     assert any(step.name == name and f"recipes/mini/conf/{name}.yaml" in step.command for step in run.STEPS)
 
 

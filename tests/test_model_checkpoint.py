@@ -174,17 +174,17 @@ def test_a_folder_whose_shard_is_lost_says_which(tmp_path: Path) -> None:
         model_io.load_weights(folder)
 
 
-def test_single_rooms_are_copied_strictly(tmp_path: Path) -> None:
+def test_single_parts_are_copied_strictly(tmp_path: Path) -> None:
     donor = model_io.save_model(make_model(OPTIONS, seed=3), None, tmp_path / "donor")
     model = make_model(seed=4)
-    names = model_io.load_rooms(model, donor, ["encoder", "lm.llm"])
+    names = model_io.load_parts(model, donor, ["encoder", "lm.llm"])
     source = make_model(OPTIONS, seed=3).state_dict()
     assert all(torch.equal(model.state_dict()[n], source[n]) for n in names)
     assert {n.split(".")[0] for n in names} == {"encoder", "lm"}
     with pytest.raises(CheckpointError, match=r"adapter\.down\.convs\.0\.weight"):  # its input is two layers wide
-        model_io.load_rooms(model, donor, ["adapter"])
-    with pytest.raises(ValueError, match="no room kitchen"):
-        model_io.load_rooms(model, donor, ["kitchen"])
+        model_io.load_parts(model, donor, ["adapter"])
+    with pytest.raises(ValueError, match="no part kitchen"):
+        model_io.load_parts(model, donor, ["kitchen"])
 
 
 def test_a_shorter_position_table_fills_the_first_rows(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_shorter_position_table_fills_the_first_rows(tmp_path: Path) -> None:
     donor.encoder.positions_SE += 1
     model = make_model()
     rest = model.encoder.positions_SE[50:].clone()
-    model_io.load_rooms(model, model_io.save_model(donor, None, tmp_path / "donor"), ["encoder"])
+    model_io.load_parts(model, model_io.save_model(donor, None, tmp_path / "donor"), ["encoder"])
     assert torch.equal(model.encoder.positions_SE[:50], donor.encoder.positions_SE)
     assert torch.equal(model.encoder.positions_SE[50:], rest)
 

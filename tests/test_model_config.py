@@ -65,11 +65,12 @@ def test_what_cannot_be_used_is_refused_by_name(text: str, message: str, tmp_pat
         load_config(tmp_path / "c.yaml")
 
 
-def test_inspect_prints_rooms_and_checks_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_parts_and_checks_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = model_io.save_model(make_model(), None, tmp_path / "ck")
     assert inspect.main([str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "encoder" in out and "all 129 entries of the model are there and fit" in out
+    assert [line.split()[0] for line in out.splitlines()[:6]] == ["part", "encoder", "adapter", "llm", "speech", "all"]
+    assert "all 129 entries of the model are there and fit" in out
     assert inspect.main([str(folder), "--checkpoint", str(folder), "encoder.layers=2"]) == 1
     assert "15 unexpected: encoder.blocks.2" in capsys.readouterr().err
     assert inspect.main([str(tmp_path / "nowhere.yaml")]) == 2

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import WhisperConfig, WhisperModel
 
-from osum_echat.model.checkpoint import load_rooms
+from osum_echat.model.checkpoint import load_parts
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.whisper import read_whisper
 from tests.model_case import make_model
@@ -82,7 +82,7 @@ def test_the_tool_writes_a_file_that_a_model_takes_as_its_encoder(original: Whis
     from tests.model_case import CONFIG
 
     model = make_model(dataclasses.replace(CONFIG, encoder=EncoderConfig(**sizes)))
-    load_rooms(model, target, ["encoder"])
+    load_parts(model, target, ["encoder"])
     assert torch.equal(model.encoder.blocks[1].ffn.up.weight, original.encoder.layers[1].fc1.weight)
 
 

@@ -52,7 +52,7 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-def test_training_moves_every_room(reference: dict[str, torch.Tensor]) -> None:
+def test_training_moves_every_part(reference: dict[str, torch.Tensor]) -> None:
     start = dict(tc.tiny_model(heads=True).named_parameters())
     moved = {
         name.removeprefix("model.").split(".")[0]

@@ -20,7 +20,7 @@ from osum_echat.run import progress, schedule
 from osum_echat.run.bad_steps import TooManyBadSteps
 from osum_echat.training import __main__ as entry
 from osum_echat.training import export, memory, stages, watchdog
-from osum_echat.training.config import LossConfig, OptimConfig, TrainConfig
+from osum_echat.training.config import LossConfig, OptimConfig, PartRates, TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.engines.deepspeed import merged_config
 from osum_echat.training.folder import trained_weights
@@ -100,11 +100,19 @@ def test_the_stage_must_be_that_of_the_config(tmp_path: Path) -> None:
     assert entry.main(["--config", str(tmp_path / "none.yaml")]) == 2
 
 
+def test_keys_of_older_configs_are_read_with_a_warning_that_names_the_new_ones(caplog: pytest.LogCaptureFixture) -> None:
+    old = config_io.from_dict(
+        TrainConfig, {"rooms": {"encoder": 0.0, "heads": 2e-4}, "init": {"rooms": {"ctc": "a", "lm": "b"}}}, "old.yaml"
+    )
+    assert old.lr == PartRates(encoder=0.0, heads=2e-4) and old.init.parts == {"ctc": "a", "lm": "b"}
+    assert "rooms is an older name; write lr" in caplog.text and "init.rooms is an older name; write init.parts" in caplog.text
+
+
 # ---- stages ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("stage", "moved"), [("understanding", {"encoder", "adapter", "projection", "ctc", "tags"}), ("generation", {"encoder", "adapter", "projection", "ctc", "tags", "lm"})])  # fmt: skip
-def test_frozen_rooms_are_unchanged_to_the_bit_and_hold_nothing(stage: str, moved: set[str], tmp_path: Path) -> None:
+def test_frozen_parts_are_unchanged_to_the_bit_and_hold_nothing(stage: str, moved: set[str], tmp_path: Path) -> None:
     before = tc.tiny_model(heads=True).state_dict()
     trainer = tc.run(case(tmp_path, stage=stage, loss={"ctc": 0.3, "tags": 0.1}))
     after = trainer.objective.model.state_dict()
@@ -116,11 +124,9 @@ def test_frozen_rooms_are_unchanged_to_the_bit_and_hold_nothing(stage: str, move
         assert (id(param) in known) == param.requires_grad == (name.split(".")[0] in moved)
 
 
-def test_nothing_below_the_first_trained_room_is_recorded_for_backward() -> None:
+def test_nothing_below_the_first_trained_part_is_recorded_for_backward() -> None:
     model = tc.tiny_model()
-    stages.assign(
-        model, TrainConfig(stage="understanding", rooms=config_io.from_dict(type(TrainConfig().rooms), {"encoder": 0.0}))
-    )
+    stages.assign(model, TrainConfig(stage="understanding", lr=PartRates(encoder=0.0)))
     layers, _ = model.encode(torch.zeros(1, 80, tc.MELS), torch.tensor([80]))
     assert not layers[0].requires_grad and not model.encoder.training
 
@@ -129,7 +135,7 @@ def test_lora_freezes_the_llm_and_merging_it_changes_no_output(tmp_path: Path) -
     model = tc.tiny_model()
     add_lora(model.lm.llm, LoraConfig(rank=4, alpha=8, dropout=0.0))
     groups = stages.assign(model, TrainConfig(stage="generation"))
-    assert {g.room for g in groups} == {"encoder", "adapter", "lora", "speech"}
+    assert {g.part for g in groups} == {"encoder", "adapter", "lora", "speech"}
     assert "llm" in stages.table(model, groups) and "frozen" in stages.table(model, groups)
     trainer = tc.run({**case(tmp_path), "heads": False, "lora": True})
     trained = trainer.objective.model.eval()

@@ -126,7 +126,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_another_engine_family_or_other_frozen_weights_are_refused(tmp_path: Path) -> None:
-    case = make(tmp_path, "single", max_steps=2, rooms={"encoder": 0.0})
+    case = make(tmp_path, "single", max_steps=2, lr={"encoder": 0.0})
     tc.run(case)
     path = folder.step_folder(tmp_path / "run") / "state.json"
     content = json.loads(path.read_text())

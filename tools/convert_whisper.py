@@ -6,7 +6,7 @@
     python tools/convert_whisper.py faster-whisper-tiny.en/  encoder.safetensors --dtype float16   # CTranslate2 folder
 
 The file holds the encoder alone, named as in `osum_echat.model`; its sizes are printed as YAML for the model config and kept in the file's
-metadata. `osum_echat.model.checkpoint.load_rooms` puts it into a model.
+metadata. `osum_echat.model.checkpoint.load_parts` puts it into a model.
 """
 
 from __future__ import annotations

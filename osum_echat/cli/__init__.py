@@ -20,7 +20,7 @@ COMMANDS = {
     "train": ("osum_echat.training.__main__", "train a stage"),
     "eval": ("recipes.mini.evaluation", "evaluate the mini model"),
     "data": ("osum_echat.cli.data", "look at data: data doctor LIST, data show LIST"),
-    "inspect": ("osum_echat.model.inspect", "rooms, parameters and keys of a model config or checkpoint"),
+    "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
     "doctor": ("osum_echat.cli.doctor", "what this machine has and what would run on it"),
 }
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from osum_echat import config as config_io
 from osum_echat.model.config import LlmConfig, ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
+from osum_echat.model.parts import PARTS, belongs
 from osum_echat.model.released import (
     POSITION_TABLES,
     UNUSED,
@@ -53,7 +54,6 @@ TOKENIZER_FOLDER = "tokenizer"
 # Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and depend on the file.
 COPY_BELOW_BYTES = 2**30
 Dtype: TypeAlias = torch.dtype | Callable[[int], torch.dtype] | None
-ROOMS = ("encoder", "adapter", "projection", "lm", "ctc", "tags")
 
 
 def build_meta(config: ModelConfig) -> EChatModel:
@@ -202,17 +202,17 @@ def _config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelCon
     )
 
 
-# ---- single rooms ------------------------------------------------------------------------------------------------------------------
+# ---- single parts ------------------------------------------------------------------------------------------------------------------
 
 
-def load_rooms(model: EChatModel, path: str | Path, rooms: Iterable[str]) -> list[str]:
-    """Copy the weights of some rooms from another checkpoint into a model that has memory already.
+def load_parts(model: EChatModel, path: str | Path, parts: Iterable[str]) -> list[str]:
+    """Copy the weights of some parts from another checkpoint into a model that has memory already.
 
-    For a start from a Whisper encoder (`tools/convert_whisper.py`), or from a checkpoint whose other rooms differ. Inside a room every tensor
+    For a start from a Whisper encoder (`tools/convert_whisper.py`), or from a checkpoint whose other parts differ. Inside a part every tensor
     must be there and fit. A position table may be shorter than the model's: its rows are copied, the rest stays computed.
 
     Args:
-        rooms: of `ROOMS`, or a dotted part of one (``lm.llm``).
+        parts: of `parts.PARTS`, or modules (``lm.llm``, ``ctc``).
 
     Returns:
         Names of what was copied.
@@ -220,12 +220,13 @@ def load_rooms(model: EChatModel, path: str | Path, rooms: Iterable[str]) -> lis
     Raises:
         CheckpointError: an entry is missing or has another shape.
     """
+    wanted_parts = list(parts)
     source = open_source(_local(path))
     own = model.state_dict()
     spec = spec_of(model)
-    wanted = [name for name in own for room in rooms if name.startswith(room + ".")]
+    wanted = [name for name in own for part in wanted_parts if belongs(name, part)]
     if not wanted:
-        raise ValueError(f"the model has no room {', '.join(rooms)}; rooms are {', '.join(ROOMS)}")
+        raise ValueError(f"the model has no part {', '.join(wanted_parts)}; parts are {', '.join(PARTS)}")
     partial = ModelSpec({n: spec.shapes[n] for n in wanted}, spec.token_table, spec.text_head, spec.tied, spec.lora)
     released = is_released(source.shapes)
     keys = {key for name in wanted for key in names_in_file(name, spec, released)}

@@ -30,7 +30,7 @@ from osum_echat.model.loss import linear_nll
 from osum_echat.model.speech_lm import SpeechLM
 from osum_echat.model.tags import TagHeads
 
-_TOUCH_FRAMES = 8  # one LLM position
+_SILENT_FRAMES = 8  # one LLM position
 
 
 @dataclass
@@ -227,7 +227,7 @@ class EChatModel(nn.Module):
         transcripts: Sequence[Tensor] | None = None,
         tags: Mapping[str, Tensor] | None = None,
         weights_D: Tensor | None = None,
-        every_room: bool = False,
+        run_all_parts: bool = False,
         language: bool = True,
     ) -> LossParts:
         """Loss terms of a batch.
@@ -239,7 +239,7 @@ class EChatModel(nn.Module):
             transcripts: text ids of each recording for CTC, empty where unknown.
             tags: label number of each recording for each tag head, `IGNORE` where unknown.
             weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the backward pass.
-            every_room: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
+            run_all_parts: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
                 loss: ranks that share parameters must make the same calls.
             language: False leaves the LLM out; only the losses of the CTC and tag heads remain.
         """
@@ -248,8 +248,8 @@ class EChatModel(nn.Module):
             audio = self.adapt(*encoded)
         elif audio is None and feats_NTF is not None and lengths_N is not None and len(lengths_N):
             audio = self.encode_audio(feats_NTF, lengths_N)
-        if audio is None and every_room:
-            touched += self._touch_audio(rows.ids_BT.device)
+        if audio is None and run_all_parts:
+            touched += self._run_audio_on_silence(rows.ids_BT.device)
         if not language:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             no_nll = torch.zeros(0, device=self.device)
@@ -261,7 +261,7 @@ class EChatModel(nn.Module):
         supervised = torch.nonzero(rows.targets_BT != IGNORE, as_tuple=True)
         text_M, documents_M = rows.text_softmax_BT[supervised], rows.documents_BT[supervised]
         heads = [self.lm.text_head, self.lm.speech_head]
-        if bool(text_M.all()) and not every_room:
+        if bool(text_M.all()) and not run_all_parts:
             heads.pop()  # tasks without speech are scored over the text classes, the others over text and speech together
         weights_M = None if weights_D is None else weights_D[documents_M]
         nll_M = linear_nll(hidden_BTD[supervised], rows.targets_BT[supervised], heads, text_M, weights_M)
@@ -290,11 +290,11 @@ class EChatModel(nn.Module):
         nll = {name: F.cross_entropy(logits[name], labels[name], ignore_index=IGNORE, reduction="none") for name in labels}
         return nll, {name: label_N != IGNORE for name, label_N in labels.items()}
 
-    def _touch_audio(self, device: torch.device) -> list[Tensor]:
-        """Run the audio rooms on one silent position; the sums of what came out, for a graph that reaches all their parameters."""
-        feats_NTF = torch.zeros(1, _TOUCH_FRAMES, self.config.encoder.mels, device=device)
-        audio = self.encode_audio(feats_NTF, torch.full((1,), _TOUCH_FRAMES, device=device))
-        assert len(audio.embeds_PD) == audio_positions(_TOUCH_FRAMES)
+    def _run_audio_on_silence(self, device: torch.device) -> list[Tensor]:
+        """Run the audio parts on one silent position; the sums of what came out, for a graph that reaches all their parameters."""
+        feats_NTF = torch.zeros(1, _SILENT_FRAMES, self.config.encoder.mels, device=device)
+        audio = self.encode_audio(feats_NTF, torch.full((1,), _SILENT_FRAMES, device=device))
+        assert len(audio.embeds_PD) == audio_positions(_SILENT_FRAMES)
         outputs = [audio.embeds_PD, audio.tag_embeds_ND, audio.ctc_log_probs_NPC, *audio.tag_logits.values()]
         return [tensor.float().sum() for tensor in outputs if tensor is not None]
 

@@ -1,4 +1,4 @@
-"""Look at a model without allocating it: rooms, parameters, memory; and whether a checkpoint fits.
+"""Look at a model without allocating it: parts, parameters, memory; and whether a checkpoint fits.
 
     python -m osum_echat.model.inspect conf/ct_config.yaml
     python -m osum_echat.model.inspect conf/ct_config.yaml --checkpoint language_think_final.pt
@@ -11,38 +11,25 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from torch import nn
 
 from osum_echat.model.checkpoint import CONFIG_FILE, build_meta
 from osum_echat.model.config import ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
+from osum_echat.model.parts import PARTS, part_of
 from osum_echat.model.released import is_released, match, spec_of
 from osum_echat.model.storage import open_source
 
 _CACHE_POSITIONS = 1000
 
 
-def rooms_of(model: EChatModel) -> list[tuple[str, nn.Module]]:
-    """The parts that people speak of, with the LLM apart from its ears and mouth."""
-    parts: list[tuple[str, nn.Module | None]] = [
-        ("encoder", model.encoder),
-        ("adapter", model.adapter),
-        ("projection", model.projection),
-        ("llm", model.lm.llm),
-        ("speech_embedding", model.lm.speech_embedding),
-        ("speech_head", model.lm.speech_head),
-        ("ctc", model.ctc),
-        ("tags", model.tags),
-    ]
-    return [(name, part) for name, part in parts if part is not None]
-
-
-def parameters(modules: Iterable[nn.Module]) -> int:
-    """Distinct parameters; a tied head counts once."""
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+def parts_of(model: EChatModel) -> dict[str, int]:
+    """Distinct parameters of each part that the model has; a tied head counts once, in the LLM."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
 
 
 def kv_bytes_per_position(model: EChatModel, bytes_per_number: int = 2) -> int:
@@ -56,11 +43,10 @@ def kv_bytes_per_position(model: EChatModel, bytes_per_number: int = 2) -> int:
 def report(config: ModelConfig) -> list[str]:
     """The lines that are printed for a config."""
     model = build_meta(config)
-    rooms = rooms_of(model)
-    total = parameters(module for _, module in rooms)
-    lines = [f"{'room':<18}{'parameters':>16}{'share':>8}{'bf16 GB':>9}"]
-    for name, module in [*rooms, ("all", model)]:
-        count = parameters([module])
+    parts = parts_of(model)
+    total = sum(parts.values())
+    lines = [f"{'part':<18}{'parameters':>16}{'share':>8}{'bf16 GB':>9}"]
+    for name, count in [*parts.items(), ("all", total)]:
         lines.append(f"{name:<18}{count:>16,}{count / total:>8.1%}{count * 2 / 1e9:>9.2f}")
     buffers = sum(b.numel() for b in model.buffers())
     cache = kv_bytes_per_position(model) * _CACHE_POSITIONS / 1e6

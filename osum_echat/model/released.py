@@ -215,7 +215,7 @@ def _complaint(missing: list[str], unexpected: list[str], misshaped: list[str], 
     elif misshaped:
         remedy = "its sizes are other ones: compare encoder, adapter, llm and vocabulary of the config with the shapes above"
     elif missing and not unexpected:
-        remedy = "it is incomplete: use the whole model's file, or load single rooms with checkpoint.load_rooms"
+        remedy = "it is incomplete: use the whole model's file, or load single parts with checkpoint.load_parts"
     else:
         remedy = "it is another model's: use the config that came with it"
     return "\n".join([*lines, f"  {remedy}. `python -m osum_echat.model.inspect CONFIG --checkpoint FILE` shows both sides"])

@@ -81,7 +81,7 @@ def make_trainer(
     _set_dtypes(model, config, name)
     model.to(device)
     _add_encoder_cache(model, config)
-    objective = Objective(model, config.loss, tokenizer, every_room=world.size > 1)
+    objective = Objective(model, config.loss, tokenizer, run_all_parts=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:
         log.info("%s", memory.estimate(groups, frozen, config, world.size, engine.shards_weights))
@@ -115,7 +115,7 @@ def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:
     if config.encoder_cache is None:
         return
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
-        raise ConfigError("encoder_cache is for a frozen encoder; set rooms.encoder: 0.0, or leave encoder_cache out")
+        raise ConfigError("encoder_cache is for a frozen encoder; set lr.encoder: 0.0, or leave encoder_cache out")
     model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
 
 

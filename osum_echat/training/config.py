@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from osum_echat import config as config_io
-from osum_echat.config import ConfigError
+from osum_echat.config import ConfigError, InputPath
 from osum_echat.data.config import DataConfig, older_model_keys
 from osum_echat.model.config import LoraConfig, ModelConfig
 from osum_echat.run import config as run_config
@@ -32,21 +32,24 @@ class InitConfig:
         whisper: Whisper weights for the encoder (hub name such as ``openai/whisper-medium`` or a local folder).
         llm: causal LM weights and tokenizer (hub name such as ``Qwen/Qwen2.5-3B-Instruct`` or a local folder).
         tokenizer: tokenizer folder of a model from scratch, when not that of ``llm``.
-        rooms: room (encoder, adapter, projection, lm, ctc, tags) -> checkpoint to take it from.
+        parts: part (`model.parts.PARTS`), or module such as ``ctc``, -> checkpoint to take it from.
     """
 
-    checkpoint: str | None = None
-    whisper: str | None = None
-    llm: str | None = None
-    tokenizer: str | None = None
-    rooms: dict[str, str] = field(default_factory=dict)
+    RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"rooms": "parts"}
+
+    checkpoint: InputPath | None = None
+    whisper: InputPath | None = None
+    llm: InputPath | None = None
+    tokenizer: InputPath | None = None
+    parts: dict[str, InputPath] = field(default_factory=dict)
 
 
 @dataclass
-class RoomRates:
-    """Learning rate of each room. None: what the stage says, at ``optim.lr``; 0: frozen.
+class PartRates:
+    """Learning rate of each part (`model.parts.PARTS`). None: what the stage says, at ``optim.lr``; 0: frozen.
 
-    ``heads`` are the CTC and tag heads of the adapter; ``llm`` includes the tied text table; ``speech`` is the speech embedding and head.
+    ``adapter`` includes the projection, ``heads`` are the CTC and tag heads, ``llm`` includes the tied text table, ``speech`` is the speech
+    embedding and head.
     """
 
     encoder: float | None = None
@@ -59,7 +62,7 @@ class RoomRates:
     def __post_init__(self) -> None:
         for name, rate in vars(self).items():
             if rate is not None and rate < 0:
-                raise ValueError(f"{name} must be a learning rate >= 0 (0 freezes the room), found {rate}")
+                raise ValueError(f"{name} must be a learning rate >= 0 (0 freezes the part), found {rate}")
 
 
 @dataclass
@@ -85,7 +88,7 @@ class EngineConfig:
     """
 
     name: EngineName = "auto"
-    deepspeed_config: str | None = None
+    deepspeed_config: InputPath | None = None
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     timeout_minutes: float = 30.0
@@ -112,11 +115,11 @@ class TrainConfig(run_config.RunConfig):
     """One training run (see the sections above; `RunConfig` has the keys that are not described here).
 
     Attributes:
-        stage: decides which rooms train by default (`stages.STAGES`).
+        stage: decides which parts train by default (`stages.STAGES`).
         init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
         model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
         data: the training lists and their batches; validation: the same for held-out lists, None: no validation.
-        rooms, lora: who trains, at which rate. LoRA freezes the LLM below it unless ``rooms.llm`` says otherwise.
+        lr, lora: which parts train, at which rate. LoRA freezes the LLM below it unless ``lr.llm`` says otherwise.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
             optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
         accumulation: micro-batches a step on each rank. The update is the mean over all targets of all of them.
@@ -129,13 +132,15 @@ class TrainConfig(run_config.RunConfig):
         input_noise: share of speech codes in the *inputs* replaced by random codes (targets stay).
     """
 
+    RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"rooms": "lr"}
+
     stage: Stage = "understanding"
     init: InitConfig = field(default_factory=InitConfig)
-    model: str | None = None
+    model: InputPath | None = None
     model_changes: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     validation: DataConfig | None = None
-    rooms: RoomRates = field(default_factory=RoomRates)
+    lr: PartRates = field(default_factory=PartRates)
     lora: LoraConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -171,4 +176,4 @@ class TrainConfig(run_config.RunConfig):
             raise ValueError("state when to stop: max_steps, max_epochs or max_minutes")
 
 
-__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "OptimConfig", "RoomRates", "SafetyConfig", "TrainConfig"]
+__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "OptimConfig", "PartRates", "SafetyConfig", "TrainConfig"]

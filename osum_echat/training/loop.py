@@ -335,7 +335,6 @@ class Trainer:
         try:
             yield
         finally:
-            has_lora = any(".lora_" in name for name, _ in self.objective.named_parameters())
             self.objective.train()
-            stages.set_modes(self.objective.model, stages.rates(self.config, has_lora))
+            stages.set_modes(self.objective.model, self.config)
             devices.set_rng_state(rng, self.device)

@@ -63,14 +63,15 @@ class Objective(nn.Module):
 
     Args:
         tokenizer: anything with ``encode(text) -> ids``; needed with a CTC head.
-        every_room: run all trainable parts for every batch (several ranks must make the same calls).
+        run_all_parts: run every part for every batch, needed or not: ranks that share parameters must make the same calls, and a batch
+            of one rank may have no recording or no speech while another's has.
     """
 
-    def __init__(self, model: EChatModel, config: LossConfig, tokenizer: Any = None, every_room: bool = False):
+    def __init__(self, model: EChatModel, config: LossConfig, tokenizer: Any = None, run_all_parts: bool = False):
         super().__init__()
         self.model = model
         self.config = config
-        self.every_room = every_room
+        self.run_all_parts = run_all_parts
         self._tokenizer = [tokenizer]  # in a list: not a submodule, whatever it is
 
     @property
@@ -114,7 +115,7 @@ class Objective(nn.Module):
             transcripts=micro.transcripts,
             tags=micro.tags,
             weights_D=micro.weights_D,
-            every_room=self.every_room,
+            run_all_parts=self.run_all_parts,
             language=self.config.lm > 0,
         )
         samples = len(micro.weights_D)

@@ -17,9 +17,9 @@ from osum_echat.run.config import OptimConfig
 
 @dataclass
 class Group:
-    """Parameters of one room with their learning rate."""
+    """Parameters of one part of the model with their learning rate."""
 
-    room: str
+    part: str
     lr: float
     named: list[tuple[str, nn.Parameter]]
 
@@ -29,7 +29,7 @@ class Group:
 
 
 class Optimizer:
-    """AdamW with one group for each room.
+    """AdamW with one group for each part.
 
     ``masters``: keep a float32 copy of every lower-precision parameter; the update is computed there and rounded back.
     """

@@ -1,17 +1,16 @@
-"""The three stages as data: which rooms train, and what that means for a model's parameters.
+"""The three stages as data: which parts train, and what that means for a model's parameters.
 
 From the authors' system figure: understanding trains encoder and adapter under a frozen LLM; generation and empathy train everything.
-A config's ``rooms`` override the table room by room.
+A config's ``lr`` overrides the table part by part.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from osum_echat.training.config import ConfigError, RoomRates, TrainConfig
+from osum_echat.model.parts import PARTS, has_lora, part_of
+from osum_echat.training.config import ConfigError, TrainConfig
 from osum_echat.training.optimizer import Group
-
-ROOMS = ("encoder", "adapter", "heads", "llm", "lora", "speech")
 
 STAGES: dict[str, frozenset[str]] = {
     "understanding": frozenset({"encoder", "adapter", "heads", "lora"}),
@@ -19,37 +18,16 @@ STAGES: dict[str, frozenset[str]] = {
     "empathy": frozenset({"encoder", "adapter", "heads", "llm", "lora", "speech"}),
 }
 
-_PREFIXES = {
-    "encoder.": "encoder",
-    "adapter.": "adapter",
-    "projection.": "adapter",
-    "ctc.": "heads",
-    "tags.": "heads",
-    "lm.speech_": "speech",
-    "lm.llm.": "llm",
-}
 
-
-def room_of(parameter: str) -> str:
-    """The room of a parameter by its name in `EChatModel`."""
-    if ".lora_" in parameter:
-        return "lora"
-    for prefix, room in _PREFIXES.items():
-        if parameter.startswith(prefix):
-            return room
-    raise AssertionError(f"parameter {parameter} belongs to no room; extend stages._PREFIXES")
-
-
-def rates(config: TrainConfig, has_lora: bool) -> dict[str, float]:
-    """Learning rate of each room, 0 for frozen. With LoRA the LLM below it is frozen unless the config gives it a rate."""
-    stated: RoomRates = config.rooms
+def rates(config: TrainConfig, lora: bool) -> dict[str, float]:
+    """Learning rate of each part, 0 for frozen. With LoRA the LLM below it is frozen unless the config gives it a rate."""
     out = {}
-    for room in ROOMS:
-        rate = getattr(stated, room)
+    for part in PARTS:
+        rate = getattr(config.lr, part)
         if rate is None:
-            trains = room in STAGES[config.stage] and not (room == "llm" and has_lora)
+            trains = part in STAGES[config.stage] and not (part == "llm" and lora)
             rate = config.optim.lr if trains else 0.0
-        out[room] = rate
+        out[part] = rate
     return out
 
 
@@ -63,41 +41,40 @@ def assign(model: nn.Module, config: TrainConfig) -> list[Group]:
     Raises:
         ConfigError: when nothing is left to train.
     """
-    names = [name for name, _ in model.named_parameters()]
-    room_rates = rates(config, has_lora=any(".lora_" in name for name in names))
-    groups = {room: Group(room, rate, []) for room, rate in room_rates.items() if rate > 0}
+    part_rates = rates(config, has_lora([name for name, _ in model.named_parameters()]))
+    groups = {part: Group(part, rate, []) for part, rate in part_rates.items() if rate > 0}
     for name, param in model.named_parameters():
-        room = room_of(name)
-        param.requires_grad_(room in groups)
-        if room in groups:
-            groups[room].named.append((f"model.{name}", param))
-    set_modes(model, room_rates)
+        part = part_of(name)
+        param.requires_grad_(part in groups)
+        if part in groups:
+            groups[part].named.append((f"model.{name}", param))
+    set_modes(model, config)
     out = [group for group in groups.values() if group.named]
     if not out:
-        raise ConfigError("nothing to train: every room of this model is frozen; give rooms.<room> a learning rate")
+        raise ConfigError("nothing to train: every part of this model is frozen; give lr.<part> a learning rate")
     return out
 
 
-def set_modes(model: nn.Module, room_rates: dict[str, float]) -> None:
+def set_modes(model: nn.Module, config: TrainConfig) -> None:
     """Train mode for all but a frozen encoder."""
     model.train()
-    if room_rates["encoder"] == 0:
+    if rates(config, lora=False)["encoder"] == 0:
         model.get_submodule("encoder").eval()
 
 
 def table(model: nn.Module, groups: list[Group]) -> str:
-    """Parameters of each room: how many there are, how many train, at which rate."""
-    total = dict.fromkeys(ROOMS, 0)
-    trained = dict.fromkeys(ROOMS, 0)
+    """Parameters of each part: how many there are, how many train, at which rate."""
+    total = dict.fromkeys(PARTS, 0)
+    trained = dict.fromkeys(PARTS, 0)
     for name, param in model.named_parameters():
-        total[room_of(name)] += param.numel()
-        trained[room_of(name)] += param.numel() if param.requires_grad else 0
-    lr = {group.room: group.lr for group in groups}
-    lines = [f"{'room':<10}{'parameters':>16}{'trained':>16}  learning rate"]
-    for room in ROOMS:
-        if total[room]:
-            rate = f"{lr[room]:g}" if trained[room] else "frozen"
-            lines.append(f"{room:<10}{total[room]:>16,}{trained[room]:>16,}  {rate}")
+        total[part_of(name)] += param.numel()
+        trained[part_of(name)] += param.numel() if param.requires_grad else 0
+    lr = {group.part: group.lr for group in groups}
+    lines = [f"{'part':<10}{'parameters':>16}{'trained':>16}  learning rate"]
+    for part in PARTS:
+        if total[part]:
+            rate = f"{lr[part]:g}" if trained[part] else "frozen"
+            lines.append(f"{part:<10}{total[part]:>16,}{trained[part]:>16,}  {rate}")
     lines.append(f"{'all':<10}{sum(total.values()):>16,}{sum(trained.values()):>16,}")
     return "\n".join(lines)
 

@@ -19,6 +19,7 @@ from osum_echat.model import checkpoint as model_io
 from osum_echat.model.config import ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.lora import add_lora
+from osum_echat.model.parts import belongs
 from osum_echat.model.whisper import read_whisper
 from osum_echat.training import folder as layout
 from osum_echat.training.config import ConfigError, TrainConfig
@@ -41,8 +42,8 @@ def load_start(config: TrainConfig) -> tuple[EChatModel, Any]:
         model, tokenizer = _from_checkpoint(config, init.checkpoint)
     else:
         model, tokenizer = _new(config)
-    for room, path in init.rooms.items():
-        log.info("%s: %d tensors from %s", room, _put_room(model, room, Path(path)), path)
+    for part, path in init.parts.items():
+        log.info("%s: %d tensors from %s", part, _put_part(model, part, Path(path)), path)
     if init.whisper is not None:
         put_whisper(model, init.whisper)
     if init.llm is not None:
@@ -88,16 +89,16 @@ def _complete_run(step: Path, model_config: ModelConfig, changes: dict[str, Any]
     return model, model_io.load_tokenizer(step, model.config, tokenizer_folder) if tokenizer_folder.is_dir() else None
 
 
-def _put_room(model: EChatModel, room: str, path: Path) -> int:
-    """Copy one room from a checkpoint or from a training run that has trained (or kept) it; returns the number of tensors."""
+def _put_part(model: EChatModel, part: str, path: Path) -> int:
+    """Copy one part from a checkpoint or from a training run that has trained (or kept) it; returns the number of tensors."""
     if not layout.is_training_folder(path):
-        return len(model_io.load_rooms(model, path, [room]))
+        return len(model_io.load_parts(model, path, [part]))
     weights = layout.trained_weights(layout.step_folder(path))
-    wanted = {name: param for name, param in model.named_parameters() if name.startswith(f"{room}.")}
+    wanted = {name: param for name, param in model.named_parameters() if belongs(name, part)}
     missing = [name for name in wanted if name not in weights]
     if missing or not wanted:
         raise ConfigError(
-            f"init.rooms.{room}: {path} has not stored {(missing or [room])[0]}; export that run and name the exported folder"
+            f"init.parts.{part}: {path} has not stored {(missing or [part])[0]}; export that run and name the exported folder"
         )
     with torch.no_grad():
         for name, param in wanted.items():

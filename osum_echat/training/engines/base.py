@@ -109,7 +109,7 @@ class TorchEngine(Engine):
         super().__init__(module, groups, blocks, config, world, device)
         self.runner = self.distribute(module, blocks)
         named = dict(module.named_parameters())  # fsdp replaces the parameters of a module
-        self.groups = [Group(g.room, g.lr, [(name, named[name]) for name, _ in g.named]) for g in groups]
+        self.groups = [Group(g.part, g.lr, [(name, named[name]) for name, _ in g.named]) for g in groups]
         self.optimizer = Optimizer(self.groups, config.optim, masters=config.precision == "bf16")
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.compute = {"autocast": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)

@@ -1,6 +1,6 @@
 """Data parallel: every rank holds all weights, gradients are averaged while backward runs (`DistributedDataParallel`).
 
-Every trainable parameter must take part in every backward on every rank; the model's ``every_room`` sees to it, so the search for
+Every trainable parameter must take part in every backward on every rank; the model's ``run_all_parts`` sees to it, so the search for
 unused parameters stays off.
 """
 
