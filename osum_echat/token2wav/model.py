@@ -152,7 +152,7 @@ class Token2Wav:
     ) -> list[Samples]:
         waves: list[Samples] = [np.zeros(0, dtype=np.float32) for _ in replies]
         for rows in self._parts(replies, speakers):
-            draws = [self._draws(seed) for _ in rows]
+            draws = [self.draws(seed) for _ in rows]
             prompts = [self.prompt_state(speakers[i]) for i in rows]
             conditions = [
                 self.flow.condition(replies[i].to(self.device), p.tokens_P, p.mel_TM, p.spk_M)
@@ -216,7 +216,7 @@ class Token2Wav:
         config: StreamConfig | None = None,
     ) -> ReplyStream:
         """What `stream` does, for those who have the tokens in hand one after the other."""
-        draws, solver = self._draws(seed), SolverOptions(steps, guidance, schedule)
+        draws, solver = self.draws(seed), SolverOptions(steps, guidance, schedule)
         with torch.inference_mode():
             flow = FlowStream(self.flow, self.prompt_state(speaker), draws, config or StreamConfig(), solver)
             return ReplyStream(flow, VocoderStream(self.vocoder, draws))
@@ -242,7 +242,7 @@ class Token2Wav:
             self._prompts[speaker] = state
         return state
 
-    def _draws(self, seed: int) -> Draws:
+    def draws(self, seed: int) -> Draws:
         return Draws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
 
 

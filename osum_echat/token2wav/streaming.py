@@ -77,6 +77,23 @@ class SolverOptions:
             raise ValueError(f"guidance must not be negative, found {self.guidance}")
 
 
+@dataclass(frozen=True)
+class Window:
+    """What is to be solved for the next frames of a reply.
+
+    Attributes:
+        condition, noise_TM: for `FlowModel.solve`.
+        own, stop: frames of the solution that are settled, own .. stop (None: to the end, and nothing comes behind).
+        end: token of the reply behind the settled frames.
+    """
+
+    condition: Condition
+    noise_TM: Tensor
+    own: int
+    stop: int | None
+    end: int
+
+
 class FlowStream:
     """One reply: `push` tokens, get the mel frames that became settled; `finish` gives the rest."""
 
@@ -91,40 +108,65 @@ class FlowStream:
 
     def push(self, token: int) -> Tensor | None:
         """The frames [T, M] of a window that this token completed, else None."""
+        self.add(token)
+        return self._frames(self.window()) if self.ready else None
+
+    def finish(self) -> Tensor:
+        """The frames [T, M] of all tokens that are left, after which the total is `mel_frames` of the reply. May be empty."""
+        window = self.last_window()
+        return torch.zeros(0, self.flow.config.output_size) if window is None else self._frames(window)
+
+    def _frames(self, window: Window) -> Tensor:
+        solver = self.solver
+        [mel_TM] = self.flow.solve([window.condition], [window.noise_TM], solver.steps, solver.guidance, solver.schedule)
+        return self.settle(window, mel_TM)
+
+    # ---- the parts of the above, for those who solve windows of several replies in one call (`pool`) -----------------------------------
+
+    def add(self, token: int) -> None:
         self._tokens.append(token)
+
+    @property
+    def ready(self) -> bool:
+        """The tokens of the next window are there."""
+        return self._kept + len(self._tokens) >= self._start + int(self._hop) + self.config.look_ahead
+
+    def window(self) -> Window:
+        """The next window, which is `ready`."""
         end = self._start + int(self._hop)
-        if self._kept + len(self._tokens) < end + self.config.look_ahead:
+        return self._window(end, end + self.config.look_ahead)
+
+    def last_window(self) -> Window | None:
+        """The window of all tokens that are left; None when there is nothing left to say."""
+        total = self._kept + len(self._tokens)
+        if total == self._start:
             return None
-        frames_TM = self._window(end, end + self.config.look_ahead)
-        self._start = end
+        if self._start == 0:  # the whole reply is here
+            tokens_N = torch.tensor(self._tokens, device=self.prompt.tokens_P.device)
+            condition = self.flow.condition(tokens_N, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
+            return Window(condition, reply_noise(self.draws, condition), 0, None, total)
+        return self._window(total, total)
+
+    def settle(self, window: Window, mel_TM: Tensor) -> Tensor:
+        """The settled frames of a window that was solved; the next window comes behind it."""
+        frames_TM = mel_TM[window.own : window.stop]
+        if self._tail_TM is not None:
+            frames_TM = cross_fade(self._tail_TM, frames_TM)
+        self._tail_TM = None if window.stop is None else mel_TM[window.stop : window.stop + self.config.fade_frames]
+        self._start = window.end
         self._hop = min(self._hop * self.config.growth, float(self.config.hop))
         forget = max(0, self._start - self.config.left_context) - self._kept
         del self._tokens[: max(0, forget)]
         self._kept += max(0, forget)
         return frames_TM
 
-    def finish(self) -> Tensor:
-        """The frames [T, M] of all tokens that are left, after which the total is `mel_frames` of the reply. May be empty."""
-        total = self._kept + len(self._tokens)
-        if total == self._start:
-            return torch.zeros(0, self.flow.config.output_size)
-        if self._start == 0:  # the whole reply is here
-            tokens_N = torch.tensor(self._tokens, device=self.prompt.tokens_P.device)
-            condition = self.flow.condition(tokens_N, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
-            return self._solve(condition, 0)
-        return self._window(total, total)
-
-    def _window(self, end: int, seen: int) -> Tensor:
+    def _window(self, end: int, seen: int) -> Window:
         """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""
         first = mel_frames(self._kept, self._rate)
         own, stop = mel_frames(self._start, self._rate), mel_frames(end, self._rate)
         tokens_N = torch.tensor(self._tokens[: seen - self._kept], device=self.prompt.tokens_P.device)
-        mel_TM = self._solve(self._condition(tokens_N, first, mel_frames(seen, self._rate)), first)
-        frames_TM = mel_TM[own - first : stop - first]
-        if self._tail_TM is not None:
-            frames_TM = cross_fade(self._tail_TM, frames_TM)
-        self._tail_TM = mel_TM[stop - first : stop - first + self.config.fade_frames]
-        return frames_TM
+        condition = self._condition(tokens_N, first, mel_frames(seen, self._rate))
+        return Window(condition, reply_noise(self.draws, condition, first), own - first, stop - first, end)
 
     def _condition(self, tokens_N: Tensor, first: int, stop: int) -> Condition:
         """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies between tokens
@@ -145,10 +187,6 @@ class FlowStream:
         cond_TM = torch.zeros_like(mu_TM)
         cond_TM[:frames] = prompt.mel_TM
         return Condition(mu_TM, prompt.spk_M, cond_TM, frames)
-
-    def _solve(self, condition: Condition, first: int) -> Tensor:
-        noise = reply_noise(self.draws, condition, first)
-        return self.flow.solve([condition], [noise], self.solver.steps, self.solver.guidance, self.solver.schedule)[0]
 
 
 def reply_noise(draws: Draws, condition: Condition, first: int = 0) -> Tensor:

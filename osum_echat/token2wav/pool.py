@@ -1,0 +1,189 @@
+"""Several replies spoken at once: the windows that are ready are solved in one call.
+
+    pool = StreamPool(token2wav)
+    pool.start()
+    voice = pool.open(speaker, seed, on_samples)     # on_samples(samples) on the pool's thread
+    voice.push(codes); voice.finish()                # from any thread; on_samples(None) comes last
+
+One thread owns the networks. A reply sounds as `Token2Wav.stream` makes it alone, to rounding. A reply may be told to pause (`slow`): its windows
+wait, and the others have the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from osum_echat.token2wav.model import BATCH_FRAMES, Samples, Token2Wav
+from osum_echat.token2wav.prompt import Speaker
+from osum_echat.token2wav.streaming import FlowStream, SolverOptions, StreamConfig, Window
+from osum_echat.token2wav.vocoder_stream import VocoderStream
+
+log = logging.getLogger(__name__)
+OnSamples = Callable[["Samples | None"], None]
+
+
+class PooledVoice:
+    """One reply. ``failed``: why it was given up, where it was."""
+
+    def __init__(self, pool: StreamPool, flow: FlowStream, vocoder: VocoderStream, on_samples: OnSamples) -> None:
+        self._pool, self._flow, self._vocoder, self.on_samples = pool, flow, vocoder, on_samples
+        self._codes: deque[int] = deque()
+        self._finished = False
+        self._slow = False
+        self.cancelled = False
+        self.failed: BaseException | None = None
+
+    def push(self, codes: Sequence[int]) -> None:
+        self._codes.extend(codes)
+        self._pool.wake()
+
+    def finish(self) -> None:
+        """No more codes come."""
+        self._finished = True
+        self._pool.wake()
+
+    def cancel(self) -> None:
+        """Nothing more is made; ``on_samples(None)`` comes within one call."""
+        self.cancelled = True
+        self._pool.wake()
+
+    def slow(self, on: bool) -> None:
+        self._slow = on
+        self._pool.wake()
+
+    # ---- the pool's thread --------------------------------------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """A window can be solved, or the reply ended."""
+        if self.cancelled:
+            return True
+        if self._slow:
+            return False
+        finished = self._finished  # read first: codes that were pushed before it are seen below
+        while self._codes and not self._flow.ready:
+            self._flow.add(self._codes.popleft())
+        return self._flow.ready or (finished and not self._codes)
+
+    def window(self) -> Window | None:
+        """None: the reply ends without one."""
+        if self.cancelled:
+            return None
+        return self._flow.window() if self._flow.ready else self._flow.last_window()
+
+    def take(self, window: Window, mel_TM: torch.Tensor) -> bool:
+        """Sound of a solved window; whether it was the last."""
+        was_last = not self._flow.ready
+        wave_S = self._vocoder.push(self._flow.settle(window, mel_TM), was_last)
+        if len(wave_S) and not self.cancelled:
+            self.on_samples(wave_S.float().cpu().numpy().astype(np.float32, copy=False))
+        return was_last
+
+    def end(self) -> None:
+        self.on_samples(None)
+
+
+class StreamPool:
+    """See the module. Without `start`, `work` does one call, for tests."""
+
+    def __init__(self, token2wav: Token2Wav, config: StreamConfig | None = None, solver: SolverOptions | None = None) -> None:
+        self.token2wav, self.config, self.solver = token2wav, config or StreamConfig(), solver or SolverOptions()
+        self._voices: list[PooledVoice] = []
+        self._changed = threading.Condition()
+        self._awake = self._closed = False
+        self._thread: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        """Replies in work."""
+        return len(self._voices)
+
+    def open(self, speaker: Speaker, seed: int, on_samples: OnSamples) -> PooledVoice:
+        with torch.inference_mode(), self._changed:
+            prompt = self.token2wav.prompt_state(speaker)
+            draws = self.token2wav.draws(seed)
+            flow = FlowStream(self.token2wav.flow, prompt, draws, self.config, self.solver)
+            voice = PooledVoice(self, flow, VocoderStream(self.token2wav.vocoder, draws), on_samples)
+            self._voices.append(voice)
+        return voice
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="osum-echat-voice", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Cancel everything and end the thread."""
+        with self._changed:
+            self._closed = True
+            for voice in self._voices:
+                voice.cancelled = True
+        self.wake()
+        if self._thread is not None:
+            self._thread.join()
+
+    def wake(self) -> None:
+        with self._changed:
+            self._awake = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            more = self.work()
+            with self._changed:
+                if self._closed and not self._voices:
+                    return
+                if not more and not self._awake:
+                    self._changed.wait(timeout=1.0)
+                self._awake = False
+
+    @torch.inference_mode()
+    def work(self) -> bool:
+        """Solve the windows that are ready, in one call; whether there were any."""
+        ready = [voice for voice in list(self._voices) if voice.ready()]
+        batch: list[tuple[PooledVoice, Window]] = []
+        for voice in ready:
+            try:
+                window = voice.window()
+            except ValueError as error:  # codes that the network does not have
+                self._drop(voice, error)
+                continue
+            if window is None:
+                self._drop(voice)
+            elif (len(batch) + 1) * max([window.condition.frames, *(w.condition.frames for _, w in batch)]) <= BATCH_FRAMES or not batch:
+                batch.append((voice, window))
+        if batch:
+            self._solve(batch)
+            with self._changed:  # those that were served go behind those that were not
+                served = [voice for voice, _ in batch if voice in self._voices]
+                self._voices = [voice for voice in self._voices if voice not in served] + served
+        return bool(ready)
+
+    def _solve(self, batch: list[tuple[PooledVoice, Window]]) -> None:
+        solver = self.solver
+        try:
+            mels = self.token2wav.flow.solve(
+                [w.condition for _, w in batch], [w.noise_TM for _, w in batch], solver.steps, solver.guidance, solver.schedule
+            )
+        except Exception as error:
+            log.exception("token2wav failed; %d replies are given up", len(batch))
+            for voice, _ in batch:
+                self._drop(voice, error)
+            return
+        for (voice, window), mel_TM in zip(batch, mels, strict=True):
+            try:
+                if voice.take(window, mel_TM):
+                    self._drop(voice)
+            except Exception as error:
+                log.exception("a voice failed; its reply is given up")
+                self._drop(voice, error)
+
+    def _drop(self, voice: PooledVoice, error: BaseException | None = None) -> None:
+        voice.failed = error
+        with self._changed:
+            if voice in self._voices:
+                self._voices.remove(voice)
+        voice.end()

@@ -1,0 +1,123 @@
+"""Replies that are spoken in company sound as they do alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osum_echat.token2wav import Speaker, Token2Wav
+from osum_echat.token2wav.pool import PooledVoice, StreamPool
+from tests.token2wav_case import write_directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Token2Wav:
+    return Token2Wav.load(write_directory(tmp_path_factory.mktemp("t2w") / "tiny"), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def speaker(model: Token2Wav) -> Speaker:
+    import torch
+
+    return Speaker(
+        tokens=torch.zeros(0, dtype=torch.int64),
+        mel=torch.zeros(0, model.config.flow.output_size),
+        embedding=torch.linspace(-1, 1, model.config.flow.spk_embed_dim),
+    )
+
+
+def codes(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 64, count).tolist()
+
+
+def listen(pool: StreamPool, speaker: Speaker, seed: int) -> tuple[PooledVoice, list[np.ndarray | None]]:
+    heard: list[np.ndarray | None] = []
+    return pool.open(speaker, seed, heard.append), heard
+
+
+def sound(heard: list[np.ndarray | None]) -> np.ndarray:
+    assert heard[-1] is None and heard.count(None) == 1 if all(h is None for h in heard) else heard[-1] is None
+    return np.concatenate([np.zeros(0, dtype=np.float32), *[h for h in heard if h is not None]])
+
+
+def work(pool: StreamPool) -> int:
+    calls = 0
+    while pool.work():
+        calls += 1
+        assert calls < 200
+    return calls
+
+
+def test_replies_in_company_sound_as_alone_and_share_calls(model: Token2Wav, speaker: Speaker) -> None:
+    pool = StreamPool(model)
+    replies = [codes(count, i) for i, count in enumerate((90, 15, 61, 0))]
+    voices = [listen(pool, speaker, seed=i) for i in range(4)]
+    for (voice, _), reply in zip(voices, replies, strict=True):
+        voice.push(reply)
+        voice.finish()
+    calls = work(pool)
+    assert calls <= 5 and len(pool) == 0
+    for i, ((_, heard), reply) in enumerate(zip(voices, replies, strict=True)):
+        alone = list(model.stream(reply, speaker, seed=i))
+        expected = np.concatenate([np.zeros(0, dtype=np.float32), *alone])
+        assert np.abs(sound(heard) - expected).max(initial=0) < 2e-3 and len(sound(heard)) == len(expected)
+
+
+def test_codes_that_come_late_and_pauses_change_nothing(model: Token2Wav, speaker: Speaker) -> None:
+    pool = StreamPool(model)
+    reply = codes(70, 5)
+    (voice, heard), (other, other_heard) = listen(pool, speaker, 1), listen(pool, speaker, 2)
+    for start in range(0, 70, 7):
+        voice.push(reply[start : start + 7])
+        voice.slow(start in (21, 28, 35))
+        other.push(reply[start : start + 3])
+        work(pool)
+    assert heard and heard[-1] is not None, "sound comes while codes come"
+    voice.slow(False)
+    voice.finish()
+    other.finish()
+    work(pool)
+    assert np.abs(sound(heard) - np.concatenate(list(model.stream(reply, speaker, seed=1)))).max() < 2e-3
+    assert len(sound(other_heard))
+
+
+def test_a_cancelled_reply_makes_no_more_sound_and_a_wrong_code_ends_its_reply_only(model: Token2Wav, speaker: Speaker) -> None:
+    pool = StreamPool(model)
+    (cancelled, heard), (wrong, wrong_heard), (good, good_heard) = (listen(pool, speaker, i) for i in range(3))
+    for voice in (cancelled, good):
+        voice.push(codes(60, 1))
+    wrong.push([10**6] * 30)
+    pool.work()
+    before = len(heard)
+    cancelled.cancel()
+    good.finish()
+    work(pool)
+    assert heard[before:] == [None] and cancelled.failed is None
+    assert wrong_heard == [None] and isinstance(wrong.failed, ValueError)
+    assert len(sound(good_heard)) and len(pool) == 0
+
+
+def test_the_thread_serves_and_closes(model: Token2Wav, speaker: Speaker) -> None:
+    import threading
+
+    pool = StreamPool(model)
+    pool.start()
+    ended = threading.Event()
+    heard: list[np.ndarray] = []
+
+    def take(samples: np.ndarray | None) -> None:
+        if samples is None:
+            ended.set()
+        else:
+            heard.append(samples)
+
+    voice = pool.open(speaker, 0, take)
+    voice.push(codes(30, 0))
+    voice.finish()
+    assert ended.wait(30) and heard
+    ended.clear()
+    pool.open(speaker, 0, take).push(codes(5, 0))
+    pool.close()
+    assert ended.is_set()
