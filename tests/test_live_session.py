@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 from typing import Any
 
@@ -234,7 +235,7 @@ async def test_time_is_counted_in_samples_however_fast_they_come() -> None:
     for _ in range(3):
         await client.send(*spoken())
     starts = [e["audio_start_ms"] for e in client.all("input_audio_buffer.speech_started")]
-    assert [b - a for a, b in zip(starts, starts[1:], strict=False)] == pytest.approx([2400, 2400], abs=40)
+    assert [b - a for a, b in itertools.pairwise(starts)] == pytest.approx([2400, 2400], abs=40)
 
 
 @live
@@ -619,7 +620,7 @@ async def test_a_model_that_breaks_fails_the_response_and_not_the_session() -> N
     client = Client(backend)
 
     class Bad:
-        async def __aiter__(self):  # noqa: ANN204
+        async def __aiter__(self):
             yield Text("a")
             raise RuntimeError("cuda")
 
@@ -659,8 +660,34 @@ JSON = st.recursive(
         st.lists(inner, max_size=3)
         | st.dictionaries(
             st.sampled_from(
-                "type session audio input output format turn_detection item id content role text response item_id event_id audio_end_ms "
-                "content_index previous_item_id x_echat think events output_modalities threshold transcription voice metadata".split()
+                [
+                    "type",
+                    "session",
+                    "audio",
+                    "input",
+                    "output",
+                    "format",
+                    "turn_detection",
+                    "item",
+                    "id",
+                    "content",
+                    "role",
+                    "text",
+                    "response",
+                    "item_id",
+                    "event_id",
+                    "audio_end_ms",
+                    "content_index",
+                    "previous_item_id",
+                    "x_echat",
+                    "think",
+                    "events",
+                    "output_modalities",
+                    "threshold",
+                    "transcription",
+                    "voice",
+                    "metadata",
+                ]
             ),
             inner,
             max_size=4,
@@ -688,7 +715,7 @@ KINDS = st.sampled_from(
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.tuples(KINDS, st.dictionaries(st.sampled_from("session item response audio item_id event_id".split()), JSON)),
+        st.tuples(KINDS, st.dictionaries(st.sampled_from(["session", "item", "response", "audio", "item_id", "event_id"]), JSON)),
         max_size=6,
     )
 )

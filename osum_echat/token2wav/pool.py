@@ -153,7 +153,9 @@ class StreamPool:
                 continue
             if window is None:
                 self._drop(voice)
-            elif (len(batch) + 1) * max([window.condition.frames, *(w.condition.frames for _, w in batch)]) <= BATCH_FRAMES or not batch:
+            elif (len(batch) + 1) * max(
+                [window.condition.frames, *(w.condition.frames for _, w in batch)]
+            ) <= BATCH_FRAMES or not batch:
                 batch.append((voice, window))
         if batch:
             self._solve(batch)

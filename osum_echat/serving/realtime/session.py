@@ -539,6 +539,8 @@ class RealtimeSession:
             log.warning("session %s: a response was asked for, and nobody has said anything yet", self.id)
             self.own("x_echat.warning", field="input", message="there is nothing to answer yet")
             return response, None
+        if past:
+            self._warn("history")
         think = self.session["x_echat"].get("think")
         turn = Turn(
             past=tuple(past),

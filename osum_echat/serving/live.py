@@ -1,0 +1,401 @@
+"""The model behind the live server: an `EChat` whose requests run in the engine and whose speech is made by the pool.
+
+Three threads work: the event loop of the server, the engine's (the language model and the encoder) and the pool's (token2wav). Events cross to the
+loop by `call_soon_threadsafe`; nothing blocks it. No path and no URL of a client is opened here: voices are names that the server knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from osum_echat.dialogue.tasks import OUTPUTS, PastTurn
+from osum_echat.dialogue.think import ThinkForm
+from osum_echat.dialogue.tokens import encode
+from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Load, Ticket
+from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta
+from osum_echat.generation.events import Event as RowEvent
+from osum_echat.generation.request import Request, build_request
+from osum_echat.generation.session import Session
+from osum_echat.serving.backend import Ended, Event, Exchange, Heard, Refused, Samples, Sound, Text, Thought, ThoughtDone, Turn
+
+if TYPE_CHECKING:
+    from osum_echat.pipeline import EChat
+    from osum_echat.token2wav import Speaker
+    from osum_echat.token2wav.pool import PooledVoice, StreamPool
+
+log = logging.getLogger(__name__)
+RATE = 16_000
+TAGS = ("transcript", "age", "gender", "emotion", "event")
+MAX_TURNS, MAX_POSITIONS = 5, 2000
+
+
+class LiveMemory:
+    """What the model keeps of one dialogue."""
+
+    def __init__(self, model: LiveModel) -> None:
+        self._model = model
+        self.session = Session(model.echat.generator, model.past_turns, MAX_POSITIONS)
+        self.last: Request | None = None
+
+    def close(self) -> None:
+        with contextlib.suppress(EngineFull):  # the engine has closed, and its memory is gone
+            self._model.engine.forget(self.session)
+
+
+class LiveModel:
+    """See `backend.Backend`.
+
+    Args:
+        interleaved: text and speech in turns, where nothing says whether the checkpoint has learnt it. One that states it is always asked so.
+    """
+
+    codes_per_second = 25.0
+
+    def __init__(
+        self, echat: EChat, limits: EngineLimits | None = None, name: str = "osum-echat", interleaved: bool = False
+    ) -> None:
+        self.echat, self.name = echat, name
+        self.engine = Engine(echat.generator, limits)
+        self.pool: StreamPool | None = None
+        if echat.token2wav is not None:
+            from osum_echat.token2wav.pool import StreamPool
+
+            self.pool = StreamPool(echat.token2wav)
+        learnt = echat.dialect.learnt
+        self.max_seconds = echat.max_seconds
+        self.interleaved = interleaved if learnt.modes is None else "speech2text_token_streaming" in learnt.modes
+        forms: tuple[ThinkForm, ...] = ("tag", "language")
+        kinds = ("speech2text_token_think", "speech2text_token_streaming_think")
+        self.thinks = [f for f in forms if any(echat.dialect.refusal(kind, think=f) is None for kind in kinds)]
+        self.past_turns = MAX_TURNS if learnt.past_turns is None else min(learnt.past_turns, MAX_TURNS)
+        self.warnings = self._warnings()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def _warnings(self) -> Mapping[str, str]:
+        found = {
+            "instructions": "this checkpoint follows no instructions; they are kept in the session and have no effect",
+            "tools": "this checkpoint calls no tools; they are kept in the session and never called",
+            "think": f"this checkpoint thinks in these forms only: {', '.join(self.thinks) or 'none'}",
+        }
+        if self.past_turns == 0:
+            found["history"] = "this checkpoint has not learnt past turns: every turn is answered from itself alone"
+        return found
+
+    # ---- life ---------------------------------------------------------------------------------------------------------------------
+
+    def start_threads(self) -> None:
+        """Call it on the running event loop, once."""
+        self.loop = asyncio.get_running_loop()
+        self.engine.start()
+        if self.pool is not None:
+            self.pool.start()
+
+    def close(self) -> None:
+        """End the threads; what runs is cancelled."""
+        self.engine.close()
+        if self.pool is not None:
+            self.pool.close()
+
+    def load(self) -> Load:
+        return self.engine.load()
+
+    # ---- backend ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def voices(self) -> list[str]:
+        token2wav = self.echat.token2wav
+        return [] if token2wav is None else ["default", *token2wav.speakers]
+
+    def speaker(self, name: str | None) -> Speaker | None:
+        """A voice by its name; the usual one for names that are not known here."""
+        token2wav = self.echat.token2wav
+        if token2wav is None:
+            return None
+        return token2wav.speakers.get(name or "", self.echat.voice)
+
+    def open(self) -> LiveMemory:
+        return LiveMemory(self)
+
+    async def hear(self, samples: Samples) -> Heard:
+        try:
+            [features] = await asyncio.wrap_future(self.engine.run(lambda: self.echat.hear([(samples, RATE)])))
+        except EngineFull as error:
+            raise Refused(str(error)) from error
+        return Heard(features, len(samples) / RATE, int(features.lengths_N[0]))
+
+    async def transcribe(self, heard: Heard) -> str:
+        refusal = self.echat.dialect.refusal("<TRANSCRIBE>")
+        if refusal is not None:
+            raise Refused(refusal, "not_learnt")
+        request = self._build("text", heard=[heard.features], prompt_text=self.echat.dialect.instruction("<TRANSCRIBE>"))
+        job = LiveJob(self, Turn(heard=heard, speak=False))
+        job.begin(request)
+        parts = [event.text async for event in job if isinstance(event, Text)]
+        return "".join(parts).strip()
+
+    def start(self, turn: Turn, memory: LiveMemory | None = None) -> LiveJob:
+        job = LiveJob(self, turn, memory)
+        job.begin(self.request(turn, memory))
+        return job
+
+    def remember(self, memory: LiveMemory, past: Sequence[Exchange], turn: Turn) -> None:
+        """Read the past as the next turn will show it, while nobody waits. A new turn does not wait for it."""
+        last, session = memory.last, memory.session
+        if self.past_turns == 0 or last is None:
+            return
+        session.replace_past(*self._past(past))
+        reading = session.past_request(last)
+        if reading is None:
+            return
+
+        def done(event: RowEvent) -> None:
+            if isinstance(event, Done) and reading.cache is not None:
+                session.kept = reading.cache
+                self.engine.remember(session)
+
+        try:
+            self.engine.submit(reading, done, read_only=True)
+        except EngineFull:
+            log.info("the past of a dialogue is read with its next turn: the server is full")
+
+    # ---- requests -----------------------------------------------------------------------------------------------------------------
+
+    def _build(self, output_type: str, **options: Any) -> Request:
+        echat = self.echat
+        return build_request(output_type, echat.config, echat.tokenizer, echat.model.vocabulary, dialect=echat.dialect, **options)
+
+    def output_type(self, turn: Turn) -> str:
+        """The kind of sequence that answers a turn."""
+        if turn.say:
+            learnt = self.echat.dialect.learnt.modes
+            streams = self.interleaved and (learnt is None or "text2token_streaming" in learnt)
+            return "text2token_streaming" if streams else "text2token"
+        if turn.heard is None:
+            return "text2text"
+        if not turn.speak:
+            return "s2t_chat_think" if turn.think else "s2t_chat"
+        return "speech2text_token" + ("_streaming" if self.interleaved else "") + ("_think" if turn.think else "")
+
+    def request(self, turn: Turn, memory: LiveMemory | None) -> Request:
+        """Raises Refused for what this checkpoint cannot do."""
+        kind = self.output_type(turn)
+        refusal = self.echat.dialect.refusal(kind, think=turn.think)
+        if refusal is not None:
+            raise Refused(refusal, "not_learnt")
+        heard = [] if turn.heard is None else [turn.heard.features]
+        try:
+            if memory is None or not OUTPUTS[kind].history or self.past_turns == 0:
+                options: dict[str, Any] = {"say": turn.say} if turn.say else {"prompt_text": turn.text, "heard": heard}
+                request = self._build(kind, seed=turn.seed, think=turn.think, **options)
+            else:
+                memory.session.replace_past(*self._past(turn.past))
+                request = memory.session.request(kind, heard, turn.text, turn.seed, think=turn.think)
+                memory.last = request
+        except ValueError as error:
+            raise Refused(str(error), "invalid_input") from error
+        limit = request.mode.max_new if turn.max_tokens is None else min(turn.max_tokens, request.mode.max_new)
+        request.mode = request.mode.tuned(temperature=turn.temperature, max_new=limit)
+        return request
+
+    def _past(self, past: Sequence[Exchange]) -> tuple[list[PastTurn], list[tuple[Any, ...]]]:
+        tokenizer = self.echat.tokenizer
+        past = past[-self.past_turns :] if self.past_turns else []
+        turns = [
+            PastTurn(
+                encode(tokenizer, exchange.reply_text),
+                exchange.codes,
+                has_audio=bool(exchange.heard),
+                user_ids=encode(tokenizer, exchange.user_text) if exchange.user_text else (),
+            )
+            for exchange in past
+        ]
+        return turns, [tuple(h.features for h in exchange.heard) for exchange in past]
+
+    def tags(self, thought: str, form: ThinkForm | None) -> dict[str, str]:
+        """What a thought says, as far as it says it."""
+        strings = self.echat.dialect.strings
+        template = strings.tag_think if form == "tag" else strings.language_think
+        found = asdict(template.parse(thought))
+        return {name: found[name] for name in TAGS if found.get(name)}
+
+    def word_ends(self, generated: Sequence[int], kind: str) -> tuple[int, ...]:
+        """Number of codes after each word that was said; empty where speech has no words in it."""
+        if self.echat.dialect.speech_form != "word" or OUTPUTS[kind].speech != "after":
+            return ()
+        vocabulary = self.echat.model.vocabulary
+        begun, codes, ends = not OUTPUTS[kind].reply_text, 0, []
+        for token in generated:
+            if token == vocabulary.speech_delimiter:
+                if begun:
+                    ends.append(codes)
+                begun = True
+            elif token >= vocabulary.text_size:
+                codes += 1
+        return tuple(ends if not ends or ends[-1] == codes else [*ends, codes])
+
+
+class LiveJob:
+    """See `backend.Job`. Its callbacks run on the engine's and the pool's thread, one after the other for each of them."""
+
+    def __init__(self, model: LiveModel, turn: Turn, memory: LiveMemory | None = None) -> None:
+        assert model.loop is not None, "call start_threads first"
+        self._model, self._turn, self._memory = model, turn, memory
+        self._loop = model.loop
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._ticket: Ticket | None = None
+        self._voice: PooledVoice | None = None
+        self._request: Request | None = None
+        self._thought, self._text = "", ""
+        self._thought_open = True
+        self._codes: list[int] = []
+        self._generated: dict[str, Sequence[int]] = {}
+        self._answered: Done | None = None  # the text of an answer that is to be said by another request
+        self._done = Done("cancelled")
+        self._cancelled = False
+
+    def begin(self, request: Request) -> None:
+        """Raises Refused when the engine does not take it."""
+        speaks = OUTPUTS[request.output_type].speech != "none"
+        if speaks and self._turn.speak:
+            self._open_voice()
+        try:
+            self._submit(request)
+        except EngineFull as error:
+            if self._voice is not None:
+                self._voice.on_samples = lambda _: None
+                self._voice.cancel()
+            raise Refused(str(error)) from error
+
+    def _open_voice(self) -> None:
+        model = self._model
+        speaker = model.speaker(self._turn.voice)
+        if model.pool is not None and speaker is not None and self._voice is None:
+            self._voice = model.pool.open(speaker, self._turn.seed, self._on_samples)
+
+    def _submit(self, request: Request) -> None:
+        self._request = request
+        self._ticket = self._model.engine.submit(request, self._on_event)
+        if self._cancelled:
+            self._ticket.cancel()
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
+        if self._voice is not None:
+            self._voice.cancel()
+
+    def slow(self, on: bool) -> None:
+        if self._ticket is not None:
+            self._ticket.hold(on)
+        if self._voice is not None:
+            self._voice.slow(on)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        while True:
+            event = await self._events.get()
+            yield event
+            if isinstance(event, Ended):
+                return
+
+    # ---- the engine's thread ------------------------------------------------------------------------------------------------------
+
+    def _post(self, event: Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+        except RuntimeError:
+            log.debug("an event came after the server had stopped")
+
+    def _on_event(self, event: RowEvent) -> None:
+        if isinstance(event, SpeechToken):
+            self._codes.append(event.code)
+            if self._voice is not None:
+                self._voice.push([event.code])
+        elif isinstance(event, ThinkDelta):
+            self._thought += event.text
+            self._post(Thought(event.text))
+        elif isinstance(event, TextDelta):
+            self._close_thought()
+            if self._answered is None:  # the text of text to speech is known
+                self._text += event.text
+                self._post(Text(event.text))
+        else:
+            self._on_done(event)
+
+    def _close_thought(self) -> None:
+        if self._thought and self._thought_open:
+            self._thought_open = False
+            self._post(ThoughtDone(self._thought, self._model.tags(self._thought, self._turn.think)))
+
+    def _on_done(self, done: Done) -> None:
+        request, memory = self._request, self._memory
+        assert request is not None
+        self._close_thought()
+        self._generated[request.output_type] = done.generated
+        if memory is not None and request.cache is not None:
+            memory.session.kept = request.cache
+            self._model.engine.remember(memory.session)
+        says = self._turn.speak and request.output_type == "text2text" and self._model.pool is not None
+        if says and self._answered is None and done.reason != "cancelled" and self._text.strip():
+            self._answered = done
+            self._say(done)
+        elif self._voice is not None and done.reason != "cancelled" and self._codes:
+            self._done = done
+            self._voice.finish()
+        else:
+            self._done = done
+            if self._voice is not None:
+                self._voice.on_samples = lambda _: None
+                self._voice.cancel()
+            self._finish()
+
+    def _say(self, done: Done) -> None:
+        """A written question has been answered: say the answer."""
+        model = self._model
+        self._open_voice()
+        try:
+            said = Turn(say=self._text.strip(), voice=self._turn.voice, seed=self._turn.seed, temperature=self._turn.temperature)
+            self._submit(model.request(said, None))
+        except (Refused, EngineFull) as error:
+            log.warning("an answer is not said: %s", error)
+            self._done = done
+            if self._voice is not None:
+                self._voice.on_samples = lambda _: None
+                self._voice.cancel()
+            self._finish()
+
+    # ---- the pool's thread, or the engine's where there is no sound -----------------------------------------------------------------
+
+    def _on_samples(self, samples: Samples | None) -> None:
+        token2wav = self._model.echat.token2wav
+        assert token2wav is not None
+        if samples is not None:
+            self._post(Sound(samples, token2wav.sample_rate))
+        elif not self._cancelled:
+            self._finish()
+        # A job that was cancelled is ended by the engine, which knows what had been made.
+
+    def _finish(self) -> None:
+        done, request = self._done, self._request
+        assert request is not None
+        failed = self._ticket.failed if self._ticket is not None else None
+        failed = failed or (self._voice.failed if self._voice is not None else None)
+        reason = "failed" if failed is not None else "cancelled" if self._cancelled else done.reason
+        kind = request.output_type
+        first = self._answered or done
+        tokens = {
+            "read": len(request.prompt),
+            "heard": 0 if self._turn.heard is None else self._turn.heard.positions,
+            "text": len(first.text_ids) - first.timings.think_tokens,
+            "thought": first.timings.think_tokens,
+            "speech": len(self._codes),
+        }
+        timings = {name: float(v) for name, v in asdict(first.timings).items() if isinstance(v, (int, float))}
+        message = "" if failed is None else "the model failed in this answer; ask again"
+        ends = self._model.word_ends(self._generated.get(kind, ()), kind)
+        self._post(Ended(reason, tuple(self._codes), ends, tokens, timings, dict(done.guards), message))
