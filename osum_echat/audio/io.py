@@ -1,14 +1,14 @@
 """Recordings in and out: any source to float samples, with errors a person can act on.
 
 `read` takes a path, bytes, an open file or ``(samples, rate)`` and returns samples in [-1, 1] as they are in the file; `to_mono_16k` is
-what every listener of the system uses. wav, flac, ogg, mp3 and the other formats of libsndfile are read.
+what every listener of the system uses. wav, flac, ogg, mp3 and the other formats of libsndfile are read; m4a, webm and the like through `decode`.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import soundfile
 
+from osum_echat.audio import decode
+from osum_echat.audio.fetch import FetchError, fetch, is_web
 from osum_echat.audio.resample import resample
 
 SAMPLE_RATE = 16_000  # of everything the model hears
@@ -62,7 +64,7 @@ def read(
     """Read ``source``, or its part from ``start`` to ``end`` seconds.
 
     Args:
-        source: path, bytes of an audio file, file object, `Audio`, or (samples, rate): array [n], [channels, n] or [n, channels],
+        source: path or http(s) address, bytes of an audio file, file object, `Audio`, or (samples, rate): array [n], [channels, n] or [n, channels],
             float in [-1, 1] or signed/unsigned integer of full scale.
         min_seconds, max_seconds: what is shorter or longer is an error; the length is looked up before samples are read.
 
@@ -76,7 +78,7 @@ def read(
             raise AudioError("bad_input", f"expected (samples, rate), found a tuple of {len(source)}")
         audio = _cut(_from_array(*source), start, end, max_seconds)
     else:
-        audio = _from_file(source, start, end, max_seconds)
+        audio = _from_file(_fetched(source), start, end, max_seconds)
     if audio.samples.shape[1] == 0:
         raise AudioError("empty", f"{_name(source)} has no samples")
     if not np.isfinite(audio.samples).all():
@@ -98,32 +100,97 @@ def to_mono_16k(
     return resample(audio.mono(), audio.rate, SAMPLE_RATE)
 
 
-def write(path: str | os.PathLike[str], samples: npt.ArrayLike, rate: int) -> None:
+def write(path: str | os.PathLike[str], samples: npt.ArrayLike, rate: int, comment: str = "") -> None:
     """Write samples [n] or [channels, n] (clipped to [-1, 1]) in the format of the suffix, 16 bit for wav and flac.
 
-    The file appears under its name only when it is whole.
+    The file appears under its name only when it is whole. ``comment`` goes into its metadata.
     """
     path = Path(path)
     data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
     if data.ndim != 2:
         raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
-    kind = path.suffix.lstrip(".").upper() or "WAV"
-    if kind not in soundfile.available_formats():
-        raise AudioError("bad_input", f"cannot write {path.name}: use a suffix such as .wav, .flac, .ogg or .mp3")
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    kind = _format(path)
+    temporary, descriptor = _new_file(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            soundfile.write(file, np.clip(data, -1.0, 1.0).T, rate, format=kind)
+        with (
+            os.fdopen(descriptor, "wb") as file,
+            soundfile.SoundFile(file, "w", rate, len(data), format=kind) as sound,
+        ):
+            if comment:
+                sound.comment, sound.software = comment, "OSUM-EChat"
+            sound.write(np.clip(data, -1.0, 1.0).T)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Make the folder of a file to be written and try it, so that what cannot be written is said before anything is computed.
+
+    Raises:
+        AudioError: no format has this suffix. OSError: the place cannot be written.
+    """
+    path = Path(path)
+    _format(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    temporary, descriptor = _new_file(path)
+    os.close(descriptor)
+    os.unlink(temporary)
+
+
+def _format(path: Path) -> str:
+    kind = path.suffix.lstrip(".").upper() or "WAV"
+    if kind not in soundfile.available_formats():
+        raise AudioError("bad_input", f"cannot write {path.name}: use a suffix such as .wav, .flac, .ogg or .mp3")
+    return kind
+
+
+def _new_file(path: Path) -> tuple[Path, int]:
+    """A new file beside ``path`` and its descriptor, with the permissions that the user's umask leaves."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    return temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+
+
 def duration(source: str | os.PathLike[str] | bytes) -> float:
     """Seconds of a file by its header alone. Raises AudioError."""
-    with _open(source) as file:
-        return file.frames / file.samplerate
+    try:
+        with _open(source) as file:
+            return file.frames / file.samplerate
+    except AudioError as error:
+        return _decoded(source, error, MAX_SECONDS).seconds
+
+
+def _fetched(source: Any) -> Any:
+    if not is_web(source):
+        return source
+    try:
+        return fetch(source)
+    except FetchError as error:
+        raise AudioError("missing", str(error)) from error
+
+
+def _decoded(source: Any, error: AudioError, max_seconds: float) -> Audio:
+    """The file through `decode`; ``error`` is what libsndfile had against it, raised again where `decode` has no other word for it."""
+    if error.reason != "not_audio":
+        raise error
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        source.seek(0)
+        source = source.read()
+    if isinstance(source, bytes):
+        head = source[:16]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(16)
+    kind = decode.container(head)
+    if kind is None:
+        raise error
+    try:
+        return Audio(*decode.decode(source, kind, max_seconds))
+    except decode.DecodeError as problem:
+        raise AudioError("not_audio", f"{_name(source)} {problem}") from problem
 
 
 def _open(source: str | os.PathLike[str] | bytes | BinaryIO) -> soundfile.SoundFile:
@@ -141,7 +208,11 @@ def _open(source: str | os.PathLike[str] | bytes | BinaryIO) -> soundfile.SoundF
 
 
 def _from_file(source: Any, start: float | None, end: float | None, max_seconds: float) -> Audio:
-    with _open(source) as file:
+    try:
+        opened = _open(source)
+    except AudioError as error:
+        return _cut(_decoded(source, error, max_seconds + (start or 0.0)), start, end, max_seconds, _name(source))
+    with opened as file:
         rate = file.samplerate
         first, stop = _bounds(file.frames, rate, start, end, _name(source), max_seconds)
         # 16-bit files are read as integers and scaled here: six times faster than libsndfile's own conversion, and equal.
@@ -180,8 +251,8 @@ def _from_array(samples: Any, rate: Any) -> Audio:
     return Audio(np.ascontiguousarray(data, dtype=np.float32), int(rate))
 
 
-def _cut(audio: Audio, start: float | None, end: float | None, max_seconds: float) -> Audio:
-    first, stop = _bounds(audio.samples.shape[1], audio.rate, start, end, "the recording", max_seconds)
+def _cut(audio: Audio, start: float | None, end: float | None, max_seconds: float, name: str = "the recording") -> Audio:
+    first, stop = _bounds(audio.samples.shape[1], audio.rate, start, end, name, max_seconds)
     return Audio(audio.samples[:, first:stop], audio.rate)
 
 

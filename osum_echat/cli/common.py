@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osum_echat.audio.fetch import MAX_BYTES, fetch, is_web
+
 if TYPE_CHECKING:
+    from osum_echat.audio.io import Source
     from osum_echat.pipeline import EChat, Options, Reply
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,13 +106,38 @@ def readable(reply: Reply, indent: str = "  ") -> str:
 
 def save_speech(reply: Reply, path: Path) -> Path | None:
     """Write the reply's samples, if it has any."""
-    from osum_echat.audio.io import write
-
     if reply.audio is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, reply.audio, reply.sample_rate)
+    reply.save(path)
     return path
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that cannot be written, before anything is computed. Raises UserError."""
+    from osum_echat.audio.io import check_output
+
+    try:
+        check_output(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def recording(name: str) -> Source:
+    """The recording that an argument names: a path, ``-`` for standard input, or an http(s) address. Raises UserError."""
+    if name == "-":
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+        if not data:
+            raise UserError("standard input is empty: pipe a recording into it")
+        if len(data) > MAX_BYTES:
+            raise UserError(f"standard input has more than {MAX_BYTES // 2**20} MB")
+        return data
+    if is_web(name):
+        return fetch(name)
+    if not Path(name).exists():
+        raise UserError(f"no such recording: {name}")
+    if Path(name).is_dir():
+        raise UserError(f"{name} is a folder, not a recording")
+    return name
 
 
 def print_json(value: Any) -> None:

@@ -15,9 +15,11 @@ from osum_echat.cli.common import (
     UserError,
     add_model_arguments,
     add_request_arguments,
+    check_output,
     load_echat,
     print_json,
     readable,
+    recording,
     request_options,
     run,
     save_speech,
@@ -43,7 +45,10 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog, description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", required=True, help=f"one of {', '.join(MODES)}; or a task string of records")
-    parser.add_argument("--wav", help="the recording (any rate, mono or stereo, wav flac ogg mp3)")
+    parser.add_argument(
+        "--wav",
+        help="the recording: a file (wav flac ogg mp3 m4a webm ..., any rate), an http(s) address, or - for standard input",
+    )
     parser.add_argument("--text", help="what to say (tts) or to answer (t2t)")
     parser.add_argument("--prompt", help="an instruction of your own for an understanding task")
     parser.add_argument("--out", type=Path, help=f"where the reply's speech goes (default: {DEFAULT_OUT})")
@@ -60,11 +65,12 @@ def make_ask(args: argparse.Namespace) -> Ask:
         raise UserError(f"--task {args.task} needs --wav")
     if mode.reads and not (args.text or "").strip():
         raise UserError(f"--task {args.task} needs --text")
-    if mode.hears and not Path(args.wav).is_file():
-        raise UserError(f"no such recording: {args.wav}")
     if args.out and not mode.speaks:
         raise UserError(f"--out: --task {args.task} makes no speech")
-    return mode.ask(args.wav, args.text, args.prompt, args.think, **request_options(args))
+    wav = recording(args.wav) if mode.hears else None
+    if mode.speaks:
+        check_output(args.out or DEFAULT_OUT)
+    return mode.ask(wav, args.text, args.prompt, args.think, **request_options(args))
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from osum_echat.cli.common import UserError, add_model_arguments, load_echat, print_json, readable, run, save_speech
+from osum_echat.cli.common import add_model_arguments, check_output, load_echat, print_json, readable, recording, run, save_speech
 
 EXAMPLES = """examples:
   infer_multiturn.py first.wav second.wav third.wav --out out/dialogue
@@ -31,19 +31,19 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser.parse_args(argv)
 
     def command() -> int:
-        missing = [wav for wav in args.wavs if not Path(wav).is_file()]
-        if missing:
-            raise UserError(f"no such recording: {', '.join(missing)}")
+        wavs = [recording(wav) for wav in args.wavs]
+        if not args.text_only:
+            check_output(args.out / "round_1.wav")
         echat = load_echat(args, speech=not args.text_only)
         session = echat.session(max_turns=args.turns)
-        for number, wav in enumerate(args.wavs, start=1):
+        for number, (name, wav) in enumerate(zip(args.wavs, wavs, strict=True), start=1):
             think = None if args.think == "none" else args.think
             reply = session.chat(wav, think=think, speak=not args.text_only, seed=args.seed)
             path = save_speech(reply, args.out / f"round_{number}.wav")
             if args.json:
-                print_json({"round": number, "heard": str(wav), **reply.as_json(), "wav": str(path) if path else None})
+                print_json({"round": number, "heard": name, **reply.as_json(), "wav": str(path) if path else None})
             else:
-                print(f"round {number}: {wav}")
+                print(f"round {number}: {name}")
                 print(readable(reply))
                 if path:
                     print(f"  written   {path}")

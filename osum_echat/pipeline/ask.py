@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypedDict, Unpack
 
-from osum_echat.audio.io import Source
+from osum_echat.audio.io import Source, write
 from osum_echat.dialogue.tasks import TASKS, find_task
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.events import Event, Timings
@@ -25,6 +25,8 @@ from osum_echat.token2wav.config import SAMPLE_RATE
 if TYPE_CHECKING:
     from osum_echat.token2wav import Speaker
 
+SYNTHETIC = "synthetic speech, made by OSUM-EChat"
+"""Stands in the metadata of every sound file that is written."""
 Kind = Literal["chat", "understand", "speak"]
 Samples: TypeAlias = npt.NDArray[np.float32]
 ThinkForm: TypeAlias = Literal["tag", "language"] | None
@@ -297,6 +299,13 @@ class Reply:
     finish_reason: str = "stop"
     guards: Mapping[str, int] = field(default_factory=dict)
     timings: Timings = field(default_factory=Timings)
+
+    def save(self, path: str | Path) -> None:
+        """Write the sound in the format of the suffix; its metadata say that it is synthetic. Raises ValueError when there is none."""
+        if self.audio is None:
+            raise ValueError("this reply has no sound")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(path, self.audio, self.sample_rate, comment=SYNTHETIC)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for JSON, without the samples."""
