@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osum_echat import metrics
+from osum_echat.audio.io import Source, read
 from osum_echat.cli.common import UserError, add_model_arguments, add_request_arguments, load_echat, request_options, run
 from osum_echat.pipeline.ask import Ask, find_mode
 
 if TYPE_CHECKING:
-    from osum_echat.data.sources import Item, Source
-    from osum_echat.dialogue.record import Record
+    from osum_echat.dialogue.record import Record, RecordError
     from osum_echat.pipeline import EChat, Reply
 
 RESULTS = "results.jsonl"
@@ -78,29 +78,37 @@ def finished_keys(path: Path) -> set[str]:
     return keys
 
 
-def ask_for(record: Record, source: Source, args: argparse.Namespace) -> Ask:
+def ask_for(record: Record, args: argparse.Namespace) -> Ask:
     """What to ask about a record. Raises ValueError when the record lacks what the task needs."""
     mode = find_mode(args.task)
     if mode.hears and record.wav is None:
         raise ValueError("the record has no recording")
-    wav = source.resolve(record.wav) if isinstance(record.wav, str) else record.wav
     text = record.txt if mode.kind == "speak" else str(record.extra.get("question", record.txt))
+    wav: Source | None = record.wav
+    if wav is not None and mode.hears and (record.start is not None or record.end is not None):
+        wav = read(wav, record.start, record.end)
     return mode.ask(wav, text, think=args.think, **request_options(args))
 
 
-def answer_all(echat: EChat, items: Iterator[Item], source: Source, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def answer_all(echat: EChat, records: Iterable[Record | RecordError], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result a record, in the order of the list; a record that cannot be used gives ``error`` and no text."""
     waiting: list[tuple[Record, Ask]] = []
-    for item in items:
+    for record in records:
         try:
-            record = item.record()
-            waiting.append((record, ask_for(record, source, args)))
-        except (ValueError, FileNotFoundError) as error:
-            yield {"key": str((item.fields or {}).get("key", f"{item.source}:{item.number}")), "error": str(error)}
+            if isinstance(record, ValueError):
+                raise record
+            waiting.append((record, ask_for(record, args)))
+        except ValueError as error:
+            yield {"key": key_of(record), "error": str(error)}
         if len(waiting) == args.batch_size:
             yield from answer_batch(echat, waiting)
             waiting = []
     yield from answer_batch(echat, waiting)
+
+
+def key_of(record: Record | RecordError) -> str:
+    """The key of a record, or the place of one that has none."""
+    return record.key or f"{record.source}:{record.line}"
 
 
 def answer_batch(echat: EChat, waiting: Sequence[tuple[Record, Ask]]) -> Iterator[dict[str, Any]]:
@@ -163,13 +171,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         path = part_file(args.out, part, parts)
         done = finished_keys(path)
-        mine = (item for number, item in enumerate(source.items()) if number % parts == part)
-        todo = (item for item in mine if str((item.fields or {}).get("key")) not in done)
+        mine = (record for number, record in enumerate(source.records()) if number % parts == part)
+        todo = (record for record in mine if key_of(record) not in done)
         echat = load_echat(args, speech=mode.speaks)
         with path.open("a", encoding="utf-8") as out:
-            for result in tqdm(
-                answer_all(echat, todo, source, args), desc=f"part {part} of {parts}", unit="utt", initial=len(done)
-            ):
+            for result in tqdm(answer_all(echat, todo, args), desc=f"part {part} of {parts}", unit="utt", initial=len(done)):
                 out.write(json.dumps(result, ensure_ascii=False) + "\n")
                 out.flush()
         if parts == 1:

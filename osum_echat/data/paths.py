@@ -1,8 +1,9 @@
 """Opening what a list names: local paths or fsspec URLs, and lists whose relative paths do not fit where they lie.
 
-Lists are written on one machine and read on another. A relative path is tried as written (from the working directory, as the published
-lists mean it), then from the list's own folder, then with leading folders taken off, looked up in the list's folder and up to three
-folders above it. Whatever was assumed is said once per rewrite in a warning.
+One rule for a relative path in a list, the same for every list and everybody who reads one: from the list's own folder, then as written
+(from the working directory, as the published lists mean it). Lists are written on one machine and read on another, so a path that is
+neither is tried with leading folders taken off, in the list's folder and up to three folders above it; that is said once per rewrite in a
+warning. URLs are taken as they are.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ class Resolver:
 
     def __init__(self, list_path: str) -> None:
         self.list_path = list_path
+        here = folder(list_path)
+        self._here = "" if here == "." else here
+        self._remote = is_url(
+            list_path
+        )  # each look at a remote folder costs a round trip, so what held for one name is not asked again
+        self._all_here = False
         self._rewrites: list[tuple[str, str]] = []  # (prefix as written, prefix that exists)
 
     def __call__(self, name: str) -> str:
@@ -93,17 +100,22 @@ class Resolver:
         """
         if is_url(name):
             return name
+        beside = join(self._here, name) if self._here and not os.path.isabs(name) else name
+        if beside != name and (self._all_here or exists(beside)):
+            self._all_here = self._remote
+            return beside
+        if exists(name):
+            return name
         for old, new in self._rewrites:
             if name.startswith(old):
                 candidate = new + name[len(old) :]
                 if exists(candidate):
                     return candidate
-        if exists(name):
-            return name
         found = self._search(name)
         if found is None:
             raise FileNotFoundError(
-                f"{name} (named by {self.list_path}) does not exist: looked from {os.getcwd()}, in the list's folder and {_LEVELS_UP} above"
+                f"{name} (named by {self.list_path}) does not exist: looked in the list's folder, from {os.getcwd()}, and in up to "
+                f"{_LEVELS_UP} folders above the list's"
             )
         self._remember(name, found)
         return found

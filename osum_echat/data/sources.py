@@ -2,6 +2,7 @@
 
 A source has lines (a record of a raw list; a tar of a shard list; a jsonl with its tar of a combine list). `read` goes through one line
 from any sample on, `read_one` fetches a single sample again by where it starts: that is all that mixing, shuffling and resume need.
+Whoever wants a list's records, one after the other, reads `open_source(list).records()`: this is the one way to read a record.
 Objects may be shared with worker processes: no file offset is held across a fork.
 """
 
@@ -13,7 +14,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from osum_echat.data.config import ListType
 from osum_echat.data.members import ONLY_META, from_members
 from osum_echat.data.sampling import Share
 from osum_echat.dialogue.record import Record, RecordError
+from osum_echat.dialogue.tasks import find_task
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class Item:
         source, number: file and line (from 1; 0 in a tar) to name in messages.
         fields: what `Record.from_dict` takes. None when there are only problems.
         name, members: key in the tar (a record may have another, see `convert`) and names of the members there.
-        problems: why there is no record (several for the keys that a tar lacks).
+        problems: why there is no record (several for the keys that a tar lacks). An item has fields or problems.
     """
 
     line: int
@@ -88,6 +90,34 @@ class Source(ABC):
         """Everything, in the order of the list."""
         for line in range(len(self)):
             yield from self.read(Share(line))
+
+    def records(self) -> Iterator[Record | RecordError]:
+        """The records of the list, in its order, each checked and with its recordings found; why, in place of one that cannot be used."""
+        for item in self.items():
+            yield from item.problems
+            if item.problems:
+                continue
+            try:
+                yield self._found(item.record())
+            except RecordError as error:
+                yield error
+
+    def _found(self, record: Record) -> Record:
+        """The record with paths that can be opened. Raises RecordError for a recording that its task needs and that is not there."""
+        history = tuple(replace(turn, wav=self._found_wav(record, turn.wav)) for turn in record.history)
+        return replace(record, wav=self._found_wav(record, record.wav), history=history)
+
+    def _found_wav(self, record: Record, wav: str | bytes | None) -> str | bytes | None:
+        """The path of a recording, or its bytes (of one in a tar or at a URL)."""
+        if not isinstance(wav, str):
+            return wav
+        try:
+            path = self.resolve(wav)
+            return paths.read_bytes(path) if paths.is_url(path) else path
+        except OSError as error:
+            if find_task(record.task).output.audio:
+                raise record.error("audio_missing", str(error)) from error
+            return wav
 
 
 class RawSource(Source):
@@ -144,13 +174,13 @@ class RawSource(Source):
 
 
 class ShardSource(Source):
-    """A text list of tars; every sample is complete in its tar."""
+    """A text list of tars, or one tar; every sample is complete in its tar."""
 
     form = "shard"
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._tars = paths.read_lines(name)
+        self._tars = [os.path.basename(name)] if _is_tar(name) else paths.read_lines(name)
         if self._tars:
             self.resolve.probe(self._tars[0])
 
@@ -252,7 +282,8 @@ class CombineSource(Source):
             present = _keys(archive)
             absent = [key for key in labels if key not in present]
             faults += [RecordError("missing_in_tar", f"{archive} has no such key", side, labels[key][0], key) for key in absent]
-            yield Item(share.line, index, _MISSING, END, side, problems=faults)
+            if faults:
+                yield Item(share.line, index, _MISSING, END, side, problems=faults)
 
 
 _Labels = dict[str, tuple[int, dict[str, Any]]]  # by key: line number, record
@@ -356,25 +387,38 @@ def _line_spans(data: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_source(name: str, kind: ListType = "auto") -> Source:
-    """The list at ``name`` (a path or URL).
+    """The list at ``name`` (a path or URL), or a single tar.
 
-    ``shard`` means tars; whether a combined set, the list's name says (``combines_list``). ``auto`` also looks whether the first line is
-    JSON (raw). Raises ValueError when the list is not there or empty.
+    ``auto`` finds the form by itself: a list whose first line is JSON is raw; one that names tars is a shard list; one that names record lists
+    (or is called ``combines_list...``) is a combine list. ``shard`` means tars, combined or not. Raises ValueError when the list is not there
+    or empty.
     """
-    if kind == "raw" or (kind == "auto" and "combines_list" not in os.path.basename(name) and _looks_raw(name)):
-        source: Source = RawSource(name)
-    elif "combines_list" in os.path.basename(name):
-        source = CombineSource(name)
-    else:
-        source = ShardSource(name)
+    form = "raw" if kind == "raw" else _form(name)
+    if kind == "shard" and form == "raw":
+        form = "shard"
+    source: Source
+    source = RawSource(name) if form == "raw" else CombineSource(name) if form == "combine" else ShardSource(name)
     if len(source) == 0:
         raise ValueError(f"{name} is an empty list")
     return source
 
 
-def _looks_raw(name: str) -> bool:
+def _form(name: str) -> str:
+    if "combines_list" in os.path.basename(name):
+        return "combine"
+    if _is_tar(name):
+        return "shard"
     try:
         with paths.open_binary(name) as stream:
-            return stream.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{"
+            start = stream.read(1 << 12).removeprefix(b"\xef\xbb\xbf")
     except FileNotFoundError as error:
         raise ValueError(f"list not found: {name} (seen from {os.getcwd()})") from error
+    lines = [line.strip() for line in start.decode("utf-8", "replace").split("\n")]
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    if first.startswith("{"):
+        return "raw"
+    return "combine" if "|" in first or first.endswith((".list", ".jsonl", ".json")) else "shard"
+
+
+def _is_tar(name: str) -> bool:
+    return name.endswith((".tar", ".tar.gz", ".tar.bz2", ".tar.xz"))

@@ -13,7 +13,7 @@ from osum_echat.training.token2wav.records import Utterance
 
 def load_22k(utterance: Utterance) -> tuple[np.ndarray, Tensor]:
     """Samples at 22.05 kHz [256 T] float32 and log-mel [T, 80]; the samples that fill no mel frame are cut."""
-    audio = io.read(utterance.wav)
+    audio = io.read(utterance.wav, utterance.start, utterance.end)
     samples = resample(audio.mono(), audio.rate, SAMPLE_RATE)
     mel_TM = features.mel_22k(samples)
     return samples[: len(mel_TM) * MEL_HOP], mel_TM

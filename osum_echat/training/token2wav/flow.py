@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from osum_echat import device
-from osum_echat.audio import features, io
+from osum_echat.audio import features
 from osum_echat.token2wav.config import FlowConfig, mel_frames
 from osum_echat.token2wav.encoder import stretch_reply
 from osum_echat.token2wav.estimator import Padding
@@ -139,7 +139,7 @@ class FlowRecipe:
                 last.bias.copy_(mean_M)
 
     def _spoken(self, utterance: Utterance) -> Spoken:
-        samples_16k = io.to_mono_16k(utterance.wav)
+        samples_16k = utterance.samples_16k()
         tokens_N = np.array(utterance.tokens, dtype=np.int64)
         if not len(tokens_N):
             tokens_N = self._tokens(samples_16k)

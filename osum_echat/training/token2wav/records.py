@@ -1,14 +1,14 @@
 """Utterances for token2wav training: read from record lists, checked once, batched by a plan that is a function of the seed.
 
-A record list is the project's raw form (one JSON object a line: ``key, wav, txt, extra``). What the four trainings use of ``extra``:
-``speech_token`` (25 Hz ids), ``phones`` (``[[phone, end in seconds], ...]``) and ``voice``. Records that a training cannot use are left out,
-counted by reason and named in the log; a file that cannot be read later, during training, is counted the same way.
+Lists are of any form that the project reads (raw, shard, combine; `data.sources`); recordings of tars are held in memory as the bytes that they
+are there. What the four trainings use of ``extra``: ``speech_token`` (25 Hz ids), ``phones`` (``[[phone, end in seconds], ...]``) and ``voice``.
+Records that a training cannot use are left out, counted by reason and named in the log; a file that cannot be read later, during training,
+is counted the same way.
 """
 
 from __future__ import annotations
 
 import glob
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import soundfile
+
+from osum_echat.audio import io
+from osum_echat.audio.io import AudioError
+from osum_echat.data.sources import open_source
+from osum_echat.dialogue.record import Record, RecordError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -27,9 +31,7 @@ T = TypeVar("T")
 class ListConfig:
     """Which records take part."""
 
-    lists: list[Path] = field(
-        default_factory=list
-    )  # JSON lines, patterns allowed; a wav path is tried as written, then from the list's folder
+    lists: list[Path] = field(default_factory=list)  # of any form, patterns allowed
     valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
     voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
@@ -46,15 +48,21 @@ class ListConfig:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One usable record. Times in seconds."""
+    """One usable record: ``wav`` is a path or the bytes of a file. Times in seconds; ``start`` and ``end``: the part of the recording to use."""
 
     key: str
-    wav: Path
+    wav: Path | bytes
     text: str
     seconds: float
     voice: str | None = None
     phones: tuple[tuple[str, float], ...] = ()  # (name, end)
     tokens: tuple[int, ...] = ()
+    start: float | None = None
+    end: float | None = None
+
+    def samples_16k(self) -> np.ndarray:
+        """The recording [n] float32 at 16 kHz. Raises AudioError."""
+        return io.to_mono_16k(self.wav, self.start, self.end)
 
 
 class Skips:
@@ -82,10 +90,11 @@ def read_lists(lists: Sequence[Path], cfg: ListConfig, need: Sequence[str] = ())
     skips = Skips()
     out: list[Utterance] = []
     for path in _expanded(lists):
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (utterance := _parse(line, path, number, cfg, need, skips)) is not None:
-                    out.append(utterance)
+        for record in open_source(str(path)).records():
+            if isinstance(record, RecordError):
+                skips.add("audio cannot be read" if record.reason == "audio_missing" else "not a readable record", str(record))
+            elif (utterance := _parse(record, cfg, need, skips)) is not None:
+                out.append(utterance)
     if skips.counts:
         log.info("records left out of %s: %s", ", ".join(map(str, lists)), skips)
     if not out:
@@ -102,36 +111,38 @@ def _expanded(lists: Sequence[Path]) -> Iterator[Path]:
         yield from map(Path, found)
 
 
-def _parse(line: str, path: Path, number: int, cfg: ListConfig, need: Sequence[str], skips: Skips) -> Utterance | None:
-    where = f"{path}:{number}"
+def _parse(record: Record, cfg: ListConfig, need: Sequence[str], skips: Skips) -> Utterance | None:
+    where, extra = f"{record.source}:{record.line} key {record.key!r}", record.extra
     try:
-        record = json.loads(line)
-        key, wav = str(record["key"]), Path(record["wav"])
-        extra = record.get("extra") or {}
+        if record.wav is None:
+            raise ValueError("it has no recording")
         phones = tuple((str(name), float(end)) for name, end in extra.get("phones") or ())
-        tokens = tuple(int(t) for t in extra.get("speech_token") or record.get("speech_token") or ())
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        skips.add("not a readable record", f"{where}: {error!r}")
+    except (TypeError, ValueError) as error:
+        skips.add("not a readable record", f"{where}: {error}")
         return None
     voice = "/".join(str(extra[name]) for name in cfg.voice_fields if extra.get(name) is not None) or None
     if cfg.voices is not None and voice not in cfg.voices:
         return None  # a choice, not a fault
-    if not wav.exists():  # as written first, as everywhere in the project
-        wav = path.parent / wav
+    wav = Path(record.wav) if isinstance(record.wav, str) else record.wav
     try:
-        seconds = soundfile.info(str(wav)).duration
-    except (soundfile.LibsndfileError, OSError) as error:
+        seconds = _seconds(wav, record.start, record.end)
+    except AudioError as error:
         skips.add("audio cannot be read", f"{where}: {error}")
         return None
     if not cfg.min_seconds <= seconds <= cfg.max_seconds:
         skips.add(f"not between {cfg.min_seconds:g} and {cfg.max_seconds:g} s", f"{where}: {seconds:.2f} s")
         return None
-    utterance = Utterance(key, wav, str(record.get("txt") or ""), seconds, voice, phones, tokens)
+    utterance = Utterance(record.key, wav, record.txt, seconds, voice, phones, record.speech_token, record.start, record.end)
     for name in need:
         if not getattr(utterance, name):
             skips.add(f"has no {name}", where)
             return None
     return utterance
+
+
+def _seconds(wav: Path | bytes, start: float | None, end: float | None) -> float:
+    whole = io.duration(wav)
+    return min(whole, whole if end is None else end) - (start or 0.0)
 
 
 def _spread(found: list[Utterance], most: int | None) -> list[Utterance]:
@@ -215,7 +226,7 @@ class Features(Generic[T]):
             try:
                 self._kept[index] = self._compute(utterance)
             except (OSError, RuntimeError, ValueError) as error:
-                self.skips.add(type(error).__name__, f"{utterance.key} ({utterance.wav}): {error}")
+                self.skips.add(type(error).__name__, f"{utterance.key}: {error}")
                 self._kept[index] = None
         return self._kept[index]
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osum_echat import device
-from osum_echat.audio import io
 from osum_echat.audio.features import kaldi_fbank
 from osum_echat.training.token2wav import onnx_export
 from osum_echat.training.token2wav.loop import (
@@ -120,7 +119,7 @@ class SpeakerRecipe:
         self.optimizers = {"all": adamw(self.modules.parameters(), cfg.optim)}
 
     def _fbank(self, utterance: Utterance) -> np.ndarray:
-        fbank_TF = kaldi_fbank(io.to_mono_16k(utterance.wav)).numpy()
+        fbank_TF = kaldi_fbank(utterance.samples_16k()).numpy()
         if len(fbank_TF) < 10:
             raise ValueError("shorter than ten fbank frames")
         return fbank_TF.astype(np.float16)

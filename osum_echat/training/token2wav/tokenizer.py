@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from osum_echat import device
-from osum_echat.audio import io
 from osum_echat.audio.features import LogMel
 from osum_echat.training.token2wav import onnx_export
 from osum_echat.training.token2wav.loop import (
@@ -148,7 +147,7 @@ class TokenizerRecipe:
         self.optimizers = {"all": adamw(self.modules.parameters(), cfg.optim)}
 
     def _item(self, utterance: Utterance) -> Item:
-        mel_TM = self.log_mel(io.to_mono_16k(utterance.wav)).numpy()
+        mel_TM = self.log_mel(utterance.samples_16k()).numpy()
         return Item(
             mel_TM.astype(np.float16),
             self.symbols.phone_frames(utterance, -(-len(mel_TM) // 2)),
