@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """A dialogue of several recordings, one reply wav a round. See --help; the code is osum_echat/cli/multiturn.py."""
 
-from osum_echat.cli.multiturn import main
+import sys
+
+from osum_echat.cli import run_command
 
 if __name__ == "__main__":
-    raise SystemExit(main(prog="infer_multiturn.py"))
+    raise SystemExit(run_command("multiturn", sys.argv[1:], prog="infer_multiturn.py"))

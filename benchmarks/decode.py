@@ -22,7 +22,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,20 +30,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from osum_echat.cpu_linear import pack_linears
+from osum_echat.dialogue.layout import Segment, flatten
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling
+from osum_echat.generation.events import Done
+from osum_echat.generation.generator import Generator
+from osum_echat.generation.request import Request
+from osum_echat.model.checkpoint import build_meta
+from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig
+from osum_echat.model.echat import EChatModel
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from osum_echat.cpu_linear import pack_linears  # noqa: E402
-from osum_echat.dialogue.layout import Segment, flatten  # noqa: E402
-from osum_echat.dialogue.vocabulary import Vocabulary  # noqa: E402
-from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling  # noqa: E402
-from osum_echat.generation.events import Done  # noqa: E402
-from osum_echat.generation.generator import Generator  # noqa: E402
-from osum_echat.generation.request import Request  # noqa: E402
-from osum_echat.model.checkpoint import build_meta  # noqa: E402
-from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig  # noqa: E402
-from osum_echat.model.echat import EChatModel  # noqa: E402
-
 PROMPT = 64
 UTTERANCE = 200
 BATCHES = (1, 4, 16)

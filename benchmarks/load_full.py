@@ -26,17 +26,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from osum_echat.config import to_yaml
+from osum_echat.model import checkpoint as model_io
+from osum_echat.model.config import ModelConfig, load_config
+from osum_echat.model.released import ModelSpec, spec_of
+from osum_echat.model.storage import open_source
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-
-from osum_echat.config import to_yaml  # noqa: E402
-from osum_echat.model import checkpoint as model_io  # noqa: E402
-from osum_echat.model.config import ModelConfig, load_config  # noqa: E402
-from osum_echat.model.released import ModelSpec, spec_of  # noqa: E402
-from osum_echat.model.storage import open_source  # noqa: E402
-
 QUICK = ["encoder.layers=2", "encoder.max_positions=3000", "llm.config.num_hidden_layers=2"]
 LIMIT = 1.15
 _PAGE_NUMBERS = 2048  # bfloat16 numbers in a memory page

@@ -26,20 +26,17 @@ import datetime
 import json
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import token2wav_baseline as baseline
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import token2wav_baseline as baseline
 from osum_echat import device as devices
 from osum_echat.audio import features
 from osum_echat.audio.resample import resample_sinc

@@ -30,7 +30,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -39,12 +38,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+from padded_baseline import Sample, loss_sum, micro_batches, padded_positions
 
-from benchmarks.padded_baseline import Sample, loss_sum, micro_batches, padded_positions
 from osum_echat import device as devices
 from osum_echat.data.batch import Batch, Example, collate
 from osum_echat.dialogue.layout import Segment, audio_positions, flatten

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from osum_echat.golden import decoding
+from osum_echat.golden.report import CaseResult
 from tests.generation_case import DATA, tiny
-from tools.golden import decoding
-from tools.golden.report import CaseResult
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.golden import forward, osum
-from tools.golden.report import CaseResult
+from osum_echat.golden import forward, osum
+from osum_echat.golden.report import CaseResult
 
 DATA = Path(__file__).parent / "data" / "osum"
 

@@ -15,8 +15,8 @@ from transformers import WhisperConfig, WhisperModel
 from osum_echat.model.checkpoint import load_parts
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.whisper import read_whisper
+from osum_echat.tools import whisper as convert_whisper
 from tests.model_case import make_model
-from tools import convert_whisper
 
 SIZES = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 8}
 

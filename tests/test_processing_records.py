@@ -18,10 +18,10 @@ from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import TASKS, build_layout
 from osum_echat.dialogue.think import CLOSE
 from osum_echat.dialogue.tokens import decode
+from osum_echat.golden import data as golden_data
 from osum_echat.training.config import TrainConfig
 from recipes.mini.dialect import DIALECT
 from tests.dialogue_case import OSUM, VOCAB, golden, tokenizer
-from tools.golden import data as golden_data
 
 EXTRA = {
     "age": "<ADULT>",

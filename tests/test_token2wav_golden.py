@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from osum_echat.golden import check
+from osum_echat.golden import token2wav as golden
 from osum_echat.token2wav.estimator import Padding
 from osum_echat.token2wav.fast_vocoder import FastVocoder
 from tests.token2wav_case import DATA
-from tools import check_golden
-from tools.golden import token2wav as golden
 
 CASES = sorted(p.name for p in DATA.iterdir() if p.name not in golden.NOT_CASES)
 
@@ -43,9 +43,9 @@ def test_fast_vocoder_is_within_the_same_limits(name: str, networks: golden.Netw
 def test_a_file_without_a_rule_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("tiny_flow_fp16.safetensors", "tiny_hift_fp16.safetensors", "encoder_padded.safetensors"):
         shutil.copy(DATA / name, tmp_path)
-    assert check_golden.main(["token2wav", str(tmp_path)]) == 0
+    assert check.main(["token2wav", str(tmp_path)]) == 0
     (tmp_path / "new_part.safetensors").write_bytes((DATA / "encoder_padded.safetensors").read_bytes())
-    assert check_golden.main(["token2wav", str(tmp_path)]) == 1
+    assert check.main(["token2wav", str(tmp_path)]) == 1
     assert "not understood" in capsys.readouterr().out
 
 

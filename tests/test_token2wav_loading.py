@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from osum_echat.golden.token2wav import TINY
 from osum_echat.token2wav import Token2Wav, released_yaml
 from osum_echat.token2wav.checkpoint import load_into, vocoder_state
 from osum_echat.token2wav.config import FlowConfig, Token2WavConfig, VocoderConfig
 from osum_echat.token2wav.flow import FlowModel
 from osum_echat.token2wav.vocoder import Vocoder
 from tests.token2wav_case import recorded_speaker, recorded_tokens, weights, write_directory
-from tools.golden.token2wav import TINY
 
 RELEASED = """
 __set_seed1: !apply:os.system ["touch {trap}"]

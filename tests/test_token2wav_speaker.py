@@ -12,8 +12,8 @@ import torch
 
 from osum_echat.token2wav import Speaker, Token2Wav
 from osum_echat.token2wav.prompt import Frontend, token_count
+from osum_echat.tools import draw_streaming, tokens
 from tests.token2wav_case import recorded_speaker, write_directory, write_tokenizer
-from tools import draw_streaming, extract_speech_tokens
 
 
 def voice(seconds: float, rate: int = 16_000) -> np.ndarray:
@@ -133,7 +133,7 @@ def raw_list(tmp_path: Path) -> Path:
 
 def test_the_tool_adds_tokens_and_reports_what_it_left_out(model: Token2Wav, raw_list: Path) -> None:
     directory, output = model.frontend.directory, raw_list.with_name("out.list")
-    counts = extract_speech_tokens.run(directory, raw_list, output, batch=3)
+    counts = tokens.run(directory, raw_list, output, batch=3)
     assert dict(counts) == {"kept": 5, "missing": 1, "not_audio": 1, "bad_json": 1}
     records = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     assert [r["key"] for r in records] == ["k0", "k1", "k3", "k4", "k6"]
@@ -147,13 +147,13 @@ def test_the_tool_adds_tokens_and_reports_what_it_left_out(model: Token2Wav, raw
         (8, "", "bad_json"),
     ]
     with pytest.raises(ValueError, match="exists"):
-        extract_speech_tokens.run(directory, raw_list, output)
+        tokens.run(directory, raw_list, output)
 
 
 def test_the_tool_continues_after_an_interruption(model: Token2Wav, raw_list: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = model.frontend.directory
     whole, output = raw_list.with_name("whole.list"), raw_list.with_name("out.list")
-    extract_speech_tokens.run(directory, raw_list, whole, batch=2)
+    tokens.run(directory, raw_list, whole, batch=2)
     tokenize, calls = Frontend.tokens_of, []
 
     def dies(self: Frontend, recordings: list) -> list:
@@ -164,12 +164,12 @@ def test_the_tool_continues_after_an_interruption(model: Token2Wav, raw_list: Pa
 
     monkeypatch.setattr(Frontend, "tokens_of", dies)
     with pytest.raises(KeyboardInterrupt):
-        extract_speech_tokens.run(directory, raw_list, output, batch=2)
+        tokens.run(directory, raw_list, output, batch=2)
     assert not output.exists()
     part = raw_list.with_name("out.list.part")
     part.write_bytes(part.read_bytes() + b'{"key": "torn')
     calls.append(0)
-    extract_speech_tokens.run(directory, raw_list, output, batch=2)
+    tokens.run(directory, raw_list, output, batch=2)
     assert output.read_bytes() == whole.read_bytes()
     assert raw_list.with_name("out.list.dropped").read_bytes() == raw_list.with_name("whole.list.dropped").read_bytes()
 
@@ -177,7 +177,7 @@ def test_the_tool_continues_after_an_interruption(model: Token2Wav, raw_list: Pa
 def test_the_tool_does_not_continue_another_list(model: Token2Wav, raw_list: Path) -> None:
     raw_list.with_name("out.list.part").write_text('{"key": "other"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="another list"):
-        extract_speech_tokens.run(model.frontend.directory, raw_list, raw_list.with_name("out.list"))
+        tokens.run(model.frontend.directory, raw_list, raw_list.with_name("out.list"))
 
 
 def test_the_picture_is_drawn(model: Token2Wav, tmp_path: Path) -> None:

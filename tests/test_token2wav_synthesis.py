@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from osum_echat.device import cpu
+from osum_echat.golden import token2wav as golden
 from osum_echat.token2wav import Speaker, Token2Wav, encoder, vocoder_stream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, VocoderConfig, mel_frames
 from osum_echat.token2wav.draws import Draws, NoiseField
@@ -20,7 +21,6 @@ from osum_echat.token2wav.fast_vocoder import FastConv, FastVocoder, bases
 from osum_echat.token2wav.flow import Condition
 from osum_echat.token2wav.vocoder import Snake, Vocoder
 from tests.token2wav_case import DATA, recorded_speaker, recorded_tokens, tiny_model
-from tools.golden import token2wav as golden
 
 
 @pytest.fixture(scope="module")

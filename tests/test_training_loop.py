@@ -287,21 +287,21 @@ def test_repeated_steps_of_a_resumed_run_are_drawn_once(tmp_path: Path) -> None:
 
 def test_export_and_average_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is exported is what was trained; the mean of two checkpoints is their mean."""
-    from tools import average_checkpoints
+    from osum_echat.tools import average
 
     trainer = tc.run(case(tmp_path, save_frozen=True, max_steps=4, save_every=2))
     run = tmp_path / "run"
     model, _ = load_run(run)
     for name, param in model.named_parameters():
         assert param.equal(dict(trainer.objective.model.named_parameters())[name]), name
-    assert average_checkpoints.main([str(run), str(tmp_path / "mean"), "--last", "2"]) == 0
+    assert average.main([str(run), str(tmp_path / "mean"), "--last", "2"]) == 0
     first, second = (trained_weights(run / "checkpoints" / f"step_{s:08d}") for s in (2, 4))
     from osum_echat.model.checkpoint import load_weights
 
     mean = dict(load_weights(tmp_path / "mean").named_parameters())
     for name, param in mean.items():
         torch.testing.assert_close(param, (first[name] + second[name]) / 2, atol=1e-7, rtol=1e-6)
-    assert average_checkpoints.main([str(run), str(tmp_path / "x"), "--last", "9"]) == 2
+    assert average.main([str(run), str(tmp_path / "x"), "--last", "9"]) == 2
 
 
 def test_a_lora_run_exports_merged_weights(tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_lora_run_exports_merged_weights(tmp_path: Path) -> None:
 
 
 def test_the_hub_tool_refuses_what_is_no_checkpoint_folder(tmp_path: Path) -> None:
-    from tools import hub
+    from osum_echat.tools import hub
 
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="export it first"):

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file
 from torch import Tensor
 
+from osum_echat.golden.token2wav import TINY
 from osum_echat.token2wav import Speaker, Token2Wav, released_yaml
-from tools.golden.token2wav import TINY
 
 DATA = Path(__file__).parent / "data" / "token2wav"
 

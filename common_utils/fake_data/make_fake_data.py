@@ -13,7 +13,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,10 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from osum_echat.data.convert import convert
+from osum_echat.dialogue.tasks import TASKS
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
-
-from osum_echat.data.convert import convert  # noqa: E402
-from osum_echat.dialogue.tasks import TASKS  # noqa: E402
-
 RATE = 16_000
 SECONDS = 1.1
 TURN_SECONDS = 0.7

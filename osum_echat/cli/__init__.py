@@ -1,14 +1,14 @@
 """The `osum-echat` command: one name for everything that a person does with this project.
 
-Each sub-command is a module with ``main(argv) -> exit code``; it is imported when it is called. The scripts at the top of the checkout call
-the same functions.
+Each sub-command is a module with ``main(argv, prog) -> exit code``; it is imported when it is called. The scripts at the top of the checkout
+and in `tools/` call the same functions.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # name: (module with a main, what it does)
 COMMANDS = {
@@ -18,16 +18,66 @@ COMMANDS = {
     "demo": ("osum_echat.cli.demo", "the seven modes on recordings of this repository"),
     "serve": ("osum_echat.cli.serve", "the gradio page"),
     "train": ("osum_echat.training.__main__", "train a stage"),
-    "eval": ("recipes.mini.evaluation", "evaluate the mini model"),
-    "data": ("osum_echat.cli.data", "look at data: data doctor LIST, data show LIST"),
+    "eval": ("recipes.mini.evaluation.__main__", "evaluate the mini model (in a checkout)"),
+    "data": ("osum_echat.cli.data", "look at data and convert it: data doctor, data show, data convert"),
     "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
+    "convert": ("osum_echat.tools.convert", "a checkpoint of any form to another"),
+    "average": ("osum_echat.tools.average", "the mean of several training checkpoints"),
+    "hub": ("osum_echat.tools.hub", "checkpoint folders to and from the Hugging Face hub"),
+    "tokens": ("osum_echat.tools.tokens", "speech tokens of the recordings of a list"),
+    "convert-whisper": ("osum_echat.tools.whisper", "a published Whisper to encoder weights"),
+    "draw-streaming": ("osum_echat.tools.draw_streaming", "offline and streamed synthesis beside each other, as a picture"),
+    "golden": ("osum_echat.golden.check", "compare this implementation with recorded numbers"),
     "doctor": ("osum_echat.cli.doctor", "what this machine has and what would run on it"),
 }
 
+# Package that may be missing: the extra that brings it.
+EXTRAS = {
+    "gradio": "ui",
+    "deepspeed": "deepspeed",
+    "faster_whisper": "evaluation",
+    "speechmos": "evaluation",
+    "onnx": "mini",
+    "webdataset": "dev",
+}
+
+
+def table(commands: Mapping[str, tuple[str, str]]) -> str:
+    """A line for each command: its name and what it does."""
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in commands.items())
+
 
 def usage() -> str:
-    lines = ["usage: osum-echat COMMAND [arguments]      (osum-echat COMMAND --help tells more)", ""]
-    return "\n".join(lines + [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()])
+    return f"usage: osum-echat COMMAND [arguments]      (osum-echat COMMAND --help tells more)\n\n{table(COMMANDS)}"
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install for a package that is not there; None for an error that is ours."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "osum_echat"):
+        return None
+    if package == "recipes":
+        return "this needs a checkout of the repository: start it there"
+    wanted = f"osum-echat[{EXTRAS[package]}]" if package in EXTRAS else "osum-echat"
+    return f"the package {package} is missing: pip install '{wanted}'"
+
+
+def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
+    """Run one sub-command; exit code 2 with a sentence when a package is missing. ``prog``: its name in help and messages."""
+    return run_module(COMMANDS[name][0], argv, prog or f"osum-echat {name}")
+
+
+def run_module(module: str, argv: Sequence[str], prog: str) -> int:
+    """Run ``main`` of a module of ``COMMANDS``."""
+    try:
+        return int(importlib.import_module(module).main(list(argv), prog=prog) or 0)
+    except ModuleNotFoundError as error:
+        sentence = missing_package(error)
+        if sentence is None:
+            raise
+        print(f"{prog}: {sentence}", file=sys.stderr)
+        return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments else 2
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"osum-echat: unknown command {name!r}\n\n{usage()}", file=sys.stderr)
+        print(f"osum-echat: unknown command {name!r}; osum-echat --help lists them: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(COMMANDS[name][0]).main(rest) or 0)
+    return run_command(name, rest)

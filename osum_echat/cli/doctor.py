@@ -29,8 +29,8 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="osum-echat doctor", description=__doc__).parse_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    argparse.ArgumentParser(prog=prog or "osum-echat doctor", description=__doc__).parse_args(argv)
     print(f"osum-echat {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "peft", "onnxruntime", "soundfile", "soxr"):
         print(f"  {package:<16} {version_of(package) or 'MISSING: pip install osum-echat'}")

@@ -351,13 +351,21 @@ def _drop(error: RecordError | AudioError, item: Item) -> Drop:
     return Drop(str((item.fields or {}).get("key", "")), item.source, item.number, f"audio_{error.reason}", str(error))
 
 
-def main(argv: Sequence[str] | None = None, to: Form | None = None, default_list: str = "", default_out: str = "") -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    to: Form | None = None,
+    default_list: str = "",
+    default_out: str = "",
+    prog: str | None = None,
+) -> int:
     """Command line. Exit code 1 when records were left out, 2 when nothing could be done.
 
     Args:
         to, default_list, default_out: fixed direction and default paths (for the scripts in common_utils/fake_data).
     """
-    parser = argparse.ArgumentParser(prog="osum-echat data convert", description="Convert data lists: raw, shard, combine.")
+    parser = argparse.ArgumentParser(
+        prog=prog or "osum-echat data convert", description="Convert data lists: raw, shard, combine."
+    )
     if to is None:
         parser.add_argument("--to", required=True, choices=list(LIST_NAMES), help="form to write")
     optional: dict[str, Any] = {"nargs": "?"} if default_list else {}

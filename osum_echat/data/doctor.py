@@ -261,9 +261,11 @@ def _latin(text: str) -> str:
     return "".join(c if ord(c) < 0x250 else f"\\u{ord(c):04x}" for c in text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Command line of the doctor; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="osum-echat data doctor", description="Examine a data list without training on it.")
+    parser = argparse.ArgumentParser(
+        prog=prog or "osum-echat data doctor", description="Examine a data list without training on it."
+    )
     parser.add_argument("list", help="raw, shard or combine list, or a data yaml")
     parser.add_argument("--out", help="folder for report.json and report.png (default: neither is written)")
     parser.add_argument(

@@ -208,7 +208,7 @@ def _config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelCon
 def load_parts(model: EChatModel, path: str | Path, parts: Iterable[str]) -> list[str]:
     """Copy the weights of some parts from another checkpoint into a model that has memory already.
 
-    For a start from a Whisper encoder (`tools/convert_whisper.py`), or from a checkpoint whose other parts differ. Inside a part every tensor
+    For a start from a Whisper encoder (`osum-echat convert-whisper`), or from a checkpoint whose other parts differ. Inside a part every tensor
     must be there and fit. A position table may be shorter than the model's: its rows are copied, the rest stays computed.
 
     Args:

@@ -75,10 +75,10 @@ def _gb(number: int) -> str:
     return f"{number / 1e9:.2f} GB"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Exit code 0; 1 when the checkpoint does not fit; 2 for a config that cannot be read."""
     parser = argparse.ArgumentParser(
-        prog="osum_echat.model.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or "osum_echat.model.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config", type=Path, help="a model config, or a checkpoint folder with one")
     parser.add_argument(

@@ -26,9 +26,9 @@ from osum_echat.training.folder import latest
 from osum_echat.training.loop import Validator
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="osum_echat.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or "osum_echat.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     out.add_argument(
         "--stage", choices=["understanding", "generation", "empathy"], help="must be the config's stage, if it states one"
@@ -66,8 +66,8 @@ def find_validator(name: str) -> Validator:
         raise ConfigError(f"--validators {name}: {error}; expected package.module:function") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_intermixed_args(argv)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    args = parser(prog).parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,

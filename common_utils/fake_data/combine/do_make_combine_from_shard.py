@@ -1,9 +1,6 @@
 """Tars to a combined set: python common_utils/fake_data/combine/do_make_combine_from_shard.py [shards_list.txt] [out folder] (--help)."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from osum_echat.data.convert import main
 

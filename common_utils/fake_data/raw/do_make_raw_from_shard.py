@@ -1,9 +1,6 @@
 """Tars (or a combined set) back to a raw list: python common_utils/fake_data/raw/do_make_raw_from_shard.py [list] [out folder] (--help)."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from osum_echat.data.convert import main
 

@@ -1,9 +1,6 @@
 """A combined set back to complete tars: python common_utils/fake_data/shard/do_make_shard_from_combine.py [list] [out folder] (--help)."""
 
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from osum_echat.data.convert import main
 

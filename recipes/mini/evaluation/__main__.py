@@ -16,9 +16,9 @@ def tell(line: str) -> None:
     print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="recipes.mini.evaluation", description=mini.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or "recipes.mini.evaluation", description=mini.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", default="checkpoints/mini")
     parser.add_argument("--token2wav", help="default: the checkpoint's own")

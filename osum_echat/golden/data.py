@@ -30,7 +30,7 @@ from osum_echat.dialogue.tasks import find_task
 from osum_echat.dialogue.think import CLOSE
 from osum_echat.dialogue.tokens import decode, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
-from tools.golden.report import CaseResult, not_understood
+from osum_echat.golden.report import CaseResult, not_understood
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROCESSORS = {"processor": LABEL_RULES["language_think"], **LABEL_RULES}  # as the recordings name the three published files

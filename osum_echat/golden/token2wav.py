@@ -19,6 +19,7 @@ from torch import Tensor
 
 from osum_echat.audio import features
 from osum_echat.audio.resample import resample_sinc
+from osum_echat.golden.report import CaseResult, not_understood
 from osum_echat.token2wav.checkpoint import load_into, vocoder_state
 from osum_echat.token2wav.compat import HOP_TOKENS, MEL_CACHE_FRAMES, OVERLAP_TOKENS, SOURCE_CACHE, ReferenceStream
 from osum_echat.token2wav.config import EncoderConfig, EstimatorConfig, FlowConfig, Token2WavConfig, VocoderConfig, mel_frames
@@ -27,7 +28,6 @@ from osum_echat.token2wav.estimator import Padding
 from osum_echat.token2wav.flow import FlowModel, time_grid
 from osum_echat.token2wav.streaming import PromptState, SolverOptions
 from osum_echat.token2wav.vocoder import Vocoder
-from tools.golden.report import CaseResult, not_understood
 
 FLOW, PITCH, WAVE, WAVE_RMS, DECODER, FRONTEND = 2e-5, 2e-3, 4e-3, 2e-4, 2e-5, 1e-3
 LOG_MEL = 1e-4

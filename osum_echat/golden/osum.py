@@ -22,12 +22,12 @@ from torch import Tensor
 from osum_echat.audio.features import LogMel
 from osum_echat.dialogue.prompts import PROFILES
 from osum_echat.dialogue.tokens import encode
+from osum_echat.golden import forward
+from osum_echat.golden.report import CaseResult, not_understood
 from osum_echat.model.checkpoint import build_meta, load_model
 from osum_echat.model.config import LoraConfig, ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.released import ModelSpec, spec_of, to_released
-from tools.golden import forward
-from tools.golden.report import CaseResult, not_understood
 
 FEATURE_LIMIT = 1e-5
 ENCODER_LIMIT = 1e-5
@@ -274,9 +274,9 @@ def _prompt(name: str, found: str | None, wanted: str) -> CaseResult:
 
 
 def decoding(setting: Setting) -> list[CaseResult]:
-    """Decodes, interleaving, guards: rules in `tools.golden.decoding`."""
-    if importlib.util.find_spec("tools.golden.decoding") is None:
-        return [not_understood("decoding", "tools/golden/decoding.py is missing")]
-    module = importlib.import_module("tools.golden.decoding")
+    """Decodes, interleaving, guards: rules in `osum_echat.golden.decoding`."""
+    if importlib.util.find_spec("osum_echat.golden.decoding") is None:
+        return [not_understood("decoding", "osum_echat/golden/decoding.py is missing")]
+    module = importlib.import_module("osum_echat.golden.decoding")
     feats = [setting.feats[number] for number in sorted(setting.feats)]
     return list(module.run(setting.directory, setting.model, setting.tokenizer, feats))

@@ -29,8 +29,8 @@ from osum_echat.generation.generator import Generator
 from osum_echat.generation.guards import AgeChoice, ban_ids, repetition_bans
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.request import Request, build_request, join_audio, listen
+from osum_echat.golden.report import CaseResult, not_understood
 from osum_echat.model.echat import AudioFeatures, EChatModel
-from tools.golden.report import CaseResult, not_understood
 
 LOGITS = 1e-4
 EMBEDS = 1e-5

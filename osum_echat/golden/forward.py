@@ -22,8 +22,8 @@ from osum_echat.dialogue.layout import Layout, Row, audio_positions, flatten
 from osum_echat.dialogue.packing import pack
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, build_layout
 from osum_echat.dialogue.tokens import encode
+from osum_echat.golden.report import CaseResult, not_understood
 from osum_echat.model.echat import EChatModel, Inputs, LossParts
-from tools.golden.report import CaseResult, not_understood
 
 LOSS_LIMIT = 1e-4
 HIDDEN_LIMIT = 1e-4

@@ -1,0 +1,1 @@
+"""This implementation against recorded numbers of the published one: `osum-echat golden FAMILY FOLDER` (`check.py`)."""
