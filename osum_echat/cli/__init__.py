@@ -16,7 +16,7 @@ COMMANDS = {
     "multiturn": ("osum_echat.cli.multiturn", "a dialogue of several recordings"),
     "batch": ("osum_echat.cli.batch", "a whole list (raw, shard or combine) to a results file"),
     "demo": ("osum_echat.cli.demo", "the seven modes on recordings of this repository"),
-    "serve": ("osum_echat.cli.serve", "the gradio page"),
+    "page": ("osum_echat.cli.page", "a web page: recordings, files, conversations"),
     "train": ("osum_echat.training.__main__", "train a stage"),
     "eval": ("recipes.mini.evaluation.__main__", "evaluate the mini model (in a checkout)"),
     "data": ("osum_echat.cli.data", "look at data and convert it: data doctor, data show, data convert"),

@@ -81,6 +81,11 @@ class AskMode:
     task: str | None = None
     then: str | None = None
 
+    @property
+    def aspects(self) -> tuple[str, ...]:
+        """What an understanding mode finds, in plain words."""
+        return tuple(_ASPECTS.get(part, part.strip("<>").lower()) for part in (self.task or "").split())
+
     def ask(
         self,
         wav: Source | None = None,

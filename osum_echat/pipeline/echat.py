@@ -221,6 +221,12 @@ class EChat:
     def _features(self, wavs: Sequence[Source]) -> list[Any]:
         return [self._log_mel(to_mono_16k(wav, max_seconds=self.max_seconds)) for wav in wavs]
 
+    def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
+        """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording, from `hear`."""
+        request = self._request(ask, [int(recording.lengths_N[0]) for recording in heard])
+        request.heard = tuple(heard)
+        return request
+
     def _request(self, ask: Ask, lengths: Sequence[int]) -> Request:
         """The request of an ask whose recording has ``lengths`` positions in the LLM."""
         prompt = ask.text or "" if ask.kind == "chat" else ""
@@ -272,12 +278,15 @@ class Dialogue:
         voice, turn = self.echat.sound.voice_of(ask), self._turn(ask)
         return self._remembered(self.echat.sound.stream(turn.events, ask.seed, voice), turn)
 
-    def _turn(self, ask: Ask) -> _Turn:
+    def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
+        """The request of the next turn, with the past in front; see `EChat.request`."""
         if ask.mode.then is not None:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
+        return tuned(self.memory.request(ask.mode.output_type, heard, ask.text or "", ask.seed, think=ask.think), ask)
+
+    def _turn(self, ask: Ask) -> _Turn:
         heard, text = self.echat.hear([ask.wav]) if ask.wav is not None else [], ask.text or ""
-        request = self.memory.request(ask.mode.output_type, heard, text, ask.seed, think=ask.think)
-        request = tuned(request, ask)
+        request = self.request(ask, heard)
         return _Turn(request, heard, text, (event for _, event in self.echat.generator.generate([request])))
 
     def _remembered(self, events: Iterator[StreamEvent], turn: _Turn) -> Iterator[StreamEvent]:
