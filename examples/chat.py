@@ -1,0 +1,15 @@
+"""Ask mini about a recording and print what it heard, how, and what it answers.
+
+python examples/chat.py [me.wav]
+"""
+
+import sys
+
+from osum_echat import EChat
+
+wav = sys.argv[1] if len(sys.argv) > 1 else "assets/demo/1_adult_male_happy.ogg"
+echat = EChat.load("checkpoints/mini")
+reply = echat.chat(wav, think="tag")
+print("heard:  ", reply.think.transcript)
+print("how:    ", reply.think.age, reply.think.gender, reply.think.emotion, reply.think.event)
+print("answer: ", reply.text)
