@@ -48,7 +48,7 @@ class Parts:
     """The page's components, by what they are for."""
 
     language: gr.Textbox
-    language_choice: gr.Radio
+    language_choice: gr.Dropdown
     about: gr.Markdown
     mode: gr.Dropdown
     more: gr.Checkbox
@@ -97,7 +97,8 @@ class Page:
         names = list(self.models)
         with gr.Row(elem_id="osum-head"):
             about = gr.Markdown()
-            language_choice = gr.Radio([(name, code) for code, name in LANGUAGES.items()], elem_id="osum-language", scale=0)
+            languages = [(name, code) for code, name in LANGUAGES.items()]
+            language_choice = gr.Dropdown(languages, value="en", elem_id="osum-language", scale=0, filterable=False)
         with gr.Row():
             mode = gr.Dropdown([], elem_id="osum-mode", scale=3)
             more = gr.Checkbox(False, scale=1, min_width=120)
@@ -105,10 +106,10 @@ class Page:
         with gr.Row():
             chats = [
                 gr.Chatbot(
-                    height=430, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"], feedback_options=None
+                    height=380, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"], feedback_options=None
                 )
                 if self.options.feedback is None
-                else gr.Chatbot(height=430, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"])
+                else gr.Chatbot(height=380, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"])
                 for i, name in enumerate(names)
             ]
         status = gr.Markdown(elem_id="osum-status")
@@ -154,7 +155,7 @@ class Page:
             p.picture_panel, p.settings, p.think, p.play, p.auto_send, p.seed, p.voice, p.consent, p.consent_about, p.details_panel, p.status,
         ]  # fmt: skip
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.blocks.load(self._localise, [p.language], localised, js="() => [window.osumLanguage()]", **quiet)
+        self.blocks.load(self._localise, [p.language], localised, js="() => { window.osumPickSource(); return [window.osumLanguage()]; }", **quiet)
         p.language_choice.input(None, [p.language_choice], None, js="(code) => window.osumChooseLanguage(code)")
         p.more.input(self._menu, [p.language, p.more, p.mode], [p.mode], **quiet)
         p.mode.change(self._fields, [p.language, p.mode], [p.wav, p.text], **quiet)

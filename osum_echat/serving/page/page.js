@@ -14,6 +14,14 @@
     location.reload();
   };
 
+  // Without a microphone the upload is offered first.
+  window.osumPickSource = async () => {
+    const devices = navigator.mediaDevices ? await navigator.mediaDevices.enumerateDevices() : [];
+    if (devices.some((device) => device.kind === "audioinput")) return;
+    const upload = document.querySelector("#osum-wav .source-selection button, #osum-wav button[aria-label*='pload']");
+    if (upload) upload.click();
+  };
+
   let context = null;
   let playing = [];
   let fetching = null;
