@@ -106,21 +106,20 @@ class Page:
         with gr.Row():
             chats = [
                 gr.Chatbot(
-                    height=380, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"], feedback_options=None
+                    height=400, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"], feedback_options=None
                 )
                 if self.options.feedback is None
-                else gr.Chatbot(height=380, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"])
+                else gr.Chatbot(height=400, label=name, elem_id=f"osum-chat-{i}", visible=i == 0, buttons=["copy"])
                 for i, name in enumerate(names)
             ]
         status = gr.Markdown(elem_id="osum-status")
         with gr.Row():
-            wav = gr.Audio(sources=["microphone", "upload"], type="filepath", elem_id="osum-wav", scale=3)
+            wav = gr.Audio(sources=["microphone", "upload"], type="filepath", elem_id="osum-wav", scale=3, buttons=["download"])
             with gr.Column(scale=1, min_width=200):
                 words = gr.Textbox(lines=2, elem_id="osum-text", visible=False)
                 send = gr.Button(variant="primary", elem_id="osum-send")
-                with gr.Row():
-                    stop = gr.Button(elem_id="osum-stop", min_width=80)
-                    clear = gr.Button(elem_id="osum-clear", min_width=80)
+                stop = gr.Button(elem_id="osum-stop", size="sm")
+                clear = gr.Button(elem_id="osum-clear", size="sm")
                 example = gr.Dropdown(
                     [(title, str(path)) for title, path in self.options.examples],
                     value=None,

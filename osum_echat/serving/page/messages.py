@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+
 from osum_echat.dialogue.think import Think
 from osum_echat.serving.page.texts import has, text
 
@@ -71,7 +73,7 @@ class Turn:
         """The turn for the chatbot. Text of model and visitor is shown as text, never as markup."""
         out: list[dict[str, Any]] = []
         if self.wav:
-            out.append({"role": "user", "content": {"path": self.wav}})
+            out.append({"role": "user", "content": _player(self.wav)})
         heard = _plain(self.think.transcript) if self.think is not None and self.think.transcript else ""
         said = "<br>".join(part for part in (f"“{heard}”" if heard else "", chips(language, self.think)) if part)
         if said:
@@ -88,8 +90,13 @@ class Turn:
             note = f'<br><small class="note">{_plain(self.note)}</small>' if self.note else ""
             out.append({"role": "assistant", "content": _plain(self.text) + note})
         if self.reply_wav is not None:
-            out.append({"role": "assistant", "content": {"path": str(self.reply_wav)}})
+            out.append({"role": "assistant", "content": _player(str(self.reply_wav))})
         return out
+
+
+def _player(file: str) -> gr.Audio:
+    """A player that offers the file for download, and nothing that leaves this computer."""
+    return gr.Audio(file, buttons=["download"], show_label=False)
 
 
 def _plain(words: str) -> str:

@@ -85,7 +85,7 @@ def draw(language: str, wav: str, words: Sequence[Word], think: Think | None) ->
         y = HEIGHT + 17 + 19 * line
         marks.append(f'<line x1="{x:.0f}" x2="{x:.0f}" y1="0" y2="{y - 12}" stroke="#fff" stroke-opacity=".45"/>')
         marks.append(f'<text x="{x:.0f}" y="{y}">{html.escape(word.text)}</text>')
-    labels = html.escape("   ".join(tags))
+    labels = html.escape(" · ".join(tags))
     return (
         f'<svg class="sound" viewBox="0 0 {WIDTH} {HEIGHT + WORDS + 24}" role="img" aria-label="{html.escape(about)}">'
         f'<image href="data:image/png;base64,{image}" width="{WIDTH}" height="{HEIGHT}" preserveAspectRatio="none"/>'

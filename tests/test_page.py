@@ -1,0 +1,257 @@
+"""The web page without a browser: texts, menu, messages, ratings, sound on its way, conversations, and its API (see also tests/browser)."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+import uvicorn
+
+from osum_echat.dialogue.dialect import Learnt
+from osum_echat.dialogue.tasks import OUTPUTS
+from osum_echat.dialogue.think import Think
+from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.events import Done
+from osum_echat.model.checkpoint import load_model
+from osum_echat.pipeline import MODES, Ask, AudioChunk, EChat
+from osum_echat.serving.page import feedback, menu, picture
+from osum_echat.serving.page.app import Page, PageOptions, demo_examples, make_app
+from osum_echat.serving.page.conversation import Conversation, Form
+from osum_echat.serving.page.live_sound import LiveSound
+from osum_echat.serving.page.messages import Turn, chips
+from osum_echat.serving.page.texts import language_of, tables, text
+from osum_echat.serving.shared import SharedEChat
+from osum_echat.token2wav import Token2Wav
+from tests.generation_case import DATA
+from tests.token2wav_case import recorded_speaker, write_directory
+
+SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=12) for name in OUTPUTS})
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEChat]:
+    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    folder = tmp_path_factory.mktemp("token2wav")
+    write_directory(folder)
+    found = SharedEChat(EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker()))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def wav(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("wav") / "u0.wav"
+    with np.load(DATA / "cases.npz") as arrays:
+        soundfile.write(path, arrays["wav0_int16"], 16000)
+    return str(path)
+
+
+# ---- texts and menu ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_text_is_there_in_every_language_with_the_same_places():
+    english = tables()["en"]
+    for language, table in tables().items():
+        assert set(table) == set(english), language
+        for key, words in table.items():
+            assert set(re.findall(r"\{(\w+)\}", words)) == set(re.findall(r"\{(\w+)\}", english[key])), (language, key)
+
+
+def test_chinese_texts_use_full_width_punctuation():
+    for key, words in tables()["zh"].items():
+        assert not re.search(r"[\u4e00-\u9fff][,;:!?()]", words), (key, words)
+
+
+def test_the_language_is_the_first_one_that_the_page_has():
+    assert [language_of(h) for h in ("zh-CN,en;q=0.8", "fr-FR, zh;q=0.5", "pt-BR", None)] == ["zh", "zh", "en", "en"]
+
+
+def test_the_menu_begins_with_at_most_eight_entries_and_offers_only_what_was_learnt(shared):
+    dialect = shared.echat.model.config.dialect
+    everything = menu.offered([dialect], more=True)
+    assert set(everything) == {*MODES, menu.OWN} and len(menu.offered([dialect])) <= 8
+    less = replace(dialect, learnt=Learnt(modes=("s2t_chat", "text2token")))
+    assert menu.offered([less]) == ["s2t_chat", "tts"]
+    assert menu.offered([dialect, less]) == ["s2t_chat", "tts"]  # two checkpoints: what both have learnt
+    one_task = replace(dialect, refuse_unlisted=True, instructions={"<EMOTION>": ("emotion",)})
+    assert [name for name in menu.offered([one_task], more=True) if MODES.get(name) and MODES[name].task] == ["emotion"]
+
+
+def test_every_entry_has_a_title_in_every_language():
+    titles = [[menu.title(language, name) for name in (*MODES, menu.OWN)] for language in tables()]
+    for found in titles:
+        assert len(set(found)) == len(found) and not any("{" in title or "<" in title for title in found)
+
+
+# ---- messages, picture, ratings -------------------------------------------------------------------------------------------------------
+
+
+def test_tags_are_chips_in_the_visitors_language():
+    think = Think(age="old", gender="FEMALE", emotion="angry", event="cough")
+    assert [word in chips("zh", think) for word in ("老年", "女", "生气", "咳嗽", "情感")] == [True] * 5
+    assert "old" in chips("en", think) and chips("en", None) == ""
+
+
+def test_text_of_model_and_visitor_is_never_markup():
+    turn = Turn(1, "t2t", asked="<img src=x onerror=1>", text="<TRANSCRIBE> & more", think=Think(transcript="<b>", age="<script>"))
+    shown = json.dumps([m["content"] for m in turn.messages("en")])
+    assert "<img" not in shown and "<TRANSCRIBE>" not in shown and "<b>" not in shown and "<script>" not in shown
+    assert "&lt;TRANSCRIBE&gt; &amp; more" in shown
+
+
+def test_the_picture_names_words_and_tags_for_screen_readers(wav):
+    drawn = picture.draw("en", wav, [picture.Word("hello", 0.4)], Think(emotion="happy"))
+    assert drawn.startswith("<svg") and "http" not in drawn
+    about = re.search(r'aria-label="([^"]*)"', drawn)
+    assert about and "hello 0.4" in about[1] and "emotion: happy" in about[1]
+
+
+def test_a_rating_keeps_the_request_it_belongs_to_and_audio_only_with_consent(tmp_path, wav):
+    turn = Turn(1, "s2s_think", wav=wav, reply_wav=Path(wav), settings={"seed": 7}, details={"text": "你好"})
+    feedback.save(tmp_path, turn, "wrong", "mini", with_audio=False)
+    assert not (tmp_path / "audio").exists()
+    feedback.save(tmp_path, turn, "right", "mini", with_audio=True)
+    first, second = (json.loads(line) for line in (tmp_path / "feedback.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["rating"] == "wrong" and first["mode"] == "s2s_think" and first["settings"] == {"seed": 7}
+    assert first["reply"] == {"text": "你好"} and first["audio"] == {}
+    assert {(tmp_path / file).is_file() for file in second["audio"].values()} == {True} and set(second["audio"]) == {"recording", "reply"}
+
+
+# ---- several people on one model --------------------------------------------------------------------------------------------------------
+
+
+def test_replies_in_company_are_those_of_a_single_visitor(shared, wav):
+    asks = [Ask(wav=wav, speak=True, seed=s) for s in range(3)] + [Ask(text="hello", speak=True, seed=5), Ask(wav=wav, think="tag")]
+    alone = shared.engine.run(lambda: [list(shared.echat.stream_ask(ask)) for ask in asks]).result()
+    found: dict[int, list] = {}
+
+    def visit(number: int) -> None:
+        found[number] = list(shared.stream(asks[number]))
+
+    threads = [threading.Thread(target=visit, args=(n,)) for n in range(len(asks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for number, ask in enumerate(asks):
+        mine, theirs = (shared.echat.reply(events, ask) for events in (found[number], alone[number]))
+        assert (mine.text, mine.think, mine.speech_tokens, mine.finish_reason) == (
+            theirs.text, theirs.think, theirs.speech_tokens, theirs.finish_reason,
+        )  # fmt: skip
+        if theirs.audio is None:
+            assert mine.audio is None
+        else:
+            assert mine.audio is not None
+            np.testing.assert_array_equal(mine.audio, theirs.audio)
+
+
+def test_a_closed_stream_frees_its_place(shared, wav):
+    stream = shared.stream(Ask(wav=wav, speak=True))
+    next(stream)
+    stream.close()
+    for _ in range(200):
+        if shared.engine.load().rows == 0:
+            break
+        time.sleep(0.01)
+    assert shared.engine.load().rows == 0
+
+
+def test_a_conversation_remembers_and_the_sound_comes_in_parts(shared, wav):
+    sounds, talk = LiveSound(), Conversation()
+    seen = [(name, len(talk.turns["tiny"][-1].text)) for name in talk.answer({"tiny": shared}, Form("s2s", wav), sounds)]
+    assert seen[0] == ("", 0) and seen[-1][0] and len({name for name, _ in seen}) == 2
+    [turn] = talk.turns["tiny"]
+    assert turn.done and not turn.error and turn.reply_wav and "seconds" in turn.details
+    sent = b"".join(sounds.chunks(seen[-1][0]))
+    samples, rate = soundfile.read(turn.reply_wav, dtype="int16")
+    assert rate == 22050 and len(sent) == 2 * len(samples)
+    assert len(talk.dialogues["tiny"]) == 1
+    for _ in talk.answer({"tiny": shared}, Form("s2s", wav, seed=1), sounds):
+        pass
+    assert len(talk.dialogues["tiny"]) == 2 and [t.number for t in talk.turns["tiny"]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("form", "key"),
+    [
+        (Form("s2s", None), "need_recording"),
+        (Form("tts", None, "  "), "need_text"),
+        (Form("own", "x.wav", ""), "need_text"),
+        (Form("asr", "{file}", language="zh"), "unreadable"),
+    ],
+)
+def test_what_is_missing_is_said_in_the_visitors_language_without_paths(shared, tmp_path, form, key):
+    bad = tmp_path / "bad.wav"
+    bad.write_text("this is no audio")
+    form = replace(form, wav=str(bad) if form.wav == "{file}" else form.wav)
+    talk = Conversation()
+    for _ in talk.answer({"tiny": shared}, form, LiveSound()):
+        pass
+    [turn] = talk.turns["tiny"]
+    assert turn.error == text(form.language, key) and str(tmp_path) not in turn.error
+    assert turn.messages("en")[-1]["content"].count("role=\"alert\"") == 1
+
+
+# ---- over HTTP ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def url(shared: SharedEChat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    page = Page({"tiny": shared}, PageOptions(tmp_path_factory.mktemp("feedback"), demo_examples(Path("assets/demo"))))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(make_app(page), host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join(timeout=20)
+
+
+def test_programs_get_the_reply_of_the_python_interface(url, shared, wav):
+    from gradio_client import Client, handle_file
+
+    client = Client(url, verbose=False)
+    reply, sound = client.predict("s2s_think", handle_file(wav), None, "tag", 3, api_name="/answer")
+    ask = MODES["s2s_think"].ask(wav, think="tag", seed=3)
+    expected = shared.engine.run(lambda: shared.echat.batch([ask])[0]).result()
+    assert reply["text"] == expected.text and reply["think"]["raw"] == expected.think.raw
+    assert soundfile.info(sound).samplerate == 22050
+    with pytest.raises(Exception, match=r"needs a recording.*modes: .*s2s_think"):
+        client.predict("s2s", None, None, "tag", 0, api_name="/answer")
+
+
+def test_a_sound_can_be_fetched_once_and_only_by_its_name(url, shared):
+    assert httpx.get(f"{url}/osum/sound/anything").status_code == 404
+    sounds = LiveSound()
+    name = sounds.new()
+    sounds.push(name, np.array([0.5, -2.0], np.float32))
+    sounds.end(name)
+    assert np.frombuffer(b"".join(sounds.chunks(name)), "<i2").tolist() == [16383, -32767]
+    with pytest.raises(KeyError):
+        next(sounds.chunks(name))
+
+
+def test_the_page_names_no_other_computer(url):
+    served = httpx.get(url).text
+    outside = set(re.findall(r'(?:src|href)="(https?://[^"]+)"', served)) - {url}
+    assert not {link for link in outside if not link.startswith(url)}, outside
+    assert "window.osumLanguage" in served and "fonts.googleapis" not in served
+
+
+def test_events_end_with_done(shared, wav):
+    events = list(shared.stream(Ask(wav=wav, speak=True)))
+    assert isinstance(events[-1], Done) and any(isinstance(e, AudioChunk) for e in events)
