@@ -18,8 +18,7 @@ from osum_echat.cli import main as command
 from osum_echat.dialogue.tasks import OUTPUTS, TASKS
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.model.checkpoint import load_model, save_model
-from osum_echat.pipeline import MODES, EChat, find_mode
-from osum_echat.serving import page
+from osum_echat.pipeline import MODES, find_mode
 from tests.generation_case import DATA
 from tests.token2wav_case import recorded_speaker, write_directory
 
@@ -207,36 +206,13 @@ def test_batch_in_parts_is_the_whole(checkpoint, test_list, tmp_path, capsys):
     assert batch.main([*arguments, "--part", "2/2"]) == 1
 
 
-def test_page_answers_every_kind_of_task(checkpoint, wav):
-    models = page.Models(["tiny"], lambda name: EChat.load(checkpoint, device="cpu"))
-    echat = models["tiny"]
-    assert models["tiny"] is echat
-    title = {name: mode.title for name, mode in MODES.items()}
-    for task in (title["s2s_think"], title["s2t_chat"], title["emotion"], page.FREE):
-        text = "what is said?" if task == page.FREE else ""
-        assert page.answer(echat, task, str(wav), text, "tag", None, 0).text
-    said = page.answer(echat, title["tts"], None, "hello", "tag", None, 0)
-    assert said.audio is not None and said.audio[0] == 22050 and said.details["speech_tokens"]
-    assert page.answer(echat, title["t2t"], None, "hello", "tag", None, 0).text
-    for task, text in ((title["tts"], " "), (title["s2t_chat"], ""), ("dance", "")):
-        with pytest.raises(ValueError, match=r"text|recording|unknown"):
-            page.answer(echat, task, None, text, "tag", None, 0)
-
-
-def test_feedback_is_one_line_a_click(tmp_path):
-    path = tmp_path / "a" / "feedback.jsonl"
-    for right in (True, False):
-        page.save_feedback(path, right, {"task": "asr"}, {"text": "你好"})
-    assert [json.loads(line)["right"] for line in path.read_text(encoding="utf-8").splitlines()] == [True, False]
-
-
 def test_commands_exist_and_help_works(capsys):
     assert command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in COMMANDS)
     assert command(["doctor"]) == 0
     assert "cpu" in capsys.readouterr().out
-    for name in ("infer", "batch", "multiturn", "demo", "serve"):
+    for name in ("infer", "batch", "multiturn", "demo", "page"):
         with pytest.raises(SystemExit) as stopped:
             command([name, "--help"])
         assert stopped.value.code == 0

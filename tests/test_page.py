@@ -21,9 +21,8 @@ from osum_echat.dialogue.dialect import Learnt
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.config import GenerationConfig
-from osum_echat.generation.events import Done
 from osum_echat.model.checkpoint import load_model
-from osum_echat.pipeline import MODES, Ask, AudioChunk, EChat
+from osum_echat.pipeline import MODES, Ask, EChat
 from osum_echat.serving.page import feedback, menu, picture
 from osum_echat.serving.page.app import Page, PageOptions, demo_examples, make_app
 from osum_echat.serving.page.conversation import Conversation, Form
@@ -103,7 +102,9 @@ def test_tags_are_chips_in_the_visitors_language():
 
 
 def test_text_of_model_and_visitor_is_never_markup():
-    turn = Turn(1, "t2t", asked="<img src=x onerror=1>", text="<TRANSCRIBE> & more", think=Think(transcript="<b>", age="<script>"))
+    turn = Turn(
+        1, "t2t", asked="<img src=x onerror=1>", text="<TRANSCRIBE> & more", think=Think(transcript="<b>", age="<script>")
+    )
     shown = json.dumps([m["content"] for m in turn.messages("en")])
     assert "<img" not in shown and "<TRANSCRIBE>" not in shown and "<b>" not in shown and "<script>" not in shown
     assert "&lt;TRANSCRIBE&gt; &amp; more" in shown
@@ -124,14 +125,20 @@ def test_a_rating_keeps_the_request_it_belongs_to_and_audio_only_with_consent(tm
     first, second = (json.loads(line) for line in (tmp_path / "feedback.jsonl").read_text(encoding="utf-8").splitlines())
     assert first["rating"] == "wrong" and first["mode"] == "s2s_think" and first["settings"] == {"seed": 7}
     assert first["reply"] == {"text": "你好"} and first["audio"] == {}
-    assert {(tmp_path / file).is_file() for file in second["audio"].values()} == {True} and set(second["audio"]) == {"recording", "reply"}
+    assert {(tmp_path / file).is_file() for file in second["audio"].values()} == {True} and set(second["audio"]) == {
+        "recording",
+        "reply",
+    }
 
 
 # ---- several people on one model --------------------------------------------------------------------------------------------------------
 
 
 def test_replies_in_company_are_those_of_a_single_visitor(shared, wav):
-    asks = [Ask(wav=wav, speak=True, seed=s) for s in range(3)] + [Ask(text="hello", speak=True, seed=5), Ask(wav=wav, think="tag")]
+    asks = [Ask(wav=wav, speak=True, seed=s) for s in range(3)] + [
+        Ask(text="hello", speak=True, seed=5),
+        Ask(wav=wav, think="tag"),
+    ]
     alone = shared.engine.run(lambda: [list(shared.echat.stream_ask(ask)) for ask in asks]).result()
     found: dict[int, list] = {}
 
@@ -166,19 +173,38 @@ def test_a_closed_stream_frees_its_place(shared, wav):
     assert shared.engine.load().rows == 0
 
 
-def test_a_conversation_remembers_and_the_sound_comes_in_parts(shared, wav):
-    sounds, talk = LiveSound(), Conversation()
-    seen = [(name, len(talk.turns["tiny"][-1].text)) for name in talk.answer({"tiny": shared}, Form("s2s", wav), sounds)]
-    assert seen[0] == ("", 0) and seen[-1][0] and len({name for name, _ in seen}) == 2
-    [turn] = talk.turns["tiny"]
-    assert turn.done and not turn.error and turn.reply_wav and "seconds" in turn.details
-    sent = b"".join(sounds.chunks(seen[-1][0]))
+def answered(shared: SharedEChat, form: Form, talk: Conversation, sounds: LiveSound | None = None) -> tuple[Turn, list[str]]:
+    seen = list(talk.answer({"tiny": shared}, form, sounds or LiveSound()))
+    return talk.turns["tiny"][-1], seen
+
+
+@pytest.mark.parametrize("name", ["s2s_think", "s2t_chat", "emotion", menu.OWN, "tts", "t2t", "t2s"])
+def test_every_kind_of_entry_is_answered(shared, wav, name):
+    turn, _ = answered(shared, Form(name, wav, "what is said?"), Conversation())
+    assert turn.done and not turn.error and turn.text and turn.details["finish_reason"] in ("stop", "length")
+    assert turn.messages("en")[-1]["role"] == "assistant"
+    if name == "tts":
+        assert turn.reply_wav is not None and turn.details["speech_tokens"]
+
+
+def test_the_sound_comes_while_it_is_made_and_is_that_of_the_file(shared):
+    sounds = LiveSound()
+    turn, seen = answered(shared, Form("tts", None, "hello there"), Conversation(), sounds)
+    assert seen[0] == "" and seen[-1] and len(set(seen)) == 2 and turn.reply_wav
+    sent = b"".join(sounds.chunks(seen[-1]))
     samples, rate = soundfile.read(turn.reply_wav, dtype="int16")
     assert rate == 22050 and len(sent) == 2 * len(samples)
-    assert len(talk.dialogues["tiny"]) == 1
-    for _ in talk.answer({"tiny": shared}, Form("s2s", wav, seed=1), sounds):
-        pass
-    assert len(talk.dialogues["tiny"]) == 2 and [t.number for t in talk.turns["tiny"]] == [1, 2]
+
+
+def test_a_conversation_remembers_its_turns(shared, wav):
+    talk = Conversation()
+    for number in (1, 2):
+        turn, _ = answered(shared, Form("s2t_chat", wav, seed=number), talk)
+        assert turn.number == number and len(talk.dialogues["tiny"]) == number
+    past = shared.dialogue()
+    expected = [list(shared.stream(Ask(wav=wav, seed=s), past)) for s in (1, 2)]
+    texts = [shared.echat.reply(events, Ask(wav=wav)).text for events in expected]
+    assert [turn.text for turn in talk.turns["tiny"]] == texts
 
 
 @pytest.mark.parametrize(
@@ -199,7 +225,7 @@ def test_what_is_missing_is_said_in_the_visitors_language_without_paths(shared, 
         pass
     [turn] = talk.turns["tiny"]
     assert turn.error == text(form.language, key) and str(tmp_path) not in turn.error
-    assert turn.messages("en")[-1]["content"].count("role=\"alert\"") == 1
+    assert turn.messages("en")[-1]["content"].count('role="alert"') == 1
 
 
 # ---- over HTTP ------------------------------------------------------------------------------------------------------------------------
@@ -225,11 +251,20 @@ def test_programs_get_the_reply_of_the_python_interface(url, shared, wav):
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False)
-    reply, sound = client.predict("s2s_think", handle_file(wav), None, "tag", 3, api_name="/answer")
-    ask = MODES["s2s_think"].ask(wav, think="tag", seed=3)
-    expected = shared.engine.run(lambda: shared.echat.batch([ask])[0]).result()
-    assert reply["text"] == expected.text and reply["think"]["raw"] == expected.think.raw
-    assert soundfile.info(sound).samplerate == 22050
+    for ask, arguments in (
+        (MODES["s2s_think"].ask(wav, think="tag", seed=3), ("s2s_think", handle_file(wav), None, "tag", 3)),
+        (MODES["tts"].ask(text="hello there", seed=1), ("tts", None, "hello there", "tag", 1)),
+    ):
+        reply, sound = client.predict(*arguments, api_name="/answer")
+        [expected] = shared.engine.run(lambda ask=ask: shared.echat.batch([ask])).result()
+        known = expected.as_json()
+        assert {key: reply[key] for key in ("text", "think", "finish_reason", "guards")} == {
+            key: known[key] for key in ("text", "think", "finish_reason", "guards")
+        }
+        assert reply["speech_tokens"] == len(expected.speech_tokens)
+        if expected.audio is not None:
+            assert soundfile.info(sound).frames == len(expected.audio)
+    assert expected.audio is not None  # the last one speaks
     with pytest.raises(Exception, match=r"needs a recording.*modes: .*s2s_think"):
         client.predict("s2s", None, None, "tag", 0, api_name="/answer")
 
@@ -250,8 +285,3 @@ def test_the_page_names_no_other_computer(url):
     outside = set(re.findall(r'(?:src|href)="(https?://[^"]+)"', served)) - {url}
     assert not {link for link in outside if not link.startswith(url)}, outside
     assert "window.osumLanguage" in served and "fonts.googleapis" not in served
-
-
-def test_events_end_with_done(shared, wav):
-    events = list(shared.stream(Ask(wav=wav, speak=True)))
-    assert isinstance(events[-1], Done) and any(isinstance(e, AudioChunk) for e in events)

@@ -9,7 +9,7 @@ One thread owns the model. Decoding and sound of all people are done there by tu
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -43,7 +43,7 @@ class SharedEChat:
         """Past turns of one person, for `stream`."""
         return self.echat.session(max_turns)
 
-    def stream(self, ask: Ask, dialogue: Dialogue | None = None) -> Iterator[StreamEvent]:
+    def stream(self, ask: Ask, dialogue: Dialogue | None = None) -> Generator[StreamEvent, None, None]:
         """The events of a request as they happen, `Done` last. Close it to stop the request within a step.
 
         Args:

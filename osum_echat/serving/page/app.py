@@ -154,7 +154,13 @@ class Page:
             p.picture_panel, p.settings, p.think, p.play, p.auto_send, p.seed, p.voice, p.consent, p.consent_about, p.details_panel, p.status,
         ]  # fmt: skip
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        self.blocks.load(self._localise, [p.language], localised, js="() => { window.osumPickSource(); return [window.osumLanguage()]; }", **quiet)
+        self.blocks.load(
+            self._localise,
+            [p.language],
+            localised,
+            js="() => { window.osumPickSource(); return [window.osumLanguage()]; }",
+            **quiet,
+        )
         p.language_choice.input(None, [p.language_choice], None, js="(code) => window.osumChooseLanguage(code)")
         p.more.input(self._menu, [p.language, p.more, p.mode], [p.mode], **quiet)
         p.mode.change(self._fields, [p.language, p.mode], [p.wav, p.text], **quiet)
@@ -162,7 +168,7 @@ class Page:
         p.example.input(lambda path: path, [p.example], [p.wav], **quiet)
         asked = [p.mode, p.wav, p.text, p.think, p.model, p.voice, p.seed, p.play, p.language, p.conversation]
         shown = [*p.chats, p.sound, p.picture_panel, p.picture, p.details, p.conversation, p.send]
-        sending = [
+        sending: list[Any] = [
             trigger(self._respond, asked, shown, concurrency_limit=_VISITORS, **quiet)
             for trigger in (p.send.click, p.text.submit)
         ]
