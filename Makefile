@@ -39,7 +39,7 @@ $(VENV)/.installed-ui: $(VENV)/.installed
 	@touch $@
 
 page: $(VENV)/.installed-ui  ## talk to the mini model in the browser
-	$(BIN)/python -m osum_echat.cli serve
+	$(BIN)/python -m osum_echat.cli page
 
 venv: $(VENV)/.installed  ## make .venv with what the program needs
 

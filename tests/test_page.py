@@ -76,7 +76,7 @@ def test_the_language_is_the_first_one_that_the_page_has():
 
 
 def test_the_menu_begins_with_at_most_eight_entries_and_offers_only_what_was_learnt(shared):
-    dialect = shared.echat.model.config.dialect
+    dialect = shared.echat.dialect
     everything = menu.offered([dialect], more=True)
     assert set(everything) == {*MODES, menu.OWN} and len(menu.offered([dialect])) <= 8
     less = replace(dialect, learnt=Learnt(modes=("s2t_chat", "text2token")))
