@@ -7,13 +7,19 @@ looser, because twenty recordings are few.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from osum_echat.evaluation import suites
-from osum_echat.evaluation.sets import TAGS, Item, read_set
+from osum_echat.audio import io as audio_io
+from osum_echat.evaluation import generate, readers, results, summary
+from osum_echat.evaluation.items import Item
+from osum_echat.evaluation.labels import KINDS
+from osum_echat.evaluation.score import Row, join, score
+from osum_echat.evaluation.scorers import Tools
+from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.pipeline import EChat
 from recipes.mini import labels, prepare, texts
 
@@ -27,10 +33,32 @@ def echat() -> EChat:
     return EChat.load(MINI)
 
 
+Measured = tuple[list[Row], dict[str, float]]
+
+
 @pytest.fixture(scope="module")
-def answers(echat: EChat) -> list[suites.Row]:
+def measure(echat: EChat, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Measured]:
+    """Ask a few items of a set and score the answers: rows, and numbers of the set."""
+
+    def run(name: str, part: Part, few: int = FEW) -> Measured:
+        suite = Suite("shipped", normalizer="own", parts={name: part})
+        out = tmp_path_factory.mktemp(name)
+        items = [entry for entry in readers.open_items(SETS / f"{name}.tar.gz", limit=few) if isinstance(entry, Item)]
+        path = generate.generate(echat, suite, {name: items}, out)
+        rows, _ = join(suite, {name: items}, results.read_results(path)[0], path)
+        scored = score(suite, rows, out, lambda mine: Tools(suite, mine))
+        return scored.rows, {key: number.value for key, number in summary.summarise(scored)[0].numbers.items()}
+
+    return run
+
+
+THINK = Part(ask={"think": "tag"}, scorers=["think_words", "think_tags", "think_parsed", "replies"])
+
+
+@pytest.fixture(scope="module")
+def answers(measure: Callable[..., Measured]) -> Measured:
     """Thinks in tags and spoken answers to unseen grammar sentences."""
-    return suites.hear_and_answer(echat, read_set(SETS / "grammar.tar.gz", FEW), speak=True)
+    return measure("grammar", Part(ask={"think": "tag", "speak": True}, scorers=THINK.scorers))
 
 
 def test_the_shipped_folder_is_complete_and_small():
@@ -41,61 +69,60 @@ def test_the_shipped_folder_is_complete_and_small():
 
 
 def test_it_hears_words_and_labels_of_unseen_sentences(answers):
-    values = suites.summarise_answers("grammar", answers).values
+    _, values = answers
     assert values["wer"] <= 8
-    assert all(values[tag] >= 90 for tag in TAGS)
+    assert all(values[tag] >= 90 for tag in KINDS)
     assert values["think_parsed"] == 100
 
 
 def test_its_answers_fit_topic_and_label(answers):
-    assert suites.summarise_answers("grammar", answers).values["reply_fit"] >= 75
+    assert answers[1]["reply_fit"] >= 75
 
 
 def test_it_answers_the_same_words_differently_when_they_are_said_in_another_way(answers):
     """A rule that only looked at the words would give one opening and one address to all."""
-    openings = {row.reply.text.split(",")[0] for row in answers}
-    addresses = {row.reply.text.partition(".")[0].rpartition(",")[2].strip() for row in answers}
+    said = [row.result.text for row in answers[0]]
+    openings = {text.split(",")[0] for text in said}
+    addresses = {text.partition(".")[0].rpartition(",")[2].strip() for text in said}
     assert len(openings) >= 6 and len(addresses) >= 4
 
 
 def test_every_answer_is_spoken_to_its_end_at_a_speaking_pace(answers):
-    for row in answers:
-        assert row.reply.finish_reason == "stop"
-        assert row.reply.audio is not None and np.isfinite(row.reply.audio).all()
-        seconds = len(row.reply.audio) / row.reply.sample_rate
-        letters = len(texts.normalise(row.reply.text).replace(" ", ""))
-        assert 0.03 < seconds / letters < 0.2
-        assert 0.01 < float(np.std(row.reply.audio)) < 0.4
+    for row in answers[0]:
+        assert row.result.finish == "stop"
+        audio = audio_io.read(row.result.wav)  # not finite samples are an error
+        letters = len(texts.normalise(row.result.text).replace(" ", ""))
+        assert 0.03 < audio.seconds / letters < 0.2
+        assert 0.01 < float(np.std(audio.mono())) < 0.4
 
 
-def test_it_hears_hand_written_sentences_and_new_voices_worse_but_not_badly(echat):
-    written = suites.summarise_answers("w", suites.hear_and_answer(echat, read_set(SETS / "handwritten.tar.gz", FEW))).values
-    voices = suites.summarise_answers("v", suites.hear_and_answer(echat, read_set(SETS / "new_voices.tar.gz", FEW))).values
+def test_it_hears_hand_written_sentences_and_new_voices_worse_but_not_badly(measure):
+    _, written = measure("handwritten", THINK)
+    _, voices = measure("new_voices", THINK)
     assert written["wer"] <= 40 and voices["wer"] <= 25
-    assert all(voices[tag] >= 75 for tag in TAGS)
+    assert all(voices[tag] >= 75 for tag in KINDS)
 
 
-def test_it_thinks_in_natural_language_when_it_is_asked_to(echat):
-    rows = suites.hear_and_answer(echat, read_set(SETS / "grammar.tar.gz", FEW), think="language")
-    values = suites.summarise_natural("n", rows).values
+def test_it_thinks_in_natural_language_when_it_is_asked_to(measure):
+    _, values = measure("grammar", Part(ask={"think": "language"}, scorers=["think_closed", "think_text", "replies"]))
     assert values["think_closed"] == 100 and values["think_wer"] <= 8 and values["reply_fit"] >= 75
 
 
 @pytest.mark.parametrize("task", ["<TRANSCRIBE>", "<AGE> <GENDER>", "<TRANSCRIBE> <EMOTION>", "<CAPTION>"])
-def test_understanding_tasks_answer_in_their_form(echat, task: str):
-    rows = suites.understand(echat, read_set(SETS / "grammar.tar.gz", 8), task)
+def test_understanding_tasks_answer_in_their_form(measure, task: str):
+    rows, _ = measure("grammar", Part(ask={"kind": "understand", "task": task}), few=8)
     names = {mark: name for name, mark in prepare.TAG_TASKS.items()}
     right = 0
     for row in rows:
-        wanted = "".join(f"<{row.item.tags[names[mark]]}>" for mark in task.split() if mark in names)
-        words, opening, tags = row.reply.text.replace(" <", "<").partition("<")  # the words need not be perfect here
+        wanted = "".join(f"<{row.item.extra[names[mark]]}>" for mark in task.split() if mark in names)
+        words, opening, tags = row.result.text.replace(" <", "<").partition("<")  # the words need not be perfect here
         right += bool(words) == ("<TRANSCRIBE>" in task) and opening + tags == wanted
     assert right >= 6
 
 
-def test_it_says_new_sentences_and_answers_written_ones(echat):
-    said = suites.say(echat, read_set(SETS / "speech.tar.gz", 4))
-    assert all(row.reply.finish_reason == "stop" and len(row.reply.speech_tokens) > 25 for row in said)
+def test_it_says_new_sentences_and_answers_written_ones(echat, measure):
+    rows, _ = measure("speech", Part(ask={"kind": "speak"}), few=4)
+    assert all(row.result.finish == "stop" and len(row.result.speech_tokens) > 25 for row in rows)
     sentence, _ = texts.user_sentences()[-1]
     reply = echat.chat(text=sentence)
     assert "my friend" in reply.text and reply.text.endswith((".", "?"))
@@ -112,6 +139,6 @@ def test_the_demo_recordings_are_of_voices_and_sentences_that_never_were_in_trai
 def test_no_test_sentence_is_in_training():
     trained = {sentence for sentence, _ in texts.training_user_sentences()}
     for name in ("grammar", "handwritten", "new_voices"):
-        items: list[Item] = read_set(SETS / f"{name}.tar.gz")
+        items = [entry for entry in readers.open_items(SETS / f"{name}.tar.gz") if isinstance(entry, Item)]
         assert len(items) >= 200
-        assert not {item.txt for item in items} & trained, name
+        assert not {item.text for item in items} & trained, name

@@ -18,7 +18,7 @@ COMMANDS = {
     "demo": ("osum_echat.cli.demo", "the seven modes on recordings of this repository"),
     "page": ("osum_echat.cli.page", "a web page: recordings, files, conversations"),
     "train": ("osum_echat.training.__main__", "train a stage"),
-    "eval": ("recipes.mini.evaluation.__main__", "evaluate the mini model (in a checkout)"),
+    "eval": ("osum_echat.cli.eval", "measure a checkpoint: understanding, speech, dialogue, empathy, latency"),
     "data": ("osum_echat.cli.data", "look at data and convert it: data doctor, data show, data convert"),
     "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
     "convert": ("osum_echat.tools.convert", "a checkpoint of any form to another"),

@@ -1,23 +1,27 @@
-"""What a training run measures on held-out data beside its loss: real tasks, by real decoding.
+"""What a training run measures on held-out data beside its loss: real tasks, by real decoding, with the scorers of the suites.
 
     python -m osum_echat.training --stage empathy --config recipes/mini/conf/empathy.yaml --validators osum_echat.evaluation.validation:hearing
 
 `hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
-texts, token2wav makes sound, a recogniser writes it down; needs `OSUM_ECHAT_TOKEN2WAV` (a token2wav folder) and the recogniser's data. Both
-take the first `OSUM_ECHAT_VALIDATION_ITEMS` (32) records of the tasks they need, and decode greedily but for speech.
+texts, token2wav makes sound, a recogniser writes it down; it needs ``measure.token2wav`` (a token2wav folder) and the recogniser's data. Both
+take the first ``measure.items`` records of the tasks they need from lists of any form, and decode greedily but for speech.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.dialogue.record import Record
-from osum_echat.evaluation import suites
-from osum_echat.evaluation.judge import Recogniser
-from osum_echat.evaluation.sets import TAGS, Item
+from osum_echat.data.lists import Stream
+from osum_echat.dialogue.record import Record, RecordError
+from osum_echat.evaluation import generate, results, score, summary
+from osum_echat.evaluation.items import Item
+from osum_echat.evaluation.labels import KINDS
+from osum_echat.evaluation.readers.lists import item_of
+from osum_echat.evaluation.scorers import Tools
+from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling
 from osum_echat.pipeline import EChat
 
@@ -26,60 +30,90 @@ if TYPE_CHECKING:
 
 THINK_TASKS = ("<S2TCHAT> <THINKER>", "<S2TCHAT> <TEXT2TOKEN> <THINK>")
 _SPEECH = Sampling(temperature=0.3, top_k=5)
-_recognisers: dict[str, Recogniser] = {}
+_recognisers: dict[str, Any] = {}
+
+HEARING = Suite(
+    "hearing",
+    normalizer="own",
+    parts={
+        "think": Part(ask={"think": "tag"}, scorers=["think_words", "think_tags", "think_parsed", "replies"]),
+        "words": Part(ask={"kind": "understand", "task": "<TRANSCRIBE>"}, scorers=["wer"]),
+    },
+)
+OWN_SPEECH = Suite(
+    "own speech", normalizer="own", parts={"say": Part(ask={"kind": "speak"}, scorers=["own_speech:item", "speech_faults"])}
+)
 
 
 def hearing(trainer: Trainer) -> dict[str, float]:
     """Transcript WER, tag accuracies, parsed thinks and transcript-task WER, in percent; what the lists have no records for is left out."""
-    records = _records(trainer)
-    thinks = _items([r for r in records if r.task in THINK_TASKS and "think_str" not in r.extra])
-    transcripts = _items([r for r in records if r.task == "<TRANSCRIBE>"])
-    echat = _echat(trainer)
-    out: dict[str, float] = {}
-    if thinks:
-        summary = suites.summarise_answers("think", suites.hear_and_answer(echat, thinks))
-        out |= {f"think_{name}" if name == "wer" else name: value for name, value in summary.values.items() if name != "seconds"}
-    if transcripts:
-        out["wer"] = suites.summarise_transcripts("transcripts", suites.understand(echat, transcripts)).values["wer"]
-    return out
+    wanted: dict[str, Callable[[Record], bool]] = {
+        "think": lambda record: record.task in THINK_TASKS and "think_str" not in record.extra,
+        "words": lambda record: record.task == "<TRANSCRIBE>",
+    }
+    found = measure(_echat(trainer), HEARING, _items(trainer, wanted))
+    out = {}
+    for name, key in (("wer", "think_wer"), *((n, n) for n in (*KINDS, "think_parsed", "reply_fit"))):
+        number = summary.find(found, f"think.{name}")
+        if number is not None:
+            out[key] = number.value
+    words = summary.find(found, "words.wer")
+    return out | ({"wer": words.value} if words is not None else {})
 
 
 def own_speech(trainer: Trainer) -> dict[str, float]:
     """WER of the model's own speech after resynthesis, in percent. Raises ValueError without a token2wav folder."""
-    folder = os.environ.get("OSUM_ECHAT_TOKEN2WAV")
+    folder = trainer.config.measure.token2wav
     if not folder:
-        raise ValueError("validation:own_speech makes sound: set OSUM_ECHAT_TOKEN2WAV to a token2wav folder")
-    items = _items([r for r in _records(trainer) if r.task == "<TEXT2TOKEN>"])
-    if not items:
+        raise ValueError("validation:own_speech makes sound: set measure.token2wav to a token2wav folder")
+    items = _items(trainer, {"say": lambda record: record.task == "<TEXT2TOKEN>"})
+    if not items["say"]:
         return {}
-    rows = suites.say(_echat(trainer, folder), items)
-    recogniser = _recognisers.setdefault("judge", Recogniser.load())
-    suites.judge_speech(rows, recogniser, None)
-    values = suites.summarise_speech("own speech", rows, lambda row: row.item.txt).values
-    return {"wer": values["wer"], "cut_off": values["cut_off"]}
+    found = measure(_echat(trainer, folder), OWN_SPEECH, items)
+    numbers = {name: summary.find(found, f"say.{name}") for name in ("wer", "cut_off")}
+    return {name: number.value for name, number in numbers.items() if number is not None}
 
 
-def _records(trainer: Trainer) -> list[Record]:
-    """Records of the validation lists that are raw (one a line)."""
-    records = []
-    for stream in trainer.config.validation.streams.values() if trainer.config.validation is not None else ():
-        path = Path(stream.list)
-        if path.suffix == ".jsonl":
-            lines = path.read_bytes().splitlines()
-            records += [Record.from_json(line, str(path), number) for number, line in enumerate(lines, start=1) if line.strip()]
-    return records
+def measure(echat: EChat, suite: Suite, sets: dict[str, list[Item]]) -> list[summary.Summary]:
+    """A suite's numbers without a report: its files are made in a temporary folder and thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = generate.generate(echat, suite, sets, Path(folder))
+        answers, _ = results.read_results(path, suite.name)
+        rows, _ = score.join(suite, sets, answers, path)
+        return summary.summarise(score.score(suite, rows, Path(folder), lambda items: _tools(suite, items)))
 
 
-def _items(records: Sequence[Record]) -> list[Item]:
-    limit = int(os.environ.get("OSUM_ECHAT_VALIDATION_ITEMS", "32"))
-    return [_item(record) for record in records[:limit]]
+def _tools(suite: Suite, items: Sequence[Item]) -> Tools:
+    return Tools(suite, items, recognisers=_recognisers)
 
 
-def _item(record: Record) -> Item:
-    extra: dict[str, Any] = dict(record.extra)
-    tags = {name: str(extra[name]).strip("<>") for name in TAGS if extra.get(name) is not None}
-    said = extra.get("q_txt") or extra.get("question") or record.txt
-    return Item(record.key, str(said), record.wav, tags, tuple(extra.get("replies", ())), extra)
+def _items(trainer: Trainer, wanted: dict[str, Callable[[Record], bool]]) -> dict[str, list[Item]]:
+    """The first records of the validation lists that each part wants. Raises ValueError for a list that cannot be read."""
+    limit = trainer.config.measure.items
+    found: dict[str, list[Item]] = {name: [] for name in wanted}
+    for record in _records(trainer):
+        for name, takes in wanted.items():
+            if len(found[name]) < limit and takes(record):
+                found[name].append(item_of(record))
+        if all(len(items) >= limit for items in found.values()):
+            break
+    return found
+
+
+def _records(trainer: Trainer) -> Iterator[Record]:
+    """Records of the validation lists, of any form. Raises ValueError for a list without a usable record."""
+    config = trainer.config.validation
+    for name, settings in config.streams.items() if config is not None else ():
+        for source in Stream(name, settings).sources:
+            problem, good = None, 0
+            for record in source.records():
+                if isinstance(record, RecordError):
+                    problem = problem or record
+                    continue
+                good += 1
+                yield record
+            if not good:
+                raise ValueError(f"validation list {source.name} holds no record that can be used: {problem}")
 
 
 def _echat(trainer: Trainer, token2wav: str | None = None) -> EChat:

@@ -110,6 +110,23 @@ class SafetyConfig(run_config.SafetyConfig):
     try_largest_batch: bool = True
 
 
+@dataclass
+class MeasureConfig:
+    """What validators of real tasks (``--validators``, `evaluation.validation`) work with.
+
+    Attributes:
+        items: records of each task that they take from the validation lists.
+        token2wav: folder that makes sound of the model's speech, for those that listen to it.
+    """
+
+    items: int = 32
+    token2wav: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.items < 1:
+            raise ValueError("items must be at least 1")
+
+
 @dataclass(kw_only=True)
 class TrainConfig(run_config.RunConfig):
     """One training run (see the sections above; `RunConfig` has the keys that are not described here).
@@ -119,6 +136,7 @@ class TrainConfig(run_config.RunConfig):
         init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
         model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
         data: the training lists and their batches; validation: the same for held-out lists, None: no validation.
+        measure: what validators of real tasks work with.
         lr, lora: which parts train, at which rate. LoRA freezes the LLM below it unless ``lr.llm`` says otherwise.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
             optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
@@ -140,6 +158,7 @@ class TrainConfig(run_config.RunConfig):
     model_changes: dict[str, Any] = field(default_factory=dict)
     data: DataConfig = field(default_factory=DataConfig)
     validation: DataConfig | None = None
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
     lr: PartRates = field(default_factory=PartRates)
     lora: LoraConfig | None = None
     loss: LossConfig = field(default_factory=LossConfig)
@@ -176,4 +195,4 @@ class TrainConfig(run_config.RunConfig):
             raise ValueError("state when to stop: max_steps, max_epochs or max_minutes")
 
 
-__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "OptimConfig", "PartRates", "SafetyConfig", "TrainConfig"]
+__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "MeasureConfig", "OptimConfig", "PartRates", "SafetyConfig", "TrainConfig"]

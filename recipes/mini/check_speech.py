@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from osum_echat.evaluation.judge import Recogniser
+from osum_echat.evaluation.recogniser import Recogniser
 from osum_echat.metrics import total_errors
 from recipes.mini import labels, texts
 

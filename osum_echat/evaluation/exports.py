@@ -1,0 +1,165 @@
+"""A run's answers in the forms that other kits read.
+
+| name | file | read by |
+|---|---|---|
+| voicebench | ``SUBSET.jsonl``: the item's columns and ``response`` | VoiceBench's evaluate.py (MatthewCYM/VoiceBench 5338154, main.py) |
+| kimi | ``SUBSET.jsonl``: ``index, audio_path, question, answer, subset, audio_content, prediction, real_prompt`` | Kimi-Audio-Evalkit (4080c49, datasets/base.py, run_audio.py) |
+| eibench | ``task3.jsonl``: ``dialogue_id, turns[{input_emotion, input_text, response_text, response_audio}]`` | HumDial-EIBench (eval/eval_task3.py) |
+| mtalk | ``mtalk.json``: ``{information: [[{question, dialogue, question_transcription, dialogue_transcription}]]}`` | MTalk-Bench (eff34a2, data/sample.json) |
+| versa | ``wav.scp`` and ``text``: ``id path`` and ``id words`` | VERSA (``--pred wav.scp --text text``) |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from osum_echat.config import ConfigError
+from osum_echat.evaluation.score import Row
+
+_INFORMATION = {"para": "Paralinguistic information", "sem": "Semantic information", "amb": "Ambient Sound"}
+_TURN = re.compile(r"^(?P<dialogue>.*?)[-_/]?turn[-_]?(?P<turn>\d+)", re.IGNORECASE)
+
+
+def export(rows: Sequence[Row], out: Path, names: Iterable[str], system: str) -> list[Path]:
+    """Write the named forms below ``out``; a form that finds nothing to write is left out. Raises ConfigError for an unknown name."""
+    made: list[Path] = []
+    answered = [row for row in rows if row.result is not None and not row.hole]
+    for name in names:
+        if name not in EXPORTS:
+            raise ConfigError(f"--export {name}: use {', '.join(EXPORTS)}")
+        folder = out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        made += EXPORTS[name](answered, folder, system)
+    return made
+
+
+def _subsets(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        out.setdefault(row.item.group or row.part, []).append(row)
+    return out
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    with path.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
+
+
+def _voicebench(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
+    def line(row: Row) -> dict[str, Any]:
+        assert row.result is not None
+        extra = {name: value for name, value in row.item.extra.items() if name not in ("written_id", "subset")}
+        out: dict[str, Any] = {"prompt": row.item.text, **extra, "response": row.result.text}
+        if row.item.answer is not None:
+            out["reference"] = row.item.answer
+        if row.item.extra.get("written_id"):
+            out["id"] = row.item.extra["written_id"]
+        return out
+
+    name = quote(system, safe="")
+    return [
+        _write_lines(folder / f"{name}-{quote(subset, safe='')}-test-audio.jsonl", map(line, found))
+        for subset, found in _subsets(rows).items()
+    ]
+
+
+def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
+    def line(index: int, row: Row, subset: str) -> dict[str, Any]:
+        assert row.result is not None
+        return {
+            "index": index,
+            "audio_path": row.item.wav if isinstance(row.item.wav, str) else "",
+            "question": "",
+            "answer": row.item.answer if row.item.answer is not None else row.item.text,
+            "subset": subset,
+            "audio_content": row.item.text,
+            "prediction": row.result.text,
+            "real_prompt": "",
+        }
+
+    return [
+        _write_lines(
+            folder / f"{quote(system, safe='')}_{quote(subset, safe='')}.jsonl",
+            (line(n, row, subset) for n, row in enumerate(found)),
+        )
+        for subset, found in _subsets(rows).items()
+    ]
+
+
+def turn_of(row: Row) -> tuple[str, int]:
+    """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para``; else a dialogue of one turn."""
+    extra = row.item.extra
+    if "dialogue_id" in extra:
+        return str(extra["dialogue_id"]), int(extra.get("turn", 1))
+    match = _TURN.match(row.item.id)
+    return (match.group("dialogue"), int(match.group("turn"))) if match else (row.item.id, 1)
+
+
+def _dialogues(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    out: dict[str, list[Row]] = {}
+    for row in rows:
+        out.setdefault(turn_of(row)[0], []).append(row)
+    return {name: sorted(turns, key=lambda row: turn_of(row)[1]) for name, turns in out.items()}
+
+
+def _eibench(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
+    def turn(row: Row) -> dict[str, Any]:
+        assert row.result is not None
+        return {
+            "input_emotion": row.item.labels.get("emotion", "neutral"),
+            "input_text": row.item.text,
+            "response_text": row.result.text,
+            "response_audio": row.result.wav or "",
+        }
+
+    lines = ({"dialogue_id": name, "turns": list(map(turn, turns))} for name, turns in _dialogues(rows).items())
+    return [_write_lines(folder / "task3.jsonl", lines)]
+
+
+def _mtalk(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
+    def turn(row: Row) -> dict[str, Any]:
+        assert row.result is not None
+        return {
+            "question": row.item.wav if isinstance(row.item.wav, str) else "",
+            "dialogue": {system: row.result.wav or ""},
+            "question_transcription": row.item.text,
+            "dialogue_transcription": {system: row.result.text},
+        }
+
+    out: dict[str, list[list[dict[str, Any]]]] = {}
+    for turns in _dialogues(rows).values():
+        ending = turns[0].item.id.rpartition("_")[2].lower()
+        kind = str(turns[0].item.extra.get("information") or _INFORMATION.get(ending, _INFORMATION["para"]))
+        out.setdefault(kind, []).append(list(map(turn, turns)))
+    path = folder / "mtalk.json"
+    path.write_text(json.dumps(out, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    return [path]
+
+
+def _versa(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
+    spoken = [row for row in rows if row.result is not None and row.result.wav]
+    if not spoken:
+        return []
+    scp, text = folder / "wav.scp", folder / "text"
+    keys = [re.sub(r"\s", "_", f"{row.part}-{row.item.id}") for row in spoken]
+    scp.write_text(
+        "".join(f"{key} {row.result.wav}\n" for key, row in zip(keys, spoken, strict=True) if row.result), encoding="utf-8"
+    )
+    words = [" ".join((row.result.text or row.item.text).split()) for row in spoken if row.result]
+    text.write_text("".join(f"{key} {line}\n" for key, line in zip(keys, words, strict=True)), encoding="utf-8")
+    return [scp, text]
+
+
+EXPORTS: dict[str, Callable[[Sequence[Row], Path, str], list[Path]]] = {
+    "voicebench": _voicebench,
+    "kimi": _kimi,
+    "eibench": _eibench,
+    "mtalk": _mtalk,
+    "versa": _versa,
+}

@@ -1,0 +1,111 @@
+"""This project's own lists in every form, single tars, and items files."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from osum_echat.data import paths
+from osum_echat.data.sources import open_source
+from osum_echat.dialogue.record import Record, RecordError
+from osum_echat.dialogue.tasks import find_task
+from osum_echat.evaluation.items import Entry, Item, ItemError, item_from, labels_of, read_lines
+
+_MARKS = {"<EMOTION>": "emotion", "<AGE>": "age", "<GENDER>": "gender", "<CAPTION>": "event"}
+_WRITTEN_AS = {"emotion": ("emotion", "q_emotion"), "age": ("age",), "gender": ("gender",), "event": ("event", "caption")}
+
+
+def read_list(path: str) -> Iterator[Entry]:
+    """Items of a raw, shard or combine list, or of one tar."""
+    for record in open_source(path).records():
+        yield _fault(record) if isinstance(record, RecordError) else item_of(record)
+
+
+def _fault(error: RecordError) -> ItemError:
+    return ItemError(error.reason, error.detail, error.source, error.line, error.key)
+
+
+def item_of(record: Record) -> Item:
+    """A record as an item: what is said, how, and which replies fit.
+
+    In records of dialogue ``txt`` is the reply, what is said stands in ``extra`` (``q_txt``, ``question``). In those of understanding ``txt``
+    is the words and the tags that the task asks for.
+    """
+    extra: dict[str, Any] = dict(record.extra)
+    known: dict[str, Any] = {"emotion": record.emotion, "gender": record.gender}
+    for kind, names in _WRITTEN_AS.items():
+        known[kind] = next((extra[name] for name in names if extra.get(name)), known.get(kind))
+    output = find_task(record.task).output
+    said = extra.get("q_txt") or extra.get("question")
+    if output.name == "text" and record.wav is not None:
+        words, tags = _words_and_tags(record)
+        known = {**known, **tags}
+        said = said or words
+    elif output.reply_text and (output.audio or output.instruction) and said:
+        extra.setdefault("reference_reply", record.txt)
+    return Item(
+        id=record.key,
+        text=str(said or record.txt),
+        wav=record.wav,
+        labels=labels_of(known),
+        replies=tuple(map(str, extra.get("replies", ()))),
+        extra={**extra, **({"lang": record.lang} if record.lang else {})},
+        start=record.start,
+        end=record.end,
+        source=record.source,
+        line=record.line,
+    )
+
+
+def _words_and_tags(record: Record) -> tuple[str, dict[str, str]]:
+    """``words <HAPPY>`` of a task ``<TRANSCRIBE> <EMOTION>`` apart. Marks of the task that are no label (style) are passed over."""
+    marks = [mark for mark in record.task.split() if mark != "<TRANSCRIBE>"]
+    words, tags = record.txt, list[str]()
+    while words.rstrip().endswith(">") and "<" in words and len(tags) < len(marks):
+        words, _, tag = words.rstrip().rpartition("<")
+        tags.insert(0, tag.rstrip(">"))
+    if len(tags) != len(marks):
+        return record.txt, {}
+    return words.strip(), {_MARKS[mark]: tag for mark, tag in zip(marks, tags, strict=True) if mark in _MARKS}
+
+
+def read_items(path: str) -> Iterator[Entry]:
+    """Items as `items.Item` writes them; recordings are found as those of lists are."""
+    resolve = paths.Resolver(path)
+    for number, value in read_lines(Path(path)):
+        if isinstance(value, ItemError):
+            yield value
+            continue
+        try:
+            for name in ("wav", "prompt_wav"):
+                if isinstance(value.get(name), str) and value[name]:
+                    value[name] = resolve(value[name])
+            yield item_from(value, path, number)
+        except ItemError as error:
+            yield error
+        except FileNotFoundError as error:
+            yield ItemError("missing_file", str(error), path, number, str(value.get("id", "")))
+
+
+def write_tar(path: Path, items: Sequence[Item]) -> None:
+    """Write items as one gzipped tar (audio given as bytes of an ogg file). The same items give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        path.open("wb") as file,
+        gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for item in items:
+            extra = json.dumps(dict(item.extra), ensure_ascii=False).encode()
+            members = [(f"{item.id}.txt", item.text.encode()), (f"{item.id}.extra", extra)]
+            if isinstance(item.wav, bytes):
+                members.append((f"{item.id}.ogg", item.wav))
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))

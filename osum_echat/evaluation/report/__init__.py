@@ -1,0 +1,143 @@
+"""A run as files: ``report.json`` (everything), ``report.md`` (to read) and ``report.html`` (one file: tables, pictures, sound)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from osum_echat.evaluation.items import ItemError
+from osum_echat.evaluation.score import Row
+from osum_echat.evaluation.suite import Suite
+from osum_echat.evaluation.summary import Number, Summary, find, plain
+
+HOLES_SHOWN = 50
+EXAMPLES = 20
+
+
+@dataclass
+class Report:
+    """What a run found.
+
+    Attributes:
+        system: name of what was measured. about: lines on how (recogniser, normalisation, judge, versions).
+        faults: entries of data and results that could not be used. unavailable: scorers that could not be had, and why.
+        paper: published numbers to show beside: {model: {column: value}}.
+        reached: number of answers that were scored; 0: everything failed.
+    """
+
+    suite: Suite
+    system: str
+    summaries: Sequence[Summary] = ()
+    rows: Sequence[Row] = ()
+    about: Sequence[str] = ()
+    faults: Sequence[ItemError] = ()
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def reached(self) -> int:
+        return sum(not row.hole for row in self.rows)
+
+    @property
+    def headline(self) -> dict[str, Number]:
+        """The suite's chosen numbers; without a choice, the first two measures of every part."""
+        chosen = self.suite.headline or {
+            f"{s.name}.{name}": f"{s.name}.{name}" for s in self.summaries if not s.group for name in list(s.numbers)[:2]
+        }
+        found = {name: find(self.summaries, path) for name, path in chosen.items()}
+        return {name: number for name, number in found.items() if number is not None}
+
+    def holes(self) -> list[dict[str, Any]]:
+        """Everything that is missing: faults of files, unanswered items, judge's holes."""
+        out = [
+            {"where": f"{f.source}:{f.line}" if f.line else f.source, "id": f.id, "reason": f.reason, "message": str(f)}
+            for f in self.faults
+        ]
+        out += [
+            {"where": row.part, "id": row.item.id, "reason": row.hole.partition(":")[0], "message": row.hole}
+            for row in self.rows
+            if row.hole
+        ]
+        for row in self.rows:
+            for fault in row.score.notes.get("faults", ()):
+                out.append({"where": row.part, "id": row.item.id, "reason": "not scored", "message": fault})
+            for name, judged in row.judged.items():
+                if judged.get("score") is None:
+                    message = f"judge {name}: {judged.get('hole', 'no score')}"
+                    out.append({"where": row.part, "id": row.item.id, "reason": "judge", "message": message})
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        holes = self.holes()
+        return {
+            "suite": self.suite.name,
+            "system": self.system,
+            "date": time.strftime("%Y-%m-%d"),
+            "about": list(self.about),
+            "headline": {name: round(number.value, 4) for name, number in self.headline.items()},
+            "summaries": [plain(summary) for summary in self.summaries],
+            "unavailable": dict(self.unavailable),
+            "holes": {"count": len(holes), "first": holes[:HOLES_SHOWN]},
+            "examples": [example(row) for row in chosen_examples(self.rows)],
+        }
+
+    def write(self, out: Path) -> Path:
+        """The three files; returns report.md."""
+        from osum_echat.evaluation.report import html, markdown
+
+        out.mkdir(parents=True, exist_ok=True)
+        data = self.to_json()
+        (out / "report.json").write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path = out / "report.md"
+        path.write_text(markdown.render(self, data, out), encoding="utf-8")
+        (out / "report.html").write_text(html.render(self, data), encoding="utf-8")
+        return path
+
+
+def goodness(row: Row) -> float | None:
+    """How good an answer is, from 0 to 1, for choosing examples: the judge's score, else right labels and answers and few errors; None: unknown."""
+    scores = [judged["score"] for judged in row.judged.values() if judged.get("score") is not None]
+    if scores:
+        return (sum(scores) / len(scores) - 1) / 4
+    parts = [float(true == said) for true, said in row.score.pairs.values()]
+    for name in ("reply_fit", "accuracy", "contains", "refusal", "prompt_strict"):
+        if name in row.score.values:
+            parts.append(row.score.values[name][0] / row.score.values[name][1])
+    for name in ("wer", "think_wer"):
+        if name in row.score.values and row.score.values[name][1]:
+            parts.append(1 - min(1.0, row.score.values[name][0] / row.score.values[name][1]))
+    return sum(parts) / len(parts) if parts else None
+
+
+def chosen_examples(rows: Sequence[Row], each: int = EXAMPLES // 2) -> list[Row]:
+    """The worst and the best answers of the run, as many of each; of equal ones those that come first."""
+    known = [(value, at) for at, row in enumerate(rows) if not row.hole and (value := goodness(row)) is not None]
+    worst = sorted(known)[:each]
+    best = [pair for pair in sorted(known, key=lambda pair: (-pair[0], pair[1])) if pair not in worst][:each]
+    return [rows[at] for _, at in worst + best]
+
+
+def example(row: Row) -> dict[str, Any]:
+    """One answer as plain data."""
+    value = goodness(row)
+    out: dict[str, Any] = {
+        "part": row.part,
+        "id": row.item.id,
+        "goodness": None if value is None else round(value, 3),
+        "text": row.item.text,
+    }
+    out["labels"] = dict(row.item.labels)
+    if row.result is not None:
+        out["reply"] = row.result.text
+        out["noted"] = dict(row.result.tags)
+    heard = row.score.notes.get("heard")
+    if heard is not None:
+        out["heard"] = heard
+    judged = {
+        name: {"score": j["score"], "reason": j.get("reason", "")} for name, j in row.judged.items() if j.get("score") is not None
+    }
+    return out | ({"judged": judged} if judged else {})

@@ -1,0 +1,204 @@
+"""A suite from data to report: read, generate, score, judge, write. Each step goes on where it was, and can be left out.
+
+report = run_suite(Plan(load_suite("understanding"), "test/data.list", Path("out"), system="mini"), echat)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osum_echat import config as config_io
+from osum_echat.config import ConfigError
+from osum_echat.evaluation import generate as generation
+from osum_echat.evaluation import judge as judging
+from osum_echat.evaluation import maker, readers, results, score, summary
+from osum_echat.evaluation.exports import export
+from osum_echat.evaluation.items import Entry, Item, ItemError
+from osum_echat.evaluation.report import Report
+from osum_echat.evaluation.scorers import Tools
+from osum_echat.evaluation.suite import Suite
+
+if TYPE_CHECKING:
+    from osum_echat.pipeline import EChat
+
+log = logging.getLogger(__name__)
+STEPS = ("generate", "score", "judge")
+PAPER = Path(__file__).resolve().parents[2] / "docs" / "paper_results.yaml"
+
+
+def quiet(_: str) -> None:
+    """A progress that says nothing."""
+
+
+@dataclass
+class Plan:
+    """One suite's run.
+
+    Attributes:
+        data: what is read, a file or folder. out: folder of results and report.
+        system: name of what is measured, for reports. limit: items at most of each set.
+        results: answers of another system, instead of generating. steps: which of `STEPS` to do.
+        judges, max_calls: for the third step; without judges it is left out.
+        exports: forms to write besides (`exports.EXPORTS`).
+        token2wav: folder whose speaker network compares voices. wheels: folder of the recogniser's packages.
+        say, progress: lines for a person: what matters, and how far it is.
+    """
+
+    suite: Suite
+    data: str
+    out: Path
+    system: str = "system"
+    limit: int | None = None
+    results: Path | None = None
+    steps: Sequence[str] = STEPS
+    judges: Sequence[judging.Judge] = ()
+    max_calls: int | None = None
+    exports: Sequence[str] = ()
+    token2wav: str | None = None
+    wheels: Path | None = None
+    recognisers: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = quiet
+    progress: Callable[[str], None] = quiet
+
+
+@dataclass
+class Sets:
+    """Items of each part, and what could not be used (each fault once, though several parts read the same file)."""
+
+    items: dict[str, list[Item]] = field(default_factory=dict)
+    faults: list[ItemError] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def read_sets(suite: Suite, data: str, limit: int | None = None) -> Sets:
+    """Read what each part needs.
+
+    A part of which no item has what it needs is skipped, with the reason; so one suite fits lists with few labels and with many.
+
+    Raises:
+        ValueError: data cannot be read, or no part has an item.
+    """
+    read: dict[tuple[str, str], list[Entry]] = {}
+    found = Sets()
+    told: set[tuple[str, int, str, str]] = set()
+    for name, part in suite.parts.items():
+        place, form = str(Path(data) / part.data) if part.data else data, part.format or suite.format
+        if (place, form) not in read:
+            entries: list[Entry] = readers.open_items(place, form)
+            read[place, form] = list(maker.by_label(entries)) if suite.items == "labels" else entries
+        good, bad = readers.usable(read[place, form], tuple(part.needs))
+        chosen = [item for item in good if not part.groups or item.group in part.groups][: part.take][:limit]
+        if chosen:
+            found.items[name] = chosen
+        else:
+            found.skipped[name] = f"no item {'of its groups ' if good else 'with ' + ', '.join(part.needs) + ' '}in {place}"
+        # A missing label is worth telling where others have it: not for a list that has no such label at all.
+        for fault in bad if chosen else [entry for entry in bad if not entry.reason.startswith("no_label")]:
+            key = (fault.source, fault.line, fault.id, fault.reason)
+            if key not in told:
+                told.add(key)
+                found.faults.append(fault)
+    if not found.items:
+        raise ValueError(
+            f"suite {suite.name} finds nothing to do in {data}: " + "; ".join(f"{k}: {v}" for k, v in found.skipped.items())
+        )
+    return found
+
+
+def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> Report:
+    """Do the plan's steps and write its report.
+
+    Args:
+        echat: the model, or a function that loads it (called only when something is left to generate).
+
+    Raises:
+        ValueError: data, results or settings that cannot be used at all.
+    """
+    unknown = [step for step in plan.steps if step not in STEPS]
+    if unknown:
+        raise ConfigError(f"--steps {','.join(unknown)}: use {', '.join(STEPS)}")
+    suite = plan.suite
+    sets = read_sets(suite, plan.data, plan.limit)
+    for name, why in sets.skipped.items():
+        plan.say(f"{suite.name}: part {name!r} is left out: {why}")
+    plan.out.mkdir(parents=True, exist_ok=True)
+    source = plan.results or plan.out / results.FILE
+    if plan.results is None and "generate" in plan.steps:
+        _generate(plan, sets, echat)
+    answers, faults = results.read_results(source, suite.name)
+    rows, strange = score.join(suite, sets.items, answers, source)
+    if plan.limit is None:
+        faults += strange
+    scored = score.Scored(rows=rows)
+    if "score" in plan.steps:
+        scored = score.score(suite, rows, plan.out, lambda items: _tools(plan, items), plan.progress)
+    about = _about(plan, scored)
+    if "judge" in plan.steps and plan.judges:
+        about += judging.run(suite, rows, plan.out, plan.judges, plan.max_calls, plan.say, plan.progress)
+    report = Report(
+        suite,
+        plan.system,
+        summary.summarise(scored),
+        rows,
+        about,
+        [*sets.faults, *faults],
+        scored.unavailable,
+        paper(suite.paper),
+    )
+    report.write(plan.out)
+    if plan.exports:
+        for path in export(rows, plan.out / "export", plan.exports, plan.system):
+            plan.say(f"exported {path}")
+    return report
+
+
+def _generate(plan: Plan, sets: Sets, echat: Callable[[], EChat] | EChat | None) -> None:
+    done = {(row["part"], row["id"]) for row in results.Lines(plan.out / results.FILE).rows()}
+    asked = {name: items for name, items in sets.items.items() if not plan.suite.parts[name].same_as}
+    if all((name, item.id) in done for name, items in asked.items() for item in items):
+        return
+    if echat is None:
+        raise ConfigError("there is no model to ask: give a checkpoint, or --from a file of results")
+    model = echat() if callable(echat) else echat
+    generation.generate(model, plan.suite, sets.items, plan.out, plan.progress)
+
+
+def _tools(plan: Plan, items: Sequence[Item]) -> Tools:
+    return Tools(plan.suite, items, plan.token2wav, plan.wheels, plan.recognisers)
+
+
+def _about(plan: Plan, scored: score.Scored) -> list[str]:
+    """How it was measured, for the report."""
+    import torch
+
+    from osum_echat import __version__
+
+    lines = [f"data: {Path(plan.data).name}" + (f", the first {plan.limit} items of each set" if plan.limit is not None else "")]
+    if plan.results is not None:
+        lines.append(f"answers from {plan.results.name}")
+    used = sorted({recogniser.name for recogniser in plan.recognisers.values()})
+    if used:
+        lines.append(f"recogniser of spoken replies: {', '.join(used)}")
+    if any("normalizer" in tools.__dict__ for tools in scored.tools.values()):
+        lines.append(
+            f"text normalisation: {next(t.normalizer.name for t in scored.tools.values() if 'normalizer' in t.__dict__)}"
+        )
+    lines.append(
+        f"osum-echat {__version__}, torch {torch.__version__}, CPU threads {torch.get_num_threads()}, {time.strftime('%Y-%m-%d')}"
+    )
+    return lines
+
+
+def paper(table: str) -> dict[str, Any]:
+    """A table of docs/paper_results.yaml; empty without a name, or where the documents are not installed."""
+    if not table or not PAPER.is_file():
+        return {}
+    tables = config_io.read_yaml(PAPER)
+    if table not in tables:
+        raise ConfigError(f"{PAPER.name} has no table {table!r}: {', '.join(tables)}")
+    return dict(tables[table])
