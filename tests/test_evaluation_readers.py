@@ -122,7 +122,7 @@ def test_bad_lines_are_named_with_file_and_line_and_the_rest_goes_on(tmp_path: P
     )
     items, faults = split(readers.open_items(path))
     assert [item.id for item in items] == ["a", "c"]
-    assert [fault.reason for fault in faults] == ["bad_json", "missing_file", "same_id"]
+    assert [fault.reason for fault in faults] == ["bad_json", "audio_missing", "same_id"]
     assert f"{path}:2" in str(faults[0]) and f"{path}:3" in str(faults[1]) and "nowhere.wav" in str(faults[1])
     good, bad = readers.usable(readers.open_items(path), ("wav", "label.emotion"))
     assert not good and {fault.reason for fault in bad} >= {"no_label.emotion"}

@@ -195,4 +195,14 @@ class TrainConfig(run_config.RunConfig):
             raise ValueError("state when to stop: max_steps, max_epochs or max_minutes")
 
 
-__all__ = ["ConfigError", "EngineConfig", "InitConfig", "LossConfig", "MeasureConfig", "OptimConfig", "PartRates", "SafetyConfig", "TrainConfig"]
+__all__ = [
+    "ConfigError",
+    "EngineConfig",
+    "InitConfig",
+    "LossConfig",
+    "MeasureConfig",
+    "OptimConfig",
+    "PartRates",
+    "SafetyConfig",
+    "TrainConfig",
+]
