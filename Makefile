@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo page test venv venv-dev lint types mini evaluate-mini clean
+.PHONY: help demo page test venv venv-dev lint types mini evaluate-mini test-browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -65,6 +65,14 @@ mini: $(VENV)/.installed-mini  ## make the mini model from nothing; goes on wher
 
 evaluate-mini: $(VENV)/.installed-evaluation  ## measure the mini model on held-out speech; the last line is one JSON object
 	$(BIN)/python -m recipes.mini.evaluation
+
+$(VENV)-browser/.installed: | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-browser
+	$(VENV)-browser/bin/python -m pip install --quiet --disable-pip-version-check selenium==4.51.0 pytest==9.2.0
+	@touch $@
+
+test-browser: $(VENV)/.installed-ui $(VENV)-browser/.installed  ## the web page in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
+	OSUM_ECHAT_PYTHON=$(CURDIR)/$(BIN)/python $(VENV)-browser/bin/python -m pytest -q -c /dev/null --rootdir tests/browser --confcutdir tests/browser tests/browser
 
 clean:  ## remove what runs left behind (not .venv, not checkpoints)
 	rm -rf out .pytest_cache .mypy_cache .ruff_cache .hypothesis

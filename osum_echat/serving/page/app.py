@@ -99,7 +99,7 @@ class Page:
             about = gr.Markdown()
             languages = [(name, code) for code, name in LANGUAGES.items()]
             language_choice = gr.Dropdown(languages, value="en", elem_id="osum-language", scale=0, filterable=False)
-        with gr.Row():
+        with gr.Row(elem_id="osum-menu"):
             mode = gr.Dropdown([], elem_id="osum-mode", scale=3)
             more = gr.Checkbox(False, scale=1, min_width=120)
             model = gr.Radio(names, value=names[0], visible=len(names) > 1, scale=2)
