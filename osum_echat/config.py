@@ -5,11 +5,13 @@ them. An unknown key is an error that names the nearest valid one, a value of th
 
 A dataclass whose keys were renamed says so, and files with the older keys are read with a warning that names the new ones:
 ``RENAMED_KEYS: ClassVar[Mapping[str, str]]`` (older key -> key), and for anything else a classmethod ``read_older(data, where)`` that is
-given the plain data of the section and returns it in today's form (see `warn_older`).
+given the plain data of the section and returns it in today's form (see `warn_older`). Each file and the overrides are brought to today's
+form before they are put together, so the later one counts whatever names they use. A dataclass whose sections take over values from one
+another has a classmethod ``fill_in(data)`` that is given the plain data of the whole and completes it.
 
     cfg = load(TrainConfig, "recipes/mini/conf/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
 
-A YAML file may start from another with ``base: other.yaml``; mappings merge, everything else replaces.
+A YAML file may start from another with ``base: other.yaml``; mappings merge, an empty mapping (``{}``) and everything else replace.
 
 One rule for a relative path to something that is read (`find_path`): the folder of the YAML file that states it, then the folder where one
 stands; ``package:NAME`` is the file NAME that comes with this package (`osum_echat/conf/`). On a command line there is no file, so a path
@@ -104,8 +106,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", _without_folders(read_with_folders(path)))
 
 
-def read_with_folders(path: str | Path) -> dict[str, Any]:
-    """The same for `from_dict`: strings know their file's folder, until fields of type `InputPath` are found from there."""
+def read_with_folders(path: str | Path, cls: type[Any] | None = None) -> dict[str, Any]:
+    """The same for `from_dict`: strings know their file's folder, until fields of type `InputPath` are found from there.
+
+    ``cls``: the dataclass that the file describes; older keys get today's names.
+    """
     path = Path(find_path(str(path)))
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
@@ -119,8 +124,10 @@ def read_with_folders(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a mapping at top level, found {type(data).__name__}")
     base = data.pop("base", None)
     data = typing.cast("dict[str, Any]", _with_folders(data, path.parent))
+    if cls is not None:
+        data = _all_renewed(cls, data, str(path))
     if base is not None:
-        data = merge(read_with_folders(find_path(str(base), path.parent)), data)
+        data = merge(read_with_folders(find_path(str(base), path.parent), cls), data)
     return data
 
 
@@ -144,11 +151,11 @@ def _without_folders(value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` updated by ``over``: mappings merge key by key, any other value replaces."""
+    """``base`` updated by ``over``: mappings merge key by key; an empty mapping inside, and any other value, replaces."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
-        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        out[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) and value else value
     return out
 
 
@@ -171,8 +178,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def load(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
     """Read ``cls`` (a dataclass) from a YAML file and ``key=value`` overrides; both optional."""
-    data = read_with_folders(path) if path is not None else {}
-    return from_dict(cls, merge(data, parse_overrides(overrides)), where=str(path) if path is not None else "overrides")
+    data = read_with_folders(path, cls) if path is not None else {}
+    changes = _all_renewed(cls, parse_overrides(overrides), "overrides")
+    return from_dict(cls, merge(data, changes), where=str(path) if path is not None else "overrides")
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
@@ -238,7 +246,11 @@ def _arguments(cls: Any, data: Any, where: str, prefix: str, partial: bool = Fal
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     hints = typing.get_type_hints(cls, include_extras=True)
     kwargs: dict[str, Any] = {}
-    for key, value in _renewed(cls, data, where, prefix).items():
+    data = _renewed(cls, data, where, prefix)
+    fill_in = getattr(cls, "fill_in", None)
+    if fill_in is not None and not partial:
+        data = fill_in(dict(data))
+    for key, value in data.items():
         name = f"{prefix}{key}"
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
@@ -259,6 +271,19 @@ def _renewed(cls: Any, data: Mapping[str, Any], where: str, prefix: str) -> Mapp
         data = merge(older, {key: value for key, value in data.items() if key not in renamed})
     read_older = getattr(cls, "read_older", None)
     return data if read_older is None else typing.cast("Mapping[str, Any]", read_older(dict(data), where))
+
+
+def _all_renewed(cls: Any, data: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:
+    """The same for a section and the sections in it."""
+    hints = typing.get_type_hints(cls)
+    out = dict(_renewed(cls, data, where, prefix))
+    for key, value in out.items():
+        hint = hints.get(key)
+        options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+        section = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if section is not None and isinstance(value, Mapping):
+            out[key] = _all_renewed(section, value, where, f"{prefix}{key}.")
+    return out
 
 
 def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False) -> Any:

@@ -20,7 +20,6 @@ from osum_echat.token2wav.vocoder import Vocoder
 from osum_echat.training.token2wav import flow, speaker, tokenizer, vocoder
 from osum_echat.training.token2wav.directory import describe
 from osum_echat.training.token2wav.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
-from osum_echat.training.token2wav.loop import step_rng
 from osum_echat.training.token2wav.pitch import fundamental
 from osum_echat.training.token2wav.spectral import MelLoss, SpectralLoss
 from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TINY_TOKENIZER, TINY_VOCODER, vowels, write_records
@@ -29,7 +28,8 @@ from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TIN
 def _shared(folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "data": {"lists": [str(folder / "list.jsonl")], "held_out": 2},
-        "run": {**TINY_RUN, "out": str(folder / "run")},
+        **TINY_RUN,
+        "out": str(folder / "run"),
         "optim": {"warmup_steps": 1},
         "batch_size": 3,
         **more,
@@ -113,7 +113,7 @@ def test_dropped_conditions_do_not_reach_the_estimator(tmp_path: Path, campplus:
     assert spoken is not None
     other = flow.Spoken((spoken.tokens_N + 7) % 256, spoken.mel_TM, -spoken.embedding_S)
     losses = {
-        (name, drop): recipe._loss(recipe._batch([flow.Row([row], 10)]), step_rng(0, 1), drop)[1]["flow"]
+        (name, drop): recipe._loss(recipe._batch([flow.Row([row], 10)]), recipe.rng(1), drop)[1]["flow"]
         for name, row in (("one", spoken), ("other", other))
         for drop in (0.0, 1.0)
     }

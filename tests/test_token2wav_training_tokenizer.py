@@ -139,7 +139,7 @@ def test_warping_by_one_changes_nothing_and_by_more_moves_the_spectrum_up() -> N
 def test_training_learns_the_phones_of_made_up_vowels(tmp_path: Path) -> None:
     data = {"lists": [str(write_records(tmp_path, 10))], "held_out": 2}
     run = {**TINY_RUN, "out": str(tmp_path / "run"), "ema": None}
-    plain = {"data": data, "run": run, "model": {**TINY_TOKENIZER, "width": 48}, "batch_size": 4, "warp": 0.0}
+    plain = {**run, "data": data, "model": {**TINY_TOKENIZER, "width": 48}, "batch_size": 4, "warp": 0.0}
     recipe = tokenizer.TokenizerRecipe(config.from_dict(tokenizer.TokenizerTraining, plain))
     for group in recipe.optimizers["all"].param_groups:
         group["lr"] = 5e-3
@@ -155,7 +155,7 @@ def test_records_without_phone_times_train_by_ctc(tmp_path: Path) -> None:
     path = write_records(tmp_path, 10)
     path.write_text(path.read_text().replace('"phones"', '"unused"'), encoding="utf-8")
     run = {**TINY_RUN, "out": str(tmp_path / "run")}
-    plain = {"data": {"lists": [str(path)], "held_out": 2}, "run": run, "model": TINY_TOKENIZER, "batch_size": 4}
+    plain = {**run, "data": {"lists": [str(path)], "held_out": 2}, "model": TINY_TOKENIZER, "batch_size": 4}
     recipe = tokenizer.TokenizerRecipe(config.from_dict(tokenizer.TokenizerTraining, plain))
     parts = recipe.train_step(0)
     assert set(parts) == {"mel", "ctc", "grad"}

@@ -11,7 +11,15 @@ import numpy as np
 from osum_echat.audio import io
 
 PHONES = {"a": (700.0, 1200.0), "i": (300.0, 2200.0), "u": (320.0, 800.0)}
-TINY_RUN = {"steps": 4, "threads": 1, "log_every": 2, "save_every": 100, "validate_every": 100, "tensorboard": False, "ema": 0.9}
+TINY_RUN = {
+    "max_steps": 4,
+    "threads": 1,
+    "log_every": 2,
+    "save_every": 100,
+    "validate_every": 100,
+    "tensorboard": False,
+    "ema": 0.9,
+}
 TINY_TOKENIZER = {"width": 16, "expansion": 2, "blocks_50": 1, "blocks_25": 1, "decoder_blocks": 1}
 TINY_FLOW = {
     "vocab_size": 256,

@@ -53,7 +53,7 @@ class RunConfig:
         out: folder of the run: checkpoints, metrics.jsonl, TensorBoard, curves. A run that finds checkpoints there continues.
         device: ``auto``, or a name such as ``cpu``, ``cuda:1``, ``npu``.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic. Some trainings know more.
-        max_steps, max_minutes: whichever comes first ends the run; it saves and can be continued.
+        max_steps: of the whole run; max_minutes: of this process. Whichever comes first ends it; it saves, and the same command continues.
         threads: CPU threads; None: as many as torch takes.
         log_every, save_every, validate_every: optimiser steps between lines of metrics.jsonl, checkpoints, validations.
     """

@@ -135,7 +135,8 @@ class TrainConfig(run_config.RunConfig):
         stage: decides which parts train by default (`stages.STAGES`).
         init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
         model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
-        data: the training lists and their batches; validation: the same for held-out lists, None: no validation.
+        data: the training lists and their batches.
+        validation: the same for held-out lists, as far as it differs from ``data``: mostly ``streams``. None: no validation.
         measure: what validators of real tasks work with.
         lr, lora: which parts train, at which rate. LoRA freezes the LLM below it unless ``lr.llm`` says otherwise.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
@@ -182,6 +183,14 @@ class TrainConfig(run_config.RunConfig):
             if isinstance(data.get(section), Mapping):
                 data[section], changes = older_model_keys(data[section], f"{where}: {section}")
                 data["model_changes"] = config_io.merge(changes, data.get("model_changes") or {})
+        return data
+
+    @classmethod
+    def fill_in(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Held-out records are read as the training records are, but for what ``validation`` says otherwise."""
+        if isinstance(data.get("validation"), Mapping) and isinstance(data.get("data"), Mapping):
+            shared = {key: value for key, value in data["data"].items() if key not in ("streams", "drops_file")}
+            data["validation"] = config_io.merge(shared, data["validation"])
         return data
 
     def __post_init__(self) -> None:

@@ -98,7 +98,7 @@ class Trainer:
         self._stop = StopRequest()
         self._saved_step = -1
         self._window = report.Window()
-        self._started = time.monotonic()
+        self._started, self._seconds_before = time.monotonic(), 0.0
 
     # ---- the run ------------------------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class Trainer:
     def fit(self) -> TrainState:
         """Train until the config's limit, the end of the data or a signal; always leaves a checkpoint of the last step."""
         config, world = self.config, self.world
-        self._started = time.monotonic() - self.state.seconds
+        self._started, self._seconds_before = time.monotonic(), self.state.seconds
         self.progress = Progress(
             config.out, self.run.expected_steps, self.state.step, world.is_main, self.run.bar, config.tensorboard
         )
@@ -212,7 +212,7 @@ class Trainer:
                 return ""
             self._window.waited += step.waited
             self._step(step.micros, step.totals)
-            self.state.seconds = time.monotonic() - self._started
+            self.state.seconds = self._seconds_before + time.monotonic() - self._started
             if self.state.step % config.save_every == 0:
                 self.save()
             if self.run.validation is not None and self.state.step % config.validate_every == 0:

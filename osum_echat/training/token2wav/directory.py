@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from osum_echat.run.files import write_atomically
 from osum_echat.token2wav import released_yaml
 from osum_echat.token2wav.config import Token2WavConfig
-from osum_echat.training.token2wav.loop import write_atomically
 
 NAME = "cosyvoice.yaml"
 

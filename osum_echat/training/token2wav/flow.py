@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osum_echat import device
-from osum_echat.audio import features
+from osum_echat.audio import features as audio_features
 from osum_echat.token2wav.config import FlowConfig, mel_frames
 from osum_echat.token2wav.encoder import stretch_reply
 from osum_echat.token2wav.estimator import Padding
@@ -32,38 +31,27 @@ from osum_echat.token2wav.flow import FlowModel
 from osum_echat.training.token2wav import onnx_export
 from osum_echat.training.token2wav.audio import load_22k
 from osum_echat.training.token2wav.directory import describe
-from osum_echat.training.token2wav.loop import (
-    OptimConfig,
-    RunConfig,
-    adamw,
-    command,
-    step_rng,
-    update,
-    write_atomically,
-)
-from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, pad, train_and_valid
+from osum_echat.training.token2wav.loop import command
+from osum_echat.training.token2wav.recipe import Means, PartTraining, Recipe, adamw
+from osum_echat.training.token2wav.records import Utterance, pad
 
 
-@dataclass
-class FlowTraining:
+@dataclass(kw_only=True)
+class FlowTraining(PartTraining):
     """The YAML file of this command."""
 
-    data: ListConfig
     target: Path = Path("exp/token2wav/model/flow.pt")
     campplus: Path = Path("exp/token2wav/model/campplus.onnx")  # speaker embeddings
     tokenizer: Path | None = None  # for records without speech_token; None: such records are left out
     model: FlowConfig = field(default_factory=FlowConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    batch_size: int = 16
     prompt_share: float = 0.5  # of the rows show the mel of their beginning
     prompt_most: float = 0.3  # of a single recording at most
     joined_share: float = 0.3  # of the rows have another recording before them, half of these as the prompt
     prior_weight: float = 0.0  # squared distance between mel and regulated tokens; 0 as published, more converges sooner
     prior_steps: int = 0  # at the start, only that distance: it needs the encoder alone, a tenth of the cost of a step
-    export_half: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.prior_steps and not self.prior_weight:
             raise ValueError("prior_steps needs a prior_weight above 0: what only the start trained would be forgotten")
 
@@ -91,6 +79,8 @@ class Row:
 
 @dataclass
 class FlowBatch:
+    """Rows as tensors: log-mel, its lengths, the mel that is shown as the prompt, and the prompt's voice."""
+
     rows: list[Row]
     mel_BTM: Tensor
     lengths_B: Tensor
@@ -98,26 +88,20 @@ class FlowBatch:
     embedding_BS: Tensor
 
 
-class FlowRecipe:
+class FlowRecipe(Recipe[FlowTraining, Spoken]):
     """The flow, its loss, measures and export."""
 
     averaged: tuple[str, ...] = ("flow",)
 
     def __init__(self, cfg: FlowTraining) -> None:
-        self.cfg = cfg
-        self.device = device.resolve(cfg.run.device)
-        self.dtype = device.dtype(cfg.run.dtype, self.device)
+        super().__init__(cfg, need=() if cfg.tokenizer is not None else ("tokens",))
         self._campplus = onnx_export.session(_existing(cfg.campplus, "campplus", "train it first: ...training.speaker"))
         self._tokenizer = None
         if cfg.tokenizer is not None:
             self._tokenizer = onnx_export.session(_existing(cfg.tokenizer, "tokenizer", "train it first: ...training.tokenizer"))
-        train, valid = train_and_valid(cfg.data, need=() if cfg.tokenizer is not None else ("tokens",))
-        self.train, self.valid = Features(train, self._spoken), Features(valid, self._spoken)
         self.same_voice: dict[str | None, list[int]] = defaultdict(list)
-        for index, utterance in enumerate(train):
+        for index, utterance in enumerate(self.train.utterances):
             self.same_voice[utterance.voice].append(index)
-        self.batches = Batches([u.seconds for u in train], cfg.batch_size, cfg.run.seed)
-        torch.manual_seed(cfg.run.seed)
         self.flow = FlowModel(cfg.model)
         self._start_at_mean_mel()
         self.modules = nn.ModuleDict({"flow": self.flow}).to(self.device)
@@ -138,7 +122,7 @@ class FlowRecipe:
             if self.cfg.prior_weight:
                 last.bias.copy_(mean_M)
 
-    def _spoken(self, utterance: Utterance) -> Spoken:
+    def features(self, utterance: Utterance) -> Spoken:
         samples_16k = utterance.samples_16k()
         tokens_N = np.array(utterance.tokens, dtype=np.int64)
         if not len(tokens_N):
@@ -155,12 +139,12 @@ class FlowRecipe:
     def _tokens(self, samples_16k: np.ndarray) -> np.ndarray:
         assert self._tokenizer is not None, "records without tokens are left out when there is no tokenizer"
         feats, lengths = self._tokenizer.get_inputs()
-        mel_MT = features.LogMel(int(feats.shape[1]))(samples_16k).numpy().T
+        mel_MT = audio_features.LogMel(int(feats.shape[1]))(samples_16k).numpy().T
         found = self._tokenizer.run(None, {feats.name: mel_MT[None], lengths.name: np.array([mel_MT.shape[1]], dtype=np.int32)})
         return np.asarray(found[0]).reshape(-1).astype(np.int64)
 
     def _embedding(self, samples_16k: np.ndarray) -> np.ndarray:
-        fbank_TF = features.kaldi_fbank(samples_16k)
+        fbank_TF = audio_features.kaldi_fbank(samples_16k)
         centred_TF = (fbank_TF - fbank_TF.mean(0, keepdim=True)).numpy()
         return self._campplus.run(None, {self._campplus.get_inputs()[0].name: centred_TF[None]})[0].reshape(-1).astype(np.float32)
 
@@ -214,16 +198,16 @@ class FlowRecipe:
     # -- steps ---------------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
-        rng = step_rng(self.cfg.run.seed, step)
+        rng = self.rng(step)
         batch = self._batch(self._rows(self.batches(step), rng))
         if step < self.cfg.prior_steps:
             loss, parts = self._prior_loss(batch)
         else:
             loss, parts = self._loss(batch, rng, self.cfg.model.solver.training_cfg_rate)
-        return {**parts, "grad": update(self.optimizers["flow"], loss, self.cfg.optim.clip_norm)}
+        return {**parts, "grad": self.update("flow", loss)}
 
     def _prior_loss(self, batch: FlowBatch) -> tuple[Tensor, dict[str, float]]:
-        with device.autocast(self.device, self.dtype):
+        with self.autocast():
             mu_BTM = self._regulated(batch)
         loss = _masked_mean((mu_BTM - batch.mel_BTM).square(), Padding.of(batch.lengths_B, batch.mel_BTM.shape[1]))
         return loss, {"prior": float(loss.detach())}
@@ -239,7 +223,7 @@ class FlowRecipe:
         t_B11 = t_B[:, None, None]
         noisy_BTM = (1 - keep * t_B11) * noise_BTM + t_B11 * batch.mel_BTM
         padding = Padding.of(batch.lengths_B, batch.mel_BTM.shape[1])
-        with device.autocast(self.device, self.dtype):
+        with self.autocast():
             mu_BTM = self._regulated(batch)
             spk_BM = self.flow.speaker(batch.embedding_BS)
             velocity_BTM = self.flow.decoder.estimator(
@@ -254,15 +238,12 @@ class FlowRecipe:
         return loss, parts
 
     def validate(self) -> dict[str, float]:
-        """The loss without dropping, and the L1 distance between solved and true log-mel, over at most 16 held-out recordings."""
-        sums: defaultdict[str, float] = defaultdict(float)
-        count = 0
-        for count, spoken in enumerate(itertools.islice(self.valid, 16), 1):
-            rng = step_rng(self.cfg.run.seed, 0, count)
+        """The loss without dropping, and the L1 distance between solved and true log-mel, over some held-out recordings."""
+        means = Means()
+        for count, spoken in self.held_out():
+            rng = self.rng(0, count)
             batch = self._batch([Row([spoken], 0)])
             _, parts = self._loss(batch, rng, drop_rate=0.0)
-            for name, value in parts.items():
-                sums[name] += value
             condition = self.flow.condition(
                 torch.from_numpy(spoken.tokens_N).to(self.device),
                 torch.zeros(0, dtype=torch.long, device=self.device),
@@ -271,16 +252,13 @@ class FlowRecipe:
             )
             noise_TM = torch.from_numpy(rng.standard_normal(condition.mu_TM.shape, dtype=np.float32)).to(self.device)
             solved_TM = self.flow.solve([condition], [noise_TM])[0]
-            sums["solved_l1"] += float((solved_TM - batch.mel_BTM[0, : len(solved_TM)]).abs().mean())
-        return {name: value / max(1, count) for name, value in sums.items()}
+            distance = (solved_TM - batch.mel_BTM[0, : len(solved_TM)]).abs().mean()
+            means.add({**parts, "solved_l1": float(distance)})
+        return means.values()
 
     def export(self) -> list[Path]:
         """``flow.pt`` (a flat state dict) and its part of ``cosyvoice.yaml``."""
-        state = {key: value.detach().cpu().clone() for key, value in self.flow.state_dict().items()}
-        if self.cfg.export_half:
-            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        write_atomically(self.cfg.target, lambda path: torch.save(state, path))
-        return [self.cfg.target, describe(self.cfg.target.parent, flow=self.cfg.model)]
+        return [self.write_weights(self.flow), describe(self.cfg.target.parent, flow=self.cfg.model)]
 
 
 def _masked_mean(x_BTM: Tensor, padding: Padding | None) -> Tensor:

@@ -19,7 +19,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from osum_echat.training.token2wav.loop import write_atomically
+from osum_echat.run.files import write_atomically
 from osum_echat.training.token2wav.tokenizer_model import Encoder
 
 log = logging.getLogger(__name__)

@@ -24,19 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osum_echat import device
 from osum_echat.audio.features import kaldi_fbank
+from osum_echat.run.files import write_atomically
 from osum_echat.training.token2wav import onnx_export
-from osum_echat.training.token2wav.loop import (
-    OptimConfig,
-    RunConfig,
-    adamw,
-    command,
-    step_rng,
-    update,
-    write_atomically,
-)
-from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, train_and_valid
+from osum_echat.training.token2wav.loop import command
+from osum_echat.training.token2wav.recipe import PartTraining, Recipe, adamw
+from osum_echat.training.token2wav.records import Utterance
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +44,14 @@ class SpeakerConfig:
     embedding: int = 192
 
 
-@dataclass
-class SpeakerTraining:
+@dataclass(kw_only=True)
+class SpeakerTraining(PartTraining):
     """The YAML file of this command."""
 
-    data: ListConfig
     target: Path = Path("exp/token2wav/model/campplus.onnx")
     speakers: Path | None = Path("exp/token2wav/model/spk2info.pt")
     speaker_voices: list[str] | None = None  # voices to put there, those that the flow learns to speak; None: all
     model: SpeakerConfig = field(default_factory=SpeakerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 48
     crop_frames: int = 150
     margin: float = 0.1
@@ -91,34 +81,30 @@ class SpeakerNet(nn.Module):
         return self.embed(torch.cat([mean_BC, deviation_BC], dim=1))
 
 
-class SpeakerRecipe:
+class SpeakerRecipe(Recipe[SpeakerTraining, np.ndarray]):
     """The net, one direction per voice for training, measures and export."""
 
     averaged: tuple[str, ...] = ("net",)
 
     def __init__(self, cfg: SpeakerTraining) -> None:
-        self.cfg = cfg
-        self.device = device.resolve(cfg.run.device)
-        self.dtype = device.dtype(cfg.run.dtype, self.device)
-        train, valid = train_and_valid(cfg.data, need=("voice",))
-        self.voices = sorted({str(u.voice) for u in train})
-        if len(self.voices) < 2:
-            raise ValueError(f"a speaker net learns to tell voices apart, but the lists hold {len(self.voices)}: {self.voices}")
-        unknown = set(cfg.speaker_voices or ()) - set(self.voices)
-        if unknown:
-            raise ValueError(
-                f"speaker_voices names {sorted(unknown)}, of which there are no recordings; there are: {self.voices}"
-            )
-        log.info("%d voices: %s", len(self.voices), ", ".join(self.voices[:20]) + (" ..." if len(self.voices) > 20 else ""))
-        self.train, self.valid = Features(train, self._fbank), Features(valid, self._fbank)
-        self.batches = Batches([1.0] * len(train), cfg.batch_size, cfg.run.seed)  # crops: lengths do not matter
-        torch.manual_seed(cfg.run.seed)
+        super().__init__(cfg, need=("voice",), by_length=False)  # crops
         self.net = SpeakerNet(cfg.model)
         self.directions = nn.Linear(cfg.model.embedding, len(self.voices), bias=False)
         self.modules = nn.ModuleDict({"net": self.net, "directions": self.directions}).to(self.device)
         self.optimizers = {"all": adamw(self.modules.parameters(), cfg.optim)}
 
-    def _fbank(self, utterance: Utterance) -> np.ndarray:
+    def prepare(self, train: list[Utterance]) -> None:
+        self.voices = sorted({str(u.voice) for u in train})
+        if len(self.voices) < 2:
+            raise ValueError(f"a speaker net learns to tell voices apart, but the lists hold {len(self.voices)}: {self.voices}")
+        unknown = set(self.cfg.speaker_voices or ()) - set(self.voices)
+        if unknown:
+            raise ValueError(
+                f"speaker_voices names {sorted(unknown)}, of which there are no recordings; there are: {self.voices}"
+            )
+        log.info("%d voices: %s", len(self.voices), ", ".join(self.voices[:20]) + (" ..." if len(self.voices) > 20 else ""))
+
+    def features(self, utterance: Utterance) -> np.ndarray:
         fbank_TF = kaldi_fbank(utterance.samples_16k()).numpy()
         if len(fbank_TF) < 10:
             raise ValueError("shorter than ten fbank frames")
@@ -134,13 +120,13 @@ class SpeakerRecipe:
         return part - part.mean(0)
 
     def train_step(self, step: int) -> dict[str, float]:
-        rng = step_rng(self.cfg.run.seed, step)
+        rng = self.rng(step)
         found = [(i, f) for i in self.batches(step) if (f := self.train.get(i)) is not None]
         if not found:
             raise RuntimeError(f"no utterance of this batch could be read: {self.train.skips}")
         feats_BTF = torch.from_numpy(np.stack([self._crop(f, rng) for _, f in found])).to(self.device)
         voices_B = self._voices([self.train.utterances[i] for i, _ in found])
-        with device.autocast(self.device, self.dtype):
+        with self.autocast():
             embedding_BE = self.net(feats_BTF)
         cosine_BV = F.normalize(embedding_BE.float()) @ F.normalize(self.directions.weight).T
         logits_BV = cosine_BV - self.cfg.margin * F.one_hot(voices_B, len(self.voices))
@@ -149,7 +135,7 @@ class SpeakerRecipe:
         return {
             "loss": float(loss.detach()),
             "accuracy": accuracy,
-            "grad": update(self.optimizers["all"], loss, self.cfg.optim.clip_norm),
+            "grad": self.update("all", loss),
         }
 
     def _voices(self, utterances: Sequence[Utterance]) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,34 +21,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from osum_echat import device
 from osum_echat.audio.features import LogMel
+from osum_echat.run.files import write_atomically
 from osum_echat.training.token2wav import onnx_export
-from osum_echat.training.token2wav.loop import (
-    OptimConfig,
-    RunConfig,
-    adamw,
-    command,
-    step_rng,
-    update,
-    write_atomically,
-)
-from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, pad, train_and_valid
+from osum_echat.training.token2wav.loop import command
+from osum_echat.training.token2wav.recipe import Means, PartTraining, Recipe, adamw
+from osum_echat.training.token2wav.records import Utterance, pad
 from osum_echat.training.token2wav.tokenizer_model import Decoder, Encoder, TokenizerConfig, halved, mask_of
 
 log = logging.getLogger(__name__)
 PHONE_HZ = 50
 
 
-@dataclass
-class TokenizerTraining:
+@dataclass(kw_only=True)
+class TokenizerTraining(PartTraining):
     """The YAML file of this command."""
 
-    data: ListConfig
     target: Path = Path("exp/token2wav/model/speech_tokenizer_v1.onnx")
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 24
     phone_weight: float = 1.0
     ctc_weight: float = 0.3  # only for records without phone times
@@ -99,6 +89,8 @@ class Item:
 
 @dataclass
 class TokenizerBatch:
+    """Items as tensors: padded log-mel, its lengths, the phone of each 20 ms frame, and the letters."""
+
     mel_BTM: Tensor
     lengths_B: Tensor
     phones_BH: Tensor
@@ -125,28 +117,24 @@ def warp_mel(mel_BTM: Tensor, factors_B: Tensor) -> Tensor:
     return low + (high - low) * share_B1M
 
 
-class TokenizerRecipe:
+class TokenizerRecipe(Recipe[TokenizerTraining, Item]):
     """Encoder and decoder, their losses, measures and export."""
 
     averaged: tuple[str, ...] = ("encoder", "decoder")
 
     def __init__(self, cfg: TokenizerTraining) -> None:
-        self.cfg = cfg
-        self.device = device.resolve(cfg.run.device)
-        self.dtype = device.dtype(cfg.run.dtype, self.device)
-        train, valid = train_and_valid(cfg.data)
-        self.symbols = Symbols.of(train)
-        log.info("%d phones, %d letters", len(self.symbols.phones), len(self.symbols.letters) - 1)
         self.log_mel = LogMel(cfg.model.num_mels)
-        self.train, self.valid = Features(train, self._item), Features(valid, self._item)
-        self.batches = Batches([u.seconds for u in train], cfg.batch_size, cfg.run.seed)
-        torch.manual_seed(cfg.run.seed)
+        super().__init__(cfg)
         self.encoder = Encoder(cfg.model)
         self.decoder = Decoder(cfg.model, max(1, len(self.symbols.phones)), len(self.symbols.letters))
         self.modules = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder}).to(self.device)
         self.optimizers = {"all": adamw(self.modules.parameters(), cfg.optim)}
 
-    def _item(self, utterance: Utterance) -> Item:
+    def prepare(self, train: list[Utterance]) -> None:
+        self.symbols = Symbols.of(train)
+        log.info("%d phones, %d letters", len(self.symbols.phones), len(self.symbols.letters) - 1)
+
+    def features(self, utterance: Utterance) -> Item:
         mel_TM = self.log_mel(utterance.samples_16k()).numpy()
         return Item(
             mel_TM.astype(np.float16),
@@ -168,16 +156,16 @@ class TokenizerRecipe:
 
     def train_step(self, step: int) -> dict[str, float]:
         batch = self._batch(self.train.batch(self.batches(step)))
-        rng = step_rng(self.cfg.run.seed, step)
+        rng = self.rng(step)
         if self.cfg.warp:
             factors = rng.uniform(1 - self.cfg.warp, 1 + self.cfg.warp, len(batch.mel_BTM))
             batch.mel_BTM = warp_mel(batch.mel_BTM, torch.from_numpy(factors).float())
         noise = torch.from_numpy(rng.standard_normal(batch.mel_BTM.shape, dtype=np.float32)).to(self.device)
         loss, parts = self._losses(batch, batch.mel_BTM + self.cfg.noise * noise)
-        return {**parts, "grad": update(self.optimizers["all"], loss, self.cfg.optim.clip_norm)}
+        return {**parts, "grad": self.update("all", loss)}
 
     def _losses(self, batch: TokenizerBatch, input_BTM: Tensor) -> tuple[Tensor, dict[str, float]]:
-        with device.autocast(self.device, self.dtype):
+        with self.autocast():
             codes_BQD, _ = self.encoder.fsq(self.encoder.features(input_BTM.transpose(1, 2), batch.lengths_B))
             lengths_B = halved(halved(batch.lengths_B))
             mask_BT1 = mask_of(batch.lengths_B, batch.mel_BTM.shape[1])
@@ -209,29 +197,26 @@ class TokenizerRecipe:
 
     def validate(self) -> dict[str, float]:
         """Losses per record, phone accuracy, and how many codes are in use and how evenly (perplexity)."""
-        sums: defaultdict[str, float] = defaultdict(float)
-        counts: Counter[str] = Counter()
+        means = Means()
         used = np.zeros(self.encoder.fsq.size)
         for item in self.valid:
             batch = self._batch([item])
             _, parts = self._losses(batch, batch.mel_BTM)
-            for name, value in parts.items():
-                sums[name] += value
-                counts[name] += 1
+            means.add(parts)
             indices = self.encoder(batch.mel_BTM.transpose(1, 2), batch.lengths_B)[0, : int(halved(halved(batch.lengths_B))[0])]
             used += np.bincount(indices.cpu().numpy(), minlength=len(used))
         share = used[used > 0] / used.sum()
         return {
-            **{name: sums[name] / counts[name] for name in sums},
+            **means.values(),
             "codes_used": float((used > 0).sum()),
             "code_perplexity": float(np.exp(-(share * np.log(share)).sum())),
         }
 
     def export(self) -> list[Path]:
         onnx_export.export_tokenizer(self.encoder, self.cfg.target, half=self.cfg.export_half)
-        symbols = self.cfg.run.out / "symbols.json"
+        symbols = self.cfg.out / "symbols.json"
         text = json.dumps({"phones": self.symbols.phones, "letters": self.symbols.letters}, ensure_ascii=False)
-        write_atomically(symbols, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        write_atomically(symbols, lambda path: path.write_text(text, encoding="utf-8"))
         return [self.cfg.target, symbols]
 
 

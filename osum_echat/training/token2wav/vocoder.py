@@ -10,11 +10,9 @@ recording's own pitch while its pitch predictor learns that pitch beside it.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,24 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from osum_echat import device
 from osum_echat.audio.features import mel_filter_bank
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.vocoder import Vocoder
 from osum_echat.training.token2wav.audio import load_22k
 from osum_echat.training.token2wav.directory import describe
 from osum_echat.training.token2wav.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
-from osum_echat.training.token2wav.loop import (
-    OptimConfig,
-    RunConfig,
-    adamw,
-    command,
-    step_rng,
-    update,
-    write_atomically,
-)
+from osum_echat.training.token2wav.loop import command
 from osum_echat.training.token2wav.pitch import fundamental
-from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, train_and_valid
+from osum_echat.training.token2wav.recipe import Means, PartTraining, Recipe, adamw
+from osum_echat.training.token2wav.records import Utterance
 from osum_echat.training.token2wav.spectral import MelLoss, SpectralLoss
 
 log = logging.getLogger(__name__)
@@ -48,16 +38,13 @@ SILENCE = math.log(1e-5)
 MEL_N_FFT, MEL_MAX_HZ = 1024, 8000.0
 
 
-@dataclass
-class VocoderTraining:
+@dataclass(kw_only=True)
+class VocoderTraining(PartTraining):
     """The YAML file of this command."""
 
-    data: ListConfig
     target: Path = Path("exp/token2wav/model/hift.pt")
     model: VocoderConfig = field(default_factory=VocoderConfig)
     critics: CriticConfig = field(default_factory=CriticConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     batch_size: int = 8
     segment_frames: int = 32
     adversarial_from: int = 2000
@@ -66,7 +53,6 @@ class VocoderTraining:
     adversarial_weight: float = 1.0
     feature_weight: float = 2.0
     pitch_weight: float = 0.05  # L1 in Hz
-    export_half: bool = False  # round the stored weights to float16
 
 
 @dataclass
@@ -80,6 +66,8 @@ class Clip:
 
 @dataclass
 class VocoderBatch:
+    """Segments as tensors, with the random start phases and noise of the sine source (H harmonics)."""
+
     samples_BS: Tensor
     mel_BMT: Tensor
     f0_BT: Tensor
@@ -87,19 +75,13 @@ class VocoderBatch:
     noise_BSH: Tensor
 
 
-class VocoderRecipe:
+class VocoderRecipe(Recipe[VocoderTraining, Clip]):
     """Vocoder and critics, their losses, measures and export."""
 
     averaged: tuple[str, ...] = ("vocoder",)
 
     def __init__(self, cfg: VocoderTraining) -> None:
-        self.cfg = cfg
-        self.device = device.resolve(cfg.run.device)
-        self.dtype = device.dtype(cfg.run.dtype, self.device)
-        train, valid = train_and_valid(cfg.data)
-        self.train, self.valid = Features(train, self._clip), Features(valid, self._clip)
-        self.batches = Batches([1.0] * len(train), cfg.batch_size, cfg.run.seed)  # crops: lengths do not matter
-        torch.manual_seed(cfg.run.seed)
+        super().__init__(cfg, by_length=False)  # crops
         self.vocoder = Vocoder(cfg.model)
         self.critics = Critics(cfg.critics)
         self._start_near_speech()
@@ -120,7 +102,7 @@ class VocoderRecipe:
             if self.cfg.model.nsf_aligned:
                 self.vocoder.m_source.l_linear.weight.fill_(0.1)
 
-    def _clip(self, utterance: Utterance) -> Clip:
+    def features(self, utterance: Utterance) -> Clip:
         samples, mel_TM = load_22k(utterance)
         return Clip(samples, mel_TM.numpy().astype(np.float16), fundamental(samples, len(mel_TM)))
 
@@ -157,24 +139,24 @@ class VocoderRecipe:
         """Samples from the recording's mel and pitch. Source and inverse STFT stay float32: their phases need it."""
         source_B1S = self.vocoder.source(batch.f0_BT, batch.phase_BH, batch.noise_BSH)
         spectrum = self.vocoder.spectrum(source_B1S)
-        with device.autocast(self.device, self.dtype):
+        with self.autocast():
             shaped = self.vocoder.shape(batch.mel_BMT, spectrum)
         return self.vocoder.to_wave(shaped.float(), spectrum)
 
     def train_step(self, step: int) -> dict[str, float]:
-        rng = step_rng(self.cfg.run.seed, step)
+        rng = self.rng(step)
         clips = [self._crop(clip, rng) for clip in self.train.batch(self.batches(step))]
         batch = self._batch(clips, rng)
         made_BS = self._speak(batch)
         loss, parts = self._regression(batch, made_BS)
         if step >= self.cfg.adversarial_from:
-            with device.autocast(self.device, self.dtype):
+            with self.autocast():
                 judged_real, judged_made = self.critics(batch.samples_BS), self.critics(made_BS.detach())
             critics = critic_loss(judged_real, judged_made)
             parts["critics"] = float(critics.detach())
-            update(self.optimizers["critics"], critics, self.cfg.optim.clip_norm)
+            self.update("critics", critics)
             self.critics.requires_grad_(False)
-            with device.autocast(self.device, self.dtype):
+            with self.autocast():
                 with torch.no_grad():
                     judged_real = self.critics(batch.samples_BS)
                 judged_made = self.critics(made_BS)
@@ -183,7 +165,7 @@ class VocoderRecipe:
             loss = loss + self.cfg.adversarial_weight * adversarial + self.cfg.feature_weight * matched
             parts["adversarial"] = float(adversarial.detach())
             parts["features"] = float(matched.detach())
-        parts["grad"] = update(self.optimizers["vocoder"], loss, self.cfg.optim.clip_norm)
+        parts["grad"] = self.update("vocoder", loss)
         return parts
 
     def _regression(self, batch: VocoderBatch, made_BS: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -194,28 +176,26 @@ class VocoderRecipe:
 
     def validate(self) -> dict[str, float]:
         """The regression losses over whole recordings with the pitch that the network predicts itself, and how often it errs on voicing."""
-        sums: defaultdict[str, float] = defaultdict(float)
-        count = 0
+        means = Means()
         threshold = self.cfg.model.nsf_voiced_threshold
-        for count, clip in enumerate(itertools.islice(self.valid, 16), 1):
-            batch = self._batch([clip], step_rng(self.cfg.run.seed, 0, count))
+        for count, clip in self.held_out():
+            batch = self._batch([clip], self.rng(0, count))
             predicted_BT = self.vocoder.f0(batch.mel_BMT)
             truth_BT, batch.f0_BT = batch.f0_BT, predicted_BT
             made_BS = self._speak(batch)
             voiced = (truth_BT > threshold) & (predicted_BT > threshold)
-            sums["mel"] += float(self.mel_loss(made_BS, batch.samples_BS))
-            sums["spectral"] += float(self.spectral_loss(made_BS, batch.samples_BS))
-            sums["voicing_error"] += float(((truth_BT > threshold) != (predicted_BT > threshold)).float().mean())
-            sums["pitch"] += float((truth_BT - predicted_BT).abs()[voiced].mean()) if bool(voiced.any()) else 0.0
-        return {name: value / max(1, count) for name, value in sums.items()}
+            found = {
+                "mel": float(self.mel_loss(made_BS, batch.samples_BS)),
+                "spectral": float(self.spectral_loss(made_BS, batch.samples_BS)),
+                "voicing_error": float(((truth_BT > threshold) != (predicted_BT > threshold)).float().mean()),
+                "pitch": float((truth_BT - predicted_BT).abs()[voiced].mean()) if bool(voiced.any()) else 0.0,
+            }
+            means.add(found)
+        return means.values()
 
     def export(self) -> list[Path]:
         """``hift.pt`` (a flat state dict with plain weights) and its part of ``cosyvoice.yaml``."""
-        state = {key: value.detach().cpu().clone() for key, value in self.vocoder.state_dict().items()}
-        if self.cfg.export_half:
-            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        write_atomically(self.cfg.target, lambda path: torch.save(state, path))
-        return [self.cfg.target, describe(self.cfg.target.parent, vocoder=self.cfg.model)]
+        return [self.write_weights(self.vocoder), describe(self.cfg.target.parent, vocoder=self.cfg.model)]
 
 
 def main(argv: list[str] | None = None) -> int:
