@@ -212,7 +212,7 @@ def test_commands_exist_and_help_works(capsys):
     assert all(name in shown for name in COMMANDS)
     assert command(["doctor"]) == 0
     assert "cpu" in capsys.readouterr().out
-    for name in ("infer", "batch", "multiturn", "demo", "page"):
+    for name in ("infer", "batch", "multiturn", "demo", "serve", "page"):
         with pytest.raises(SystemExit) as stopped:
             command([name, "--help"])
         assert stopped.value.code == 0

@@ -16,6 +16,7 @@ COMMANDS = {
     "multiturn": ("osum_echat.cli.multiturn", "a dialogue of several recordings"),
     "batch": ("osum_echat.cli.batch", "a whole list (raw, shard or combine) to a results file"),
     "demo": ("osum_echat.cli.demo", "the seven modes on recordings of this repository"),
+    "serve": ("osum_echat.cli.serve", "the live server: talk in real time, OpenAI Realtime and REST, metrics"),
     "page": ("osum_echat.cli.page", "a web page: recordings, files, conversations"),
     "train": ("osum_echat.training.__main__", "train a stage"),
     "eval": ("osum_echat.cli.eval", "measure a checkpoint: understanding, speech, dialogue, empathy, latency"),
