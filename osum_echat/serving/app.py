@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, Response
@@ -25,7 +25,7 @@ from osum_echat.serving.metrics import Metrics
 from osum_echat.serving.realtime.session import RealtimeSession
 from osum_echat.serving.realtime.settings import SessionLimits
 from osum_echat.serving.realtime.socket import POLICY, TRY_LATER, Connection
-from osum_echat.serving.safety import KEY_PROTOCOL, Keys, host_allowed, key_of, origin_allowed
+from osum_echat.serving.safety import Keys, host_allowed, key_of, origin_allowed
 from osum_echat.serving.vad import TurnModels
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class Server:
             self.metrics.gauge("held_rows", "Rows that wait for their sound to be played", lambda: load().held)
             self.metrics.gauge("cached_positions", "Positions in caches", lambda: load().positions)
             self.metrics.gauge("kept_positions", "Positions that sessions keep between their turns", lambda: load().kept)
+
+    @property
+    def think(self) -> str | None:
+        return self.settings.think
 
     @property
     def full(self) -> bool:
@@ -285,10 +289,3 @@ async def _client_secret(server: Server, request: Request) -> JSONResponse:
     server.secrets = {key: kept for key, kept in server.secrets.items() if server.keys.is_secret(key)}
     server.secrets[secret] = given
     return JSONResponse({"value": secret, "expires_at": expires, "session": session})
-
-
-def server_of(request: Request) -> Server:
-    return cast(Server, request.app.state.server)
-
-
-__all__ = ["KEY_PROTOCOL", "Server", "ServerSettings", "build_app"]

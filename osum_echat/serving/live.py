@@ -21,7 +21,20 @@ from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelt
 from osum_echat.generation.events import Event as RowEvent
 from osum_echat.generation.request import Request, build_request
 from osum_echat.generation.session import Session
-from osum_echat.serving.backend import Ended, Event, Exchange, Heard, Refused, Samples, Sound, Text, Thought, ThoughtDone, Turn
+from osum_echat.serving.backend import (
+    Ended,
+    Event,
+    Exchange,
+    Heard,
+    Memory,
+    Refused,
+    Samples,
+    Sound,
+    Text,
+    Thought,
+    ThoughtDone,
+    Turn,
+)
 
 if TYPE_CHECKING:
     from osum_echat.pipeline import EChat
@@ -71,7 +84,7 @@ class LiveModel:
         self.interleaved = interleaved if learnt.modes is None else "speech2text_token_streaming" in learnt.modes
         forms: tuple[ThinkForm, ...] = ("tag", "language")
         kinds = ("speech2text_token_think", "speech2text_token_streaming_think")
-        self.thinks = [f for f in forms if any(echat.dialect.refusal(kind, think=f) is None for kind in kinds)]
+        self.thinks: Sequence[str] = [f for f in forms if any(echat.dialect.refusal(kind, think=f) is None for kind in kinds)]
         self.past_turns = MAX_TURNS if learnt.past_turns is None else min(learnt.past_turns, MAX_TURNS)
         self.warnings = self._warnings()
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -138,13 +151,15 @@ class LiveModel:
         parts = [event.text async for event in job if isinstance(event, Text)]
         return "".join(parts).strip()
 
-    def start(self, turn: Turn, memory: LiveMemory | None = None) -> LiveJob:
+    def start(self, turn: Turn, memory: Memory | None = None) -> LiveJob:
+        assert memory is None or isinstance(memory, LiveMemory), memory
         job = LiveJob(self, turn, memory)
         job.begin(self.request(turn, memory))
         return job
 
-    def remember(self, memory: LiveMemory, past: Sequence[Exchange], turn: Turn) -> None:
+    def remember(self, memory: Memory, past: Sequence[Exchange], turn: Turn) -> None:
         """Read the past as the next turn will show it, while nobody waits. A new turn does not wait for it."""
+        assert isinstance(memory, LiveMemory), memory
         last, session = memory.last, memory.session
         if self.past_turns == 0 or last is None:
             return

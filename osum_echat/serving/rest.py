@@ -14,7 +14,7 @@ import secrets
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import soundfile
@@ -30,9 +30,6 @@ from osum_echat.audio.io import to_mono_16k
 from osum_echat.serving.backend import Backend, Ended, Exchange, Heard, Job, Refused, Samples, Sound, Text, ThoughtDone, Turn
 from osum_echat.serving.realtime.audio import Resampler, to_pcm16
 
-if TYPE_CHECKING:
-    from osum_echat.serving.app import Server
-
 RATE = 24_000
 """Of all sound that goes out."""
 MEDIA = {
@@ -45,6 +42,16 @@ MEDIA = {
 }
 _FILES = {"wav": ("WAV", "PCM_16"), "flac": ("FLAC", "PCM_16"), "mp3": ("MP3", None), "opus": ("OGG", "OPUS")}
 _MAX_TEXT = 4096
+
+
+class Host(Protocol):
+    """What routes need of a server. ``think``: form of the thought of requests that do not choose."""
+
+    backend: Backend
+    draining: bool
+
+    @property
+    def think(self) -> str | None: ...
 
 
 class BadRequest(ValueError):
@@ -61,7 +68,7 @@ def failure(status: int, message: str, code: str, param: str | None = None) -> J
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
 
 
-def add_routes(app: FastAPI, server: Server) -> None:
+def add_routes(app: FastAPI, server: Host) -> None:
     backend = server.backend
 
     def model(name: str) -> dict[str, Any]:
@@ -282,7 +289,7 @@ async def transcriptions(request: Request, backend: Backend) -> Response:
 # ---- chat completions ----------------------------------------------------------------------------------------------------------------
 
 
-async def chat(request: Request, server: Server) -> Response:
+async def chat(request: Request, server: Host) -> Response:
     """``POST /v1/chat/completions``: text or ``input_audio`` in, text and sound out, whole or as server-sent events."""
     body = await _body(request)
     backend = server.backend
@@ -361,7 +368,7 @@ async def _chat_events(job: Job, body: Mapping[str, Any], turn: Turn, form: str)
         job.cancel()
 
 
-async def _turn(body: Mapping[str, Any], server: Server) -> tuple[Turn, str]:
+async def _turn(body: Mapping[str, Any], server: Host) -> tuple[Turn, str]:
     """What the model is asked, and the format of the sound."""
     backend = server.backend
     messages = body.get("messages")
@@ -381,7 +388,7 @@ async def _turn(body: Mapping[str, Any], server: Server) -> tuple[Turn, str]:
     if heard is None and not text:
         raise BadRequest("the last message must be the user's, with a text or a recording", "messages")
     own = body.get("x_echat") or {}
-    think = own.get("think", server.settings.think) if isinstance(own, dict) else None
+    think = own.get("think", server.think) if isinstance(own, dict) else None
     limit = _number(body, "max_completion_tokens", 1, 1e6) or _number(body, "max_tokens", 1, 1e6)
     voice = audio.get("voice")
     turn = Turn(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
 from fastapi import WebSocket, WebSocketDisconnect
@@ -103,7 +103,7 @@ class Connection:
     async def _read(self) -> None:
         while True:
             try:
-                message: dict[str, Any] = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
+                message: MutableMapping[str, Any] = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
             except asyncio.TimeoutError:
                 self.end(GOING_AWAY, f"nothing was received for {self.limits.idle_seconds:g} s")
                 return
