@@ -128,7 +128,7 @@ def test_demo_shows_every_mode(checkpoint, wav, tmp_path, capsys, monkeypatch):
     }
     shutil.copy(wav, tmp_path / "ours.wav")
     (tmp_path / "demo.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    monkeypatch.setattr(demo, "RECORDINGS", tmp_path / "demo.jsonl")
+    monkeypatch.setattr(demo, "find_recordings", lambda: tmp_path / "demo.jsonl")
     out = tmp_path / "out"
     arguments = ["--wav", str(wav), "--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(out)]
     assert demo.main(arguments) == 0
@@ -146,7 +146,7 @@ def test_demo_shows_every_mode(checkpoint, wav, tmp_path, capsys, monkeypatch):
 
 
 def test_demo_without_a_recording_says_so(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "RECORDINGS", tmp_path / "demo.jsonl")
+    monkeypatch.setattr(demo, "find_recordings", lambda: None)
     assert demo.main([]) == 1 and "WAV=me.wav" in capsys.readouterr().err
     assert demo.main(["--wav", "none.wav"]) == 1 and "no such recording: none.wav" in capsys.readouterr().err
 

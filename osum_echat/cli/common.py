@@ -9,14 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osum_echat import locations
 from osum_echat.audio.fetch import MAX_BYTES, fetch, is_web
 
 if TYPE_CHECKING:
     from osum_echat.audio.io import Source
     from osum_echat.pipeline import EChat, Options, Reply
-
-ROOT = Path(__file__).resolve().parents[2]
-MINI = ROOT / "checkpoints" / "mini"
 
 
 class UserError(Exception):
@@ -27,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command that runs a model."""
     group = parser.add_argument_group("model")
     group.add_argument("--checkpoint", default="mini", help="mini (default), a checkpoint folder, a released .pt or .safetensors")
-    group.add_argument("--config", help="model config of a bare .pt or .safetensors (default: conf/ct_config.yaml)")
+    group.add_argument("--config", help="model config of a bare .pt or .safetensors (default: the released model's)")
     group.add_argument("--token2wav", help="a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own token2wav/)")
     group.add_argument("--speaker", help="the reply's voice: a saved speaker (.safetensors) or a recording of 1 to 30 s")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu, or with an index: cuda:1")
@@ -57,12 +55,10 @@ def request_options(args: argparse.Namespace) -> Options:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The path for ``--checkpoint``. Raises UserError when there is nothing."""
-    path = MINI if name == "mini" else Path(name).expanduser()
+    """The path for ``--checkpoint``. Raises UserError or FileNotFoundError when there is nothing."""
+    path = Path(locations.find_checkpoint(name)).expanduser()
     if path.exists():
         return path
-    if name == "mini":
-        raise UserError(f"the mini model is not in this checkout ({MINI.relative_to(ROOT)}/ is missing): `make mini` trains it")
     raise UserError(f"no such checkpoint: {name}")
 
 
@@ -77,7 +73,7 @@ def load_echat(args: argparse.Namespace, speech: bool = True) -> EChat:
     checkpoint = find_checkpoint(args.checkpoint)
     config = args.config
     if config is None and checkpoint.is_file():
-        config = ROOT / "conf" / "ct_config.yaml"
+        config = "package:ct_config.yaml"
     voice: dict[str, Any] = {"token2wav": args.token2wav, "speaker": args.speaker} if speech else {}
     return EChat.load(checkpoint, config=config, device=args.device, dtype=args.dtype, profile=args.profile, **voice)
 

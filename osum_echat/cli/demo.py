@@ -15,7 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.cli.common import ROOT, UserError, add_model_arguments, load_echat, run, save_speech
+from osum_echat.cli.common import UserError, add_model_arguments, load_echat, run, save_speech
+from osum_echat.locations import find_recordings
 from osum_echat.pipeline.ask import MODES, AudioChunk, StreamEvent, ThinkForm
 from osum_echat.serving.demo_page import TAGS, Recording, Result, Shown, Summary, render
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from osum_echat.pipeline import EChat
 
-RECORDINGS = ROOT / "assets" / "demo" / "demo.jsonl"
 PAGE = "index.html"
 _WIDTH = 110  # of the table where no terminal says how wide it is
 MODE = MODES["s2s_think"]
@@ -50,17 +50,18 @@ def recordings(wav: str | None) -> list[Recording]:
     own = [Recording(Path(wav))] if wav else []
     if own and not own[0].path.is_file():
         raise UserError(f"no such recording: {wav}")
-    if not RECORDINGS.is_file():
+    ours = find_recordings()
+    if ours is None:
         if own:
             return own
-        raise UserError(f"{RECORDINGS} is missing; give a recording with WAV=me.wav")
-    return own + [_recording(json.loads(line)) for line in RECORDINGS.read_text(encoding="utf-8").splitlines()]
+        raise UserError("the recordings of the demo are not installed; give one of yours: --wav me.wav (make demo WAV=me.wav)")
+    return own + [_recording(json.loads(line), ours.parent) for line in ours.read_text(encoding="utf-8").splitlines()]
 
 
-def _recording(record: dict[str, Any]) -> Recording:
+def _recording(record: dict[str, Any], folder: Path) -> Recording:
     extra: dict[str, Any] = record.get("extra", {})
     tags = {name: str(extra[name]) for name in TAGS if extra.get(name)}
-    return Recording(RECORDINGS.parent / record["wav"], record["txt"], tags, tuple(extra.get("replies", ())))
+    return Recording(folder / record["wav"], record["txt"], tags, tuple(extra.get("replies", ())))
 
 
 def answer(echat: EChat, recording: Recording, thought: str, seed: int) -> Result:

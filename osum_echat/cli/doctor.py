@@ -9,7 +9,7 @@ import platform
 from collections.abc import Sequence
 
 from osum_echat import __version__, device
-from osum_echat.cli.common import MINI, ROOT
+from osum_echat.locations import find_mini
 
 # package: what it is for
 OPTIONAL = {
@@ -49,5 +49,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     for package, purpose in OPTIONAL.items():
         print(f"  {package:<16} {version_of(package) or 'not installed':<16} {purpose}")
     print("checkpoints")
-    print(f"  mini             {'found' if MINI.exists() else 'not here; `make mini` trains it'} ({MINI.relative_to(ROOT)})")
+    try:
+        print(f"  mini             {find_mini()}")
+    except FileNotFoundError as error:
+        print(f"  mini             {error}")
     return 0

@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 import random
-import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -198,6 +197,11 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage begins with the parent's peak after a fork
         return next(int(line.split()[1]) * 1024 for line in status.read_text("ascii").splitlines() if line.startswith("VmHWM"))
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    import resource  # other Unix
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 

@@ -86,7 +86,7 @@ def load_model(
         CheckpointError: the file does not fit the config, or cannot be read.
         ValueError: no config or no tokenizer where one is needed.
     """
-    path = _local(path)
+    path = local_path(path)
     model_config = _config_for(path, config)
     source = open_source(path)
     model = _assemble(model_config, source, torch.device(device), dtype, str(path))
@@ -101,7 +101,7 @@ def load_weights(
     dtype: Dtype = None,
 ) -> EChatModel:
     """`load_model` without a tokenizer."""
-    path = _local(path)
+    path = local_path(path)
     return _assemble(_config_for(path, config), open_source(path), torch.device(device), dtype, str(path)).eval()
 
 
@@ -174,7 +174,7 @@ def assign(model: nn.Module, tensors: Mapping[str, tuple[Tensor, str]], device: 
             model.get_submodule(parent)._buffers[attribute] = buffer.to(device)
 
 
-def _local(path: str | Path) -> Path:
+def local_path(path: str | Path) -> Path:
     """A path of this machine; the name of a hub repository is downloaded."""
     local = Path(path)
     if local.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
@@ -198,7 +198,7 @@ def _config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelCon
     if not path.exists():
         raise CheckpointError(f"checkpoint not found: {path}")
     raise ValueError(
-        f"{path} has no {CONFIG_FILE} beside its weights; pass its model config (for the published weights: conf/ct_config.yaml)"
+        f"{path} has no {CONFIG_FILE} beside its weights; pass its model config (for the published weights: package:ct_config.yaml)"
     )
 
 
@@ -221,7 +221,7 @@ def load_parts(model: EChatModel, path: str | Path, parts: Iterable[str]) -> lis
         CheckpointError: an entry is missing or has another shape.
     """
     wanted_parts = list(parts)
-    source = open_source(_local(path))
+    source = open_source(local_path(path))
     own = model.state_dict()
     spec = spec_of(model)
     wanted = [name for name in own for part in wanted_parts if belongs(name, part)]

@@ -20,6 +20,8 @@ from osum_echat.generation.events import Done, Event, TextDelta, ThinkDelta, spe
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request, encode_recordings, split_audio
 from osum_echat.generation.session import Session
+from osum_echat.locations import find_checkpoint
+from osum_echat.model.checkpoint import local_path
 from osum_echat.model.config import ModelConfig
 from osum_echat.model.echat import AudioFeatures, EChatModel
 from osum_echat.pipeline import load
@@ -68,7 +70,7 @@ class EChat:
         """Load everything.
 
         Args:
-            checkpoint: a folder, a released ``.pt`` or ``.safetensors``, or a hub name (see `model.checkpoint.load_model`).
+            checkpoint: a folder, a released ``.pt`` or ``.safetensors``, a hub name, or ``mini`` (see `locations`).
             config: model config; needed where the checkpoint does not bring its own.
             token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else replies have speech tokens
                 and no sound).
@@ -84,8 +86,8 @@ class EChat:
         Raises:
             ValueError: what is missing or does not fit together.
         """
-        target, path = devices.resolve(device), Path(checkpoint)
-        model, tokenizer = load.load_llm(checkpoint, config, target, dtype, pack)
+        target, path = devices.resolve(device), local_path(find_checkpoint(checkpoint))
+        model, tokenizer = load.load_llm(path, config, target, dtype, pack)
         sound = load.load_token2wav(path, token2wav, target)
         settings, dialect = load.read_settings(path, generation, model.config.dialect, profile)
         echat = cls(model, tokenizer, settings, sound, dialect=dialect)
