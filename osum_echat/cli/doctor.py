@@ -9,6 +9,7 @@ import platform
 from collections.abc import Sequence
 
 from osum_echat import __version__, device
+from osum_echat.cli.common import add_model_arguments, recording, run
 from osum_echat.locations import find_mini
 
 # package: what it is for
@@ -29,8 +30,41 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog or "osum-echat doctor",
+        description=__doc__,
+        epilog="With --checkpoint it checks that checkpoint as well and prints a report to paste into an issue; exit code 1 if it does not work here.",
+    )
+    parser.add_argument("--wav", help="a recording that the checkpoint shall answer (a few seconds of speech)")
+    add_model_arguments(parser)
+    parser.set_defaults(checkpoint=None)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    argparse.ArgumentParser(prog=prog or "osum-echat doctor", description=__doc__).parse_args(argv)
+    args = make_parser(prog).parse_args(argv)
+    machine()
+    return 0 if args.checkpoint is None else run(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Check a checkpoint and print what was found; 1 when it does not work here."""
+    from osum_echat.cli.checkpoint_report import write_report
+
+    if args.wav is not None:
+        recording(args.wav)
+    found = write_report(args, args.wav)
+    print("checkpoint")
+    print("\n".join(f"  {line}" for line in found.lines))
+    print(
+        "it works here" if not found.failed else f"{found.failed} check(s) failed: please paste this whole report into an issue"
+    )
+    return 1 if found.failed else 0
+
+
+def machine() -> None:
+    """Print what this machine has."""
     print(f"osum-echat {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in ("torch", "transformers", "peft", "onnxruntime", "soundfile", "soxr"):
         print(f"  {package:<16} {version_of(package) or 'MISSING: pip install osum-echat'}")
@@ -53,4 +87,3 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"  mini             {find_mini()}")
     except FileNotFoundError as error:
         print(f"  mini             {error}")
-    return 0
