@@ -20,6 +20,7 @@ COMMANDS = {
     "page": ("osum_echat.cli.page", "a web page: recordings, files, conversations"),
     "train": ("osum_echat.training.__main__", "train a stage"),
     "eval": ("osum_echat.cli.eval", "measure a checkpoint: understanding, speech, dialogue, empathy, latency"),
+    "duplex": ("osum_echat.cli.duplex", "talk to a live server with recordings and measure how it takes turns"),
     "data": ("osum_echat.cli.data", "look at data and convert it: data doctor, data show, data convert"),
     "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
     "convert": ("osum_echat.tools.convert", "a checkpoint of any form to another"),

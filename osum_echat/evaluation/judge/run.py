@@ -61,6 +61,8 @@ def run(
     lines = Lines(out / FILE)
     before = {(row["part"], row["id"], row["judge"]): row for row in lines.rows()}
     questions = list(_questions(suite, rows, judges))
+    if not questions:
+        return []
     by_name = dict(zip(names(judges), judges, strict=True))
     open_questions = []
     with lines:

@@ -9,6 +9,7 @@
 | vocalsound, meld, mer | labelled sets of events and emotions | labelled |
 | seed_tts | ``meta.lst`` of SEED-TTS-eval | benchmarks |
 | voicebench | jsonl with VoiceBench's columns; the file's name says which subset | benchmarks |
+| duplex | folder of ``*/input.wav`` (Full-Duplex-Bench) or of wav files | benchmarks |
 
 A reader gives an `Item` or, for an entry that cannot be used, an `ItemError` that names file and line; only a set that cannot be opened
 at all is an exception.
@@ -36,6 +37,7 @@ FORMS = {
     "mer": "labelled:read_mer",
     "seed_tts": "benchmarks:read_seed_tts",
     "voicebench": "benchmarks:read_voicebench",
+    "duplex": "benchmarks:read_duplex",
 }
 
 

@@ -124,3 +124,11 @@ def _audio(value: Any, resolve: Resolver) -> str | bytes | None:
                 raise ValueError(f"audio.bytes is not base64: {error}") from error
         value = value.get("path")
     return resolve(value) if isinstance(value, str) and value else None
+
+
+def read_duplex(path: str) -> Iterator[Entry]:
+    """Recordings to play to a live server."""
+    from osum_echat.evaluation.duplex.run import cases
+
+    for case in cases(Path(path)):
+        yield Item(case.id, "", str(case.wav), source=path)

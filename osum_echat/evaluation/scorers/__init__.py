@@ -123,6 +123,7 @@ SCORERS = {
     "speech_faults": "speech:SpeechFaults",
     "latency": "latency:Latency",
     "seconds": "latency:Seconds",
+    "live": "live:Live",
 }
 
 

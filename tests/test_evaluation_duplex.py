@@ -1,0 +1,189 @@
+"""The paced client against a Realtime server on this machine: what is recorded, when, and what it comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from osum_echat.audio import io as audio_io
+from osum_echat.cli import main as command
+from osum_echat.evaluation.duplex.client import RATE, LiveError, Recording, Settings, hold
+from osum_echat.evaluation.duplex.measures import Segment, read_segments, segments, turns
+from osum_echat.evaluation.duplex.run import cases
+from osum_echat.evaluation.duplex.timeline import Timeline
+from osum_echat.evaluation.results import Result
+from tests.evaluation_case import item, score
+from tests.realtime_server import Server
+
+ONE = np.ones(RATE, np.float32)
+
+
+def spoken(*parts: tuple[float, bool]) -> np.ndarray:
+    """Sound and silence of so many seconds."""
+    return np.concatenate([(0.3 if loud else 0.0) * np.sin(np.arange(int(s * RATE)) / 9).astype(np.float32) for s, loud in parts])
+
+
+# ---- timeline, measures --------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_played_one_after_the_other_and_late_ones_leave_a_gap():
+    line = Timeline(RATE)
+    line.play(1.0, ONE, "r")
+    line.play(1.2, 2 * ONE, "r")  # came early: waits for the first
+    line.play(5.0, ONE, "s")
+    assert [(s.start, s.end, s.response) for s in line.stretches] == [(1.0, 3.0, "r"), (5.0, 6.0, "s")]
+    samples = line.samples(7.0)
+    assert len(samples) == 7 * RATE
+    assert [samples[int(t * RATE)] for t in (0.5, 1.5, 2.5, 4.0, 5.5, 6.5)] == [0, 1, 2, 0, 1, 0]
+
+
+def test_what_was_not_played_when_it_was_stopped_is_forgotten():
+    line = Timeline(RATE)
+    line.play(1.0, ONE, "r")
+    line.play(1.0, ONE, "r")
+    assert line.stop(1.5) == pytest.approx(1.5) and line.playhead == 1.5
+    assert [(s.start, s.end) for s in line.stretches] == [(1.0, 1.5)]
+    samples = line.samples(3.0)
+    assert samples[int(1.4 * RATE)] == 1 and not samples[int(1.5 * RATE) :].any()
+    assert line.stop(2.0) == 0.0
+
+
+def test_a_persons_segments_are_heard_or_read(tmp_path: Path):
+    sound = spoken((0.5, False), (1.0, True), (0.4, False), (0.5, True), (1.5, False), (0.6, True))
+    found = read_segments(tmp_path, sound, RATE)
+    assert [(round(s.start, 1), round(s.end, 1)) for s in found] == [(0.5, 2.4), (3.9, 4.5)]
+    (tmp_path / "turns.json").write_text(json.dumps([{"start": 0.5, "end": 2.4}, {"start": 3.9, "end": 4.5, "kind": "reject"}]))
+    assert [s.kind for s in read_segments(tmp_path, sound, RATE)] == ["say", "reject"]
+    (tmp_path / "turns.json").write_text('[{"start": 1}]')
+    with pytest.raises(ValueError, match="list of objects with start, end"):
+        read_segments(tmp_path, sound, RATE)
+    (tmp_path / "turns.json").write_text('[{"start": 1, "end": 2, "kind": "shout"}]')
+    with pytest.raises(ValueError, match="'shout': use say, reject"):
+        read_segments(tmp_path, sound, RATE)
+    assert segments(np.zeros(RATE), RATE) == []
+
+
+def recorded(pieces: list[tuple[float, float]], **events: list[float]) -> Recording:
+    line = Timeline(RATE)
+    for n, (start, end) in enumerate(pieces):
+        line.play(start, np.ones(int((end - start) * RATE), np.float32), str(n))
+    noted = [{"t": t, "from": "server", "type": f"input_audio_buffer.{kind}"} for kind, times in events.items() for t in times]
+    return Recording(line, noted)
+
+
+def test_delays_interruptions_and_rejections():
+    answered, missed = turns([Segment(0, 1), Segment(4, 5)], recorded([(1.5, 2.5)], committed=[1.3]))
+    assert (answered.answered, answered.delay, answered.after_commit) == (True, 0.5, pytest.approx(0.2))
+    assert not missed.answered and missed.delay is None
+    first, second = turns([Segment(0, 1), Segment(2, 3)], recorded([(1.5, 2.2), (3.4, 4.4)], speech_started=[0.1, 2.2]))
+    assert not first.interrupts and second.interrupts and second.stop == pytest.approx(0.2) and second.delay == pytest.approx(0.4)
+    (_, talked_over) = turns([Segment(0, 1), Segment(2, 3)], recorded([(1.5, 5.0)]))
+    assert talked_over.interrupts and talked_over.stop is None and not talked_over.answered
+    noise = [Segment(0, 1, "reject")]
+    assert turns(noise, recorded([]))[0].rejected is True
+    assert turns(noise, recorded([(2.0, 3.0)]))[0].rejected is False
+    assert turns([Segment(2, 2.5, "reject")], recorded([(1.5, 5.0)]))[0].rejected is True  # it went on speaking
+    assert turns([Segment(2, 2.5, "reject")], recorded([(1.5, 2.1)], speech_started=[2.1]))[0].rejected is False
+
+
+def test_segments_are_counted_by_what_they_are_about():
+    rows = [
+        {"kind": "say", "answered": True, "delay": 0.4, "after_commit": 0.1, "interrupts": False},
+        {"kind": "say", "answered": False, "interrupts": True, "stop": 0.2},
+        {"kind": "say", "answered": True, "delay": 0.8, "interrupts": True},
+        {"kind": "reject", "rejected": True},
+    ]
+    values = score("live", item(), Result("a", timings={"turns": rows})).values
+    assert values["delay"] == (pytest.approx(1.2), 2) and values["answered"] == (2, 3) and values["after_commit"] == (0.1, 1)
+    assert values["interrupted"] == (1, 2) and values["stop"] == (0.2, 1) and values["rejected"] == (1, 1)
+    assert score("live", item(), Result("a")) is None
+
+
+# ---- against a server ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_is_answered_and_the_delays_are_the_servers_own():
+    sound = spoken((0.3, False), (0.7, True), (0.6, False))
+    with Server(latency=0.2, answer=0.5) as server:
+        recording = hold(Settings(server.url, key="secret", tail=0.3), sound)
+    (turn,) = turns(segments(sound, RATE), recording)
+    assert turn.answered and turn.after_commit == pytest.approx(server.after_commit[0], abs=0.05)
+    assert turn.delay == pytest.approx(0.3 + 0.2, abs=0.12)  # what the server waits for silence, and its latency
+    assert recording.text == "la la la la la" and server.headers == ["Bearer secret"]
+    out = recording.timeline.samples()
+    first = np.flatnonzero(np.abs(out) > 0.05)[0] / RATE
+    assert first == pytest.approx(1.0 + turn.delay, abs=0.03)
+    assert recording.seconds == pytest.approx(first + 0.5 + 0.3, abs=0.25)
+    update = server.received[0]["session"]
+    assert update["type"] == "realtime" and update["audio"]["input"]["format"] == {"type": "audio/pcm", "rate": 24000}
+
+
+@pytest.mark.parametrize("paced", [True, False])
+def test_an_interrupted_answer_is_stopped_and_the_server_is_told_what_was_heard(paced: bool):
+    sound = spoken((0.6, True), (1.0, False), (0.6, True), (0.5, False))
+    with Server(latency=0.1, answer=3.0, paced=paced) as server:
+        recording = hold(Settings(server.url, tail=0.3, patience=6.0), sound)
+    first, second = turns(segments(sound, RATE), recording)
+    assert first.answered and second.interrupts and second.stop == pytest.approx(0.0, abs=0.15) and second.answered
+    truncate = next(event for event in server.received if event["type"] == "conversation.item.truncate")
+    heard = 1.6 - (0.6 + first.delay)
+    assert truncate["item_id"] == "i0" and truncate["audio_end_ms"] == pytest.approx(1000 * heard, abs=150)
+    out = recording.timeline.samples()
+    assert np.abs(out[int(1.85 * RATE) : int(2.1 * RATE)]).max() == 0  # silent while the person goes on
+
+
+def test_a_server_that_refuses_or_is_not_there_is_an_error_with_its_words():
+    with Server(refuse="no such voice") as server, pytest.raises(LiveError, match="no such voice"):
+        hold(Settings(server.url), spoken((0.1, True)))
+    with pytest.raises(LiveError, match="ws://127"):
+        hold(Settings("ws://127.0.0.1:9/v1/realtime"), spoken((0.1, True)))
+
+
+def test_a_silent_server_is_left_after_the_patience_is_over():
+    with Server(silence=99.0) as server:
+        recording = hold(Settings(server.url, patience=0.5, tail=0.2), spoken((0.3, True)))
+    assert recording.seconds < 1.5 and not recording.timeline.stretches
+
+
+def test_cases_of_both_forms(tmp_path: Path):
+    for name in ("b/input.wav", "a/input.wav", "a/output.wav"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        audio_io.write(tmp_path / name, spoken((0.2, True)), RATE)
+    assert [case.id for case in cases(tmp_path)] == ["a", "b"]
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    audio_io.write(flat / "x.wav", spoken((0.2, True)), RATE)
+    assert [case.id for case in cases(flat)] == ["x"]
+    with pytest.raises(ValueError, match="holds no"):
+        cases(tmp_path / "none")
+
+
+def test_the_command_writes_files_in_step_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name in ("one", "two", "broken"):
+        (source / name).mkdir(parents=True)
+        audio_io.write(source / name / "input.wav", spoken((0.2, False), (0.5, True), (0.5, False))[::3], 8000)
+    (source / "broken" / "input.wav").write_bytes(b"no audio")
+    (source / "two" / "turns.json").write_text(json.dumps([{"start": 0.2, "end": 0.7, "kind": "reject"}]))
+    arguments: list[Any] = []
+    with Server(latency=0.1, answer=0.4) as server:
+        arguments = ["duplex", "--url", server.url, "--in", str(source), "--out", str(out), "--tail", "0.3"]
+        assert command(arguments) == 0
+        held = len(server.headers)
+        assert command(arguments) == 0  # nothing is held again
+        assert len(server.headers) == held == 2
+    values = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert values["scored"] == 2 and values["holes"] == 1 and values["answered"] == 100 and values["rejected"] == 0
+    assert 0.2 < values["delay"] < 0.7
+    heard, said = (soundfile.info(str(out / "one" / name)) for name in ("output.wav", "input.wav"))
+    assert heard.frames == said.frames and heard.samplerate == 24000
+    events = [json.loads(line) for line in (out / "one" / "events.jsonl").read_text().splitlines()]
+    kinds = [event["type"] for event in events]
+    assert kinds[0] == "session.update" and "response.output_audio.delta" in kinds
+    assert all("delta" not in event for event in events if event["type"] == "response.output_audio.delta")
+    assert (out / "report.html").is_file()
