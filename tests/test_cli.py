@@ -1,4 +1,4 @@
-"""The front doors with a tiny model in a checkpoint folder: what they print, what they write, how they fail."""
+"""The commands with a tiny model in a checkpoint folder: what they print, what they write, how they fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The house rule: imports point one way, and the core needs none of the optional packages."""
+"""Imports point one way, and the core needs none of the optional packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LLM with ears and a mouth: unified ids in, hidden states out, a text head and a speech head.
+"""The LLM over one vocabulary of text and speech: unified ids in, hidden states out, a text head and a speech head.
 
 The LLM is any transformers causal LM, used through its public interface: embeddings in, a ready 4D mask, a cache. Its token table and LM head
 serve the text ids; a table and a head of our own serve speech codes and the audio markers (`dialogue.vocabulary`).

@@ -58,7 +58,7 @@ def load_config(path: Path, stage: str | None, overrides: Sequence[str]) -> Trai
 
 
 def find_validator(name: str) -> Validator:
-    """``package.module:function``. Rooms of higher floors hand their measurements in by name, so training need not import them."""
+    """``package.module:function``. Packages of higher layers hand their measurements in by name, so training need not import them."""
     module, _, function = name.partition(":")
     try:
         return getattr(importlib.import_module(module), function)
