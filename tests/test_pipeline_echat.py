@@ -248,12 +248,14 @@ def test_what_is_said_is_the_text_of_a_spoken_reply_and_is_told_once(echat: ECha
 
 
 def test_a_task_that_is_not_in_the_table_is_asked_without_an_instruction(echat: EChat) -> None:
-    assert echat._instruction("<SOMETHING NEW>") == ""
-    assert echat._instruction("<GENDER>") and echat._instruction("<TRANSCRIBE>") != echat._instruction("<GENDER>")
+    assert echat.dialect.instruction("<SOMETHING NEW>") == ""
+    assert echat.dialect.instruction("<GENDER>") and echat.dialect.instruction("<TRANSCRIBE>") != echat.dialect.instruction(
+        "<GENDER>"
+    )
 
 
 def test_a_checkpoint_that_says_so_refuses_tasks_that_it_has_not_learnt(echat: EChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(echat.generator, "dialect", Dialect(refuse_unlisted=True, instructions={"<GENDER>": "who is it"}))
-    assert echat._instruction("<GENDER>") == "who is it"
+    assert echat.dialect.instruction("<GENDER>") == "who is it"
     with pytest.raises(ValueError, match="has not learnt <EMOTION>, only <GENDER>"):
         echat.understand((np.zeros(16_000, np.float32), 16_000), "<EMOTION>")

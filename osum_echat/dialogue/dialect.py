@@ -32,6 +32,7 @@ class Learnt:
         think: forms of a think.
         past_turns: how many past turns may stand in front of a dialogue's turn; 0: none.
         hears, says: languages, as ISO 639-1 codes.
+        seconds: the longest recordings. say_words: the longest texts to say, in words (a Chinese character counts a third).
     """
 
     modes: tuple[str, ...] | None = None
@@ -39,6 +40,8 @@ class Learnt:
     past_turns: int | None = None
     hears: tuple[str, ...] | None = None
     says: tuple[str, ...] | None = None
+    seconds: float | None = None
+    say_words: int | None = None
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.modes or ()) - set(OUTPUTS))
@@ -46,6 +49,10 @@ class Learnt:
             raise ValueError(f"learnt.modes: unknown mode {unknown[0]!r}; use {', '.join(OUTPUTS)}")
         if self.past_turns is not None and self.past_turns < 0:
             raise ValueError(f"learnt.past_turns must be 0 (none) or more, found {self.past_turns}")
+        if (self.seconds is not None and self.seconds < 2) or (self.say_words is not None and self.say_words < 1):
+            raise ValueError(
+                f"learnt.seconds must be 2 or more and say_words 1 or more, found {self.seconds} and {self.say_words}"
+            )
 
 
 @dataclass(frozen=True)

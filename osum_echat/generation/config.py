@@ -221,4 +221,4 @@ def older_dialect_keys(data: Mapping[str, Any], where: str) -> tuple[dict[str, A
     return {key: value for key, value in data.items() if key not in _OLDER_KEYS}, changes
 
 
-Reason = Literal["stop", "length", "cancelled"]
+Reason = Literal["stop", "length", "cancelled", "silence"]

@@ -103,7 +103,7 @@ class Batch:
         self._cache = BatchCache(layers, room=max(past) + width + room)
         self._cache.load([r.past for r in requests], past)
         self._plain = False
-        self._bias_B11C = embeds_BTD.new_zeros(0)
+        self._bias_B11C = embeds_BTD.new_zeros(len(rows), 1, 1, 0)
         self.hidden_BD: Tensor = embeds_BTD[:, -1]
         self._unread = (embeds_BTD, positions_BT, visible_BT)
         if read:

@@ -129,6 +129,8 @@ class Session:
 
     def past_request(self, last: Request) -> Request | None:
         """What is to be read so that the past stands as the next turn will show it, if it is of the kind of the last one."""
+        if not self.turns:
+            return None
         generator = self.generator
         heard = tuple(h for turn in self.heard for h in turn)
         sample = Sample(last.output_type, history=tuple(self.turns), think=last.think)

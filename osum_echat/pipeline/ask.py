@@ -292,7 +292,7 @@ class Reply:
         think: raw and parsed; None when there was none.
         speech_tokens: 25 a second, no delimiters.
         audio: samples [n] float32 at ``sample_rate``; None without speech, or without token2wav.
-        finish_reason: ``stop``, ``length`` (cut off by a limit) or ``cancelled``.
+        finish_reason: ``stop``, ``length`` (cut off by a limit), ``cancelled`` or ``silence`` (nothing was to be heard, the model was not asked).
         guards: how often each guard acted.
     """
 

@@ -24,7 +24,7 @@ from osum_echat.locations import find_checkpoint
 from osum_echat.model.checkpoint import local_path
 from osum_echat.model.config import ModelConfig
 from osum_echat.model.echat import AudioFeatures, EChatModel
-from osum_echat.pipeline import load
+from osum_echat.pipeline import load, parts
 from osum_echat.pipeline.ask import MODES, Ask, AskOptions, AudioChunk, Reply, StreamEvent, Voice
 from osum_echat.pipeline.sound import Sound
 from osum_echat.token2wav.config import SAMPLE_RATE
@@ -140,21 +140,46 @@ class EChat:
         return self.stream_ask(Ask(wav, text, **options))
 
     def stream_ask(self, ask: Ask) -> Iterator[StreamEvent]:
-        """The events of anything that can be asked."""
-        return self.sound.stream((event for _, event in self._events([ask])), ask.seed, self.sound.voice_of(ask))
+        """The events of anything that can be asked. Raises ValueError for what cannot, before the first event."""
+        voice, asks = self.sound.voice_of(ask), self.parts(ask)
+        if not asks:
+            return iter(parts.silent_events(ask, self.dialect))
+        streams = (self.sound.stream((e for _, e in self._events([part])), ask.seed, voice) for part in asks)
+        return next(streams) if len(asks) == 1 else parts.joined_stream(streams)
+
+    def parts(self, ask: Ask) -> list[Ask]:
+        """The ask as the model can take it (see `pipeline.parts`). Raises ValueError for what it cannot do or use."""
+        return parts.parts(ask, self.dialect, self.max_seconds)
 
     def session(self, max_turns: int = 5, max_tokens: int = 2000) -> Dialogue:
-        """A dialogue that remembers its past turns."""
+        """A dialogue that remembers its past turns: ``max_turns`` of them, or as many as the checkpoint has learnt, where that is less. A
+        checkpoint that has learnt none refuses the second turn; with ``max_turns=0`` each turn stands by itself."""
+        learnt = self.dialect.learnt.past_turns
+        if learnt:
+            max_turns = min(max_turns, learnt)
         return Dialogue(self, Session(self.generator, max_turns, max_tokens))
 
     # ---- many requests ------------------------------------------------------------------------------------------------------------
 
     def batch(self, asks: Sequence[Ask], size: int = 16) -> list[Reply]:
-        """Answer many at once, of any kinds, ``size`` at a time. Each reply is what it would be alone."""
+        """Answer many at once, of any kinds, ``size`` at a time. Each reply is what it would be alone.
+
+        Raises:
+            ValueError: one of them cannot be asked or used; nothing is computed then.
+        """
+        started = time.perf_counter()
+        split = [self.parts(ask) for ask in asks]
+        flat = [part for some in split for part in some]
         replies: list[Reply] = []
-        for start in range(0, len(asks), size):
-            replies += self._batch(asks[start : start + size])
-        return replies
+        for start in range(0, len(flat), size):
+            replies += self._batch(flat[start : start + size])
+        found, total = iter(replies), time.perf_counter() - started
+        return [
+            parts.joined_reply(ask, [next(found) for _ in some], total)
+            if some
+            else self.reply(parts.silent_events(ask, self.dialect), ask)
+            for ask, some in zip(asks, split, strict=True)
+        ]
 
     def _batch(self, asks: Sequence[Ask]) -> list[Reply]:
         started = time.perf_counter()
@@ -172,7 +197,7 @@ class EChat:
         thought = "".join(e.text for e in events if isinstance(e, ThinkDelta))
         template = self.dialect.strings.template(ask.think or "language")
         chunks = [e for e in events if isinstance(e, AudioChunk)]
-        text = ask.text or "" if ask.kind == "speak" else "".join(e.text for e in events if isinstance(e, TextDelta))
+        text = (ask.text or "") if ask.kind == "speak" else "".join(e.text for e in events if isinstance(e, TextDelta))
         return Reply(
             text=text.strip(),
             think=template.parse(thought) if thought else None,
@@ -225,6 +250,9 @@ class EChat:
 
     def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
         """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording, from `hear`."""
+        why = parts.refusal(ask, self.dialect)
+        if why is not None:
+            raise ValueError(why)
         request = self._request(ask, [int(recording.lengths_N[0]) for recording in heard])
         request.heard = tuple(heard)
         return request
@@ -233,7 +261,7 @@ class EChat:
         """The request of an ask whose recording has ``lengths`` positions in the LLM."""
         prompt = ask.text or "" if ask.kind == "chat" else ""
         if ask.kind == "understand":
-            prompt = ask.prompt or self._instruction(ask.task)
+            prompt = ask.prompt or self.dialect.instruction(ask.task)
         request = build_request(
             ask.mode.output_type,
             self.config,
@@ -247,9 +275,6 @@ class EChat:
             think=ask.think,
         )
         return tuned(request, ask)
-
-    def _instruction(self, task: str) -> str:
-        return load.instruction(self.dialect, task)
 
 
 class Dialogue:
@@ -270,6 +295,8 @@ class Dialogue:
         """The answer to the next turn."""
         started, ask, sound = time.perf_counter(), Ask(wav, text, **options), self.echat.sound
         voice, turn = sound.voice_of(ask), self._turn(ask)
+        if turn is None:
+            return self.echat.reply(parts.silent_events(ask, self.echat.dialect), ask)
         [row] = sound.render([list(turn.events)], [ask.seed], [voice], started)
         list(self._remembered(iter(row), turn))
         return self.echat.reply(row, ask)
@@ -278,15 +305,25 @@ class Dialogue:
         """The events of the next turn as they happen. A stream that is closed before its end leaves no trace in the dialogue."""
         ask = Ask(wav, text, **options)
         voice, turn = self.echat.sound.voice_of(ask), self._turn(ask)
+        if turn is None:
+            return iter(parts.silent_events(ask, self.echat.dialect))
         return self._remembered(self.echat.sound.stream(turn.events, ask.seed, voice), turn)
 
     def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
         """The request of the next turn, with the past in front; see `EChat.request`."""
         if ask.mode.then is not None:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
+        why = parts.refusal(ask, self.echat.dialect, min(len(self.memory), self.memory.max_turns))
+        if why is not None:
+            raise ValueError(why)
         return tuned(self.memory.request(ask.mode.output_type, heard, ask.text or "", ask.seed, think=ask.think), ask)
 
-    def _turn(self, ask: Ask) -> _Turn:
+    def _turn(self, ask: Ask) -> _Turn | None:
+        """The turn to be made; None when nothing is heard, which leaves no trace in the dialogue."""
+        asks = self.echat.parts(ask)
+        if not asks:
+            return None
+        [ask] = asks
         heard, text = self.echat.hear([ask.wav]) if ask.wav is not None else [], ask.text or ""
         request = self.request(ask, heard)
         return _Turn(request, heard, text, (event for _, event in self.echat.generator.generate([request])))

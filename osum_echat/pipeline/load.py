@@ -55,6 +55,10 @@ def read_settings(
         if older:
             dialect = config_io.from_dict(Dialect, config_io.merge(config_io.to_dict(dialect), older), str(file))
     if profile is not None:
+        if not isinstance(dialect.profile, str):
+            raise ValueError(
+                f"this checkpoint has strings of its own; profile {profile!r} is for those that were trained with the published ones"
+            )
         dialect = dialect.with_profile(profile)
     return (settings.as_released() if dialect.as_released else settings), dialect
 
@@ -76,11 +80,3 @@ def default_voice(checkpoint: Path, token2wav: Token2Wav) -> Speaker | None:
 
     saved = checkpoint / TOKEN2WAV_FOLDER / SPEAKER_FILE
     return Speaker.load(saved) if saved.is_file() else next(iter(token2wav.speakers.values()), None)
-
-
-def instruction(dialect: Dialect, task: str) -> str:
-    """What the user asks for. Raises ValueError for a task that the checkpoint has not learnt."""
-    refusal = dialect.refusal(task)
-    if refusal is not None:
-        raise ValueError(f"{refusal}; prompt= asks in words of your own")
-    return dialect.instruction(task)
