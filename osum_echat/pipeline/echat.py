@@ -313,13 +313,18 @@ class Dialogue:
         """The request of the next turn, with the past in front; see `EChat.request`."""
         if ask.mode.then is not None:
             raise ValueError("a dialogue answers written turns in text; give a recording, or leave speak out")
+        self._check(ask)
+        return tuned(self.memory.request(ask.mode.output_type, heard, ask.text or "", ask.seed, think=ask.think), ask)
+
+    def _check(self, ask: Ask) -> None:
+        """Raises ValueError for what the checkpoint has not learnt."""
         why = parts.refusal(ask, self.echat.dialect, min(len(self.memory), self.memory.max_turns))
         if why is not None:
             raise ValueError(why)
-        return tuned(self.memory.request(ask.mode.output_type, heard, ask.text or "", ask.seed, think=ask.think), ask)
 
     def _turn(self, ask: Ask) -> _Turn | None:
         """The turn to be made; None when nothing is heard, which leaves no trace in the dialogue."""
+        self._check(ask)
         asks = self.echat.parts(ask)
         if not asks:
             return None
