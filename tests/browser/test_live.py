@@ -1,0 +1,204 @@
+"""The live page in Chromium, whose microphone plays a recording: it speaks, is answered, interrupts. Screenshots go to out/browser/, to be looked at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import DEMO, ROOT
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+SPEECH = DEMO / "1_adult_male_happy.ogg"
+MAKE_WAV = """
+import sys, numpy as np, soundfile
+speech, rate = soundfile.read(sys.argv[1])
+gap = lambda seconds: np.zeros(int(seconds * rate))
+soundfile.write(sys.argv[2], np.concatenate([gap(1.0), speech, gap(float(sys.argv[3]))]), rate, subtype="PCM_16")
+"""
+
+
+def python() -> str:
+    return os.environ.get("OSUM_ECHAT_PYTHON", sys.executable)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The server with mini, started as a user starts it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [python(), "-m", "osum_echat.cli", "serve", "--port", str(port), "--device", "cpu", "--threads", "1", *arguments]
+    server = subprocess.Popen(command, cwd=ROOT)
+    url = f"http://127.0.0.1:{port}/"
+    try:
+        for _ in range(600):
+            assert server.poll() is None, "the server ended by itself"
+            try:
+                urllib.request.urlopen(url + "health", timeout=2).read(1)
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield url, server
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def live_url() -> Iterator[str]:
+    with serving() as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What the microphone plays, over and over: with time for the answer, and with too little."""
+    folder = tmp_path_factory.mktemp("microphone")
+    made = {"polite": folder / "polite.wav", "hasty": folder / "hasty.wav"}
+    for (_, path), seconds in zip(made.items(), ("9", "3"), strict=True):
+        subprocess.run([python(), "-c", MAKE_WAV, str(SPEECH), str(path), seconds], check=True)
+    return made
+
+
+@contextmanager
+def chromium(
+    wav: Path | None, width: int = 1200, height: int = 900, language: str = "en-US", dark: bool = False, microphone: bool = True
+) -> Iterator[webdriver.Chrome]:
+    assert shutil.which("chromedriver"), "chromedriver is missing: apt-get install chromium-driver"
+    options = webdriver.ChromeOptions()
+    arguments = ["--headless=new", "--no-sandbox", f"--window-size={width},{height}", f"--lang={language}"]
+    arguments += ["--autoplay-policy=no-user-gesture-required"]
+    if microphone:
+        arguments += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    else:
+        arguments += ["--deny-permission-prompts"]
+    if wav is not None:
+        arguments += [f"--use-file-for-fake-audio-capture={wav}"]
+    if dark:
+        arguments += ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
+    for argument in arguments:
+        options.add_argument(argument)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_window_size(width, height)
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def wait_for(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what} did not come")
+
+
+def texts(page: webdriver.Chrome, css: str) -> list[str]:
+    return [
+        t for t in page.execute_script("return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", css) if t
+    ]
+
+
+def faults(page: webdriver.Chrome) -> list[str]:
+    return [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+
+
+def test_somebody_speaks_and_is_answered_aloud_with_tags_and_thought(
+    live_url: str, recordings: dict[str, Path], pictures: Path
+) -> None:
+    with chromium(recordings["polite"]) as page:
+        page.get(live_url)
+        page.save_screenshot(str(pictures / "live-start.png"))
+        page.find_element(By.ID, "connect").click()
+        heard = wait_for(lambda: texts(page, "#captions .user .text"), "what was said")
+        assert "birthday party" in heard[0]
+        answer = wait_for(lambda: texts(page, "#captions .reply .text"), "the answer")
+        assert answer[0].strip()
+        wait_for(lambda: any("happy" in chip for chip in texts(page, "#tags li")), "the emotion as a chip")
+        wait_for(lambda: "1 turns" in page.find_element(By.ID, "latency-text").text, "the time of the turn")
+        played = "return document.body.dataset.state"
+        wait_for(lambda: page.execute_script(played) == "speaking", "sound")
+        page.save_screenshot(str(pictures / "live-answer.png"))
+        wait_for(lambda: page.execute_script(played) == "listening", "the end of the answer")
+        assert "happy" in texts(page, "#captions .reply details p")[0], "the thought is folded away, and there"
+        page.find_element(By.ID, "connect").click()
+        assert page.find_element(By.ID, "state").text == "Not connected"
+        assert not faults(page)
+
+
+def test_speech_interrupts_the_answer_at_phone_width_in_chinese_and_dark(
+    live_url: str, recordings: dict[str, Path], pictures: Path
+) -> None:
+    with chromium(recordings["hasty"], width=390, height=844, language="zh-CN", dark=True) as page:
+        page.get(live_url)
+        assert page.find_element(By.ID, "connect").text == "开始对话"
+        page.find_element(By.ID, "connect").click()
+        wait_for(lambda: texts(page, "#captions .cut"), "an interruption", 90)
+        page.save_screenshot(str(pictures / "live-interrupted.png"))
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
+            "nothing sticks out at phone width"
+        )
+        assert not faults(page)
+
+
+def test_push_to_talk_by_the_keyboard_and_the_interrupt_button(live_url: str, recordings: dict[str, Path]) -> None:
+    with chromium(recordings["polite"]) as page:
+        page.get(live_url)
+        page.execute_script("const s = document.getElementById('turns'); s.value = 'none'; s.onchange();")
+        page.find_element(By.ID, "connect").click()
+        wait_for(lambda: page.find_element(By.ID, "state").text == "Listening", "the connection")
+        page.find_element(By.TAG_NAME, "h1").click()  # away from the buttons, which take the space bar for themselves
+        webdriver.ActionChains(page).key_down(Keys.SPACE).perform()
+        wait_for(lambda: page.find_element(By.ID, "state").text == "Hearing you", "talking")
+        time.sleep(4.5)
+        webdriver.ActionChains(page).key_up(Keys.SPACE).perform()
+        wait_for(lambda: texts(page, "#captions .reply .text"), "the answer")
+        wait_for(lambda: page.execute_script("return document.body.dataset.state") == "speaking", "sound")
+        page.find_element(By.ID, "interrupt").click()
+        wait_for(lambda: texts(page, "#captions .cut"), "the cut")
+        assert not faults(page)
+
+
+def test_a_refused_microphone_and_a_server_that_goes_are_said(recordings: dict[str, Path], pictures: Path) -> None:
+    with serving("--api-key", "secret", "--sessions", "1") as (url, server):
+        with chromium(None, microphone=False) as page:
+            page.get(url)
+            page.find_element(By.ID, "connect").click()
+            wait_for(lambda: page.find_element(By.ID, "key").is_displayed(), "the question for the key")
+            page.find_element(By.ID, "key").send_keys("wrong", Keys.ENTER)
+            wait_for(lambda: "did not accept" in page.find_element(By.ID, "notice").text, "the refusal")
+            page.find_element(By.ID, "key").send_keys("secret", Keys.ENTER)
+            wait_for(lambda: "microphone" in page.find_element(By.ID, "notice").text, "the refused microphone")
+            page.save_screenshot(str(pictures / "live-no-microphone.png"))
+
+        def connected(page: webdriver.Chrome) -> None:
+            page.get(url)
+            page.find_element(By.ID, "connect").click()
+            wait_for(lambda: page.find_element(By.ID, "key").is_displayed(), "the question for the key")
+            page.find_element(By.ID, "key").send_keys("secret", Keys.ENTER)
+
+        with chromium(recordings["polite"]) as first, chromium(recordings["polite"]) as second:
+            connected(first)
+            wait_for(lambda: first.find_element(By.ID, "state").text == "Listening", "the first session")
+            connected(second)
+            wait_for(lambda: "full" in second.find_element(By.ID, "notice").text, "the full server")
+            server.send_signal(signal.SIGTERM)
+            wait_for(lambda: "shutting down" in first.find_element(By.ID, "notice").text, "the end of the server")
+            first.save_screenshot(str(pictures / "live-gone.png"))
