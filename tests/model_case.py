@@ -86,3 +86,14 @@ def run(
 
 def by_sample(parts: LossParts, samples: int) -> list[Tensor]:
     return [parts.nll_M[parts.documents_M == n] for n in range(samples)]
+
+
+def ctc_mean(parts: LossParts) -> torch.Tensor:
+    """CTC negative log-likelihood per label."""
+    return parts.ctc_nll_N.sum() / parts.ctc_labels_N.sum().clamp(min=1)
+
+
+def tag_mean(parts: LossParts) -> torch.Tensor:
+    """Sum over tag heads of their mean cross-entropy."""
+    terms = [parts.tag_nll_N[name].sum() / parts.tag_known_N[name].sum().clamp(min=1) for name in parts.tag_nll_N]
+    return torch.stack(terms).sum() if terms else parts.nll_M.new_zeros(())

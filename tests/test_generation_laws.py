@@ -14,7 +14,7 @@ from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tasks import PastTurn
 from osum_echat.generation.cache import GrowingLayer
 from osum_echat.generation.config import GenerationConfig
-from osum_echat.generation.decoder_state import Batch
+from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import build_request
@@ -157,7 +157,7 @@ def test_a_kept_cache_serves_rows_of_a_batch_with_different_pasts() -> None:
     rows.append(request("text", recordings=[2], max_new=10))
     alone = [done(run([replace(row, past=None)])[0]).generated for row in rows]
     with torch.inference_mode():
-        assert min(Batch(model, rows, room=0).reused[:2]) > 0
+        assert min(row.reused for row in DecoderState(model, rows, room=0).rows[:2]) > 0
     assert [done(events).generated for events in run(rows)] == alone
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from osum_echat.model.speech_lm import _attend_by_document
+from osum_echat.model.attention import _sdpa
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -19,7 +19,7 @@ def test_a_step_of_grouped_heads_is_attention_of_each_head(groups: int, masked: 
     if masked:
         hidden = torch.arange(13)[None] < torch.tensor([0, 4, 9])[:, None]
         mask = torch.zeros(3, 1, 1, 13).masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
-    found, _ = _attend_by_document(nn.Module(), query, key, value, mask, scaling=0.3)
+    found, _ = _sdpa(nn.Module(), query, key, value, mask, scaling=0.3)
     heads = [tensor.repeat_interleave(6 // groups, dim=1) for tensor in (key, value)]
     expected = F.scaled_dot_product_attention(query, *heads, mask, scale=0.3).transpose(1, 2)
     assert torch.allclose(found, expected, atol=1e-6)

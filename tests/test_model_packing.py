@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from osum_echat.dialogue.layout import IGNORE, MASKED_POSITION
 from osum_echat.dialogue.packing import pack
+from osum_echat.model.attention import is_plain, packed_mask, register_kernel
 from osum_echat.model.echat import renumber
-from osum_echat.model.speech_lm import is_plain, packed_mask
-from tests.model_case import CONFIG, OPTIONS, by_sample, make_feats, make_model, make_row, run
+from tests.model_case import CONFIG, OPTIONS, by_sample, ctc_mean, make_feats, make_model, make_row, run
 
 EAGER = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, attention="eager"))
 MODELS = {"sdpa": make_model(), "eager": make_model(EAGER), "options": make_model(OPTIONS)}
@@ -63,7 +63,8 @@ def test_the_path_without_a_mask_equals_the_one_with() -> None:
 @torch.no_grad()
 def test_kernels_that_take_document_lengths_give_the_same_hidden_states() -> None:
     """With a kernel of transformers' flash interface, written out here; the real ones need an accelerator."""
-    from transformers import AttentionInterface
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
 
     seen = []
 
@@ -78,8 +79,10 @@ def test_kernels_that_take_document_lengths_give_the_same_hidden_states() -> Non
         return torch.cat(pieces, 2).transpose(1, 2), None
 
     AttentionInterface.register("documents_in_python", by_document)
+    AttentionMaskInterface.register("documents_in_python", flash_attention_mask)
     model, wanted = make_model(), MODELS["sdpa"]
-    model.lm.flash = "documents_in_python"
+    register_kernel("documents_in_python")
+    model.lm.llm.set_attn_implementation("documents_in_python")
     rows, feats = [make_row([30], 1), make_row([], 2), make_row([17], 3)], make_feats([30, 17])
     for plan in (None, [[2, 0], [1]]):
         torch.testing.assert_close(run(model, rows, feats, plan).nll_M, run(wanted, rows, feats, plan).nll_M, atol=2e-5, rtol=0)
@@ -134,15 +137,15 @@ def test_rows_that_do_not_fit_their_recordings_are_refused() -> None:
 def test_every_part_of_the_model_learns_from_a_spoken_turn() -> None:
     for model, kwargs in ((make_model(), {}), (make_model(OPTIONS), {"transcripts": [torch.tensor([9, 10])], "tags": {}})):
         parts = run(model, [make_row([40])], make_feats([40]), **kwargs)
-        (parts.mean() + parts.ctc_mean()).backward()
+        (parts.mean() + ctc_mean(parts)).backward()
         without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
         assert without == []
 
 
-def test_every_room_runs_on_a_batch_without_audio_and_changes_nothing() -> None:
+def test_every_part_runs_on_a_batch_without_audio_and_changes_nothing() -> None:
     model = make_model(OPTIONS)
     rows = [make_row([], 1, speech=False)]
-    plain, touched = run(model, rows, []), run(model, rows, [], every_room=True)
+    plain, touched = run(model, rows, []), run(model, rows, [], run_all_parts=True)
     assert torch.equal(plain.nll_M, touched.nll_M)
     touched.mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

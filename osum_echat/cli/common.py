@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from osum_echat import locations
 from osum_echat.audio.fetch import MAX_BYTES, fetch, is_web
+from osum_echat.rates import CODES_PER_SECOND
 
 if TYPE_CHECKING:
     from osum_echat.audio.io import Source
@@ -95,7 +96,7 @@ def readable(reply: Reply, indent: str = "  ") -> str:
     if reply.text:
         lines.append(f"text      {reply.text}")
     if reply.speech_tokens:
-        lines.append(f"speech    {len(reply.speech_tokens)} tokens, {len(reply.speech_tokens) / 25:.1f} s")
+        lines.append(f"speech    {len(reply.speech_tokens)} tokens, {len(reply.speech_tokens) / CODES_PER_SECOND:.1f} s")
     lines.append(f"finished  {reply.finish_reason}, {reply.timings.total:.2f} s")
     return "\n".join(indent + line for line in lines)
 

@@ -22,6 +22,7 @@ from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample, find_task
 from osum_echat.dialogue.think import CLOSE, Think, ThinkForm
 from osum_echat.dialogue.tokens import Tokenizer, decode, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.rates import FRAMES_PER_POSITION
 
 RENAMED_TASKS = {
     "TEXT2TOKEN": "<TEXT2TOKEN>",
@@ -321,6 +322,6 @@ def check_limits(processed: Processed, frames: Sequence[float], limits: LimitCon
     if label > limits.max_label:
         raise record.error("label_too_long", f"{label} label ids, at most {limits.max_label} are taken")
     past = sum(len(turn.reply_ids) + len(turn.speech) for turn in sample.history)
-    positions = len(sample.prompt_ids) + total / 8 + label + speech + past + _FIXED_POSITIONS
+    positions = len(sample.prompt_ids) + total / FRAMES_PER_POSITION + label + speech + past + _FIXED_POSITIONS
     if positions > limits.max_positions:
         raise record.error("sequence_too_long", f"{positions:.0f} positions, at most {limits.max_positions} are taken")

@@ -241,11 +241,6 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
         yield group
 
 
-def read_group(stream: IO[bytes], offset: int, index: int) -> Group:
-    """The one group that starts at ``offset``."""
-    return next(groups(stream, offset, index))
-
-
 class TarWriter:
     """Writes samples; the same samples give the same bytes on every machine (no time, owner or mode of the day)."""
 

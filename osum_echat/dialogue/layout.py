@@ -16,6 +16,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from osum_echat.rates import FRAMES_PER_POSITION
+
 IGNORE = -100
 MASKED_POSITION = 1
 MASKED_INPUT_ID = 0
@@ -56,11 +58,6 @@ class Layout:
     def prefix(self) -> tuple[Segment, ...]:
         return self.segments[: self.num_prefix]
 
-    @property
-    def audio_slots(self) -> list[int]:
-        """Recording index of each audio slot, in order."""
-        return [s.audio for s in self.segments if s.audio is not None]
-
 
 @dataclass
 class Row:
@@ -87,8 +84,8 @@ class Row:
 
 
 def audio_positions(frames: int) -> int:
-    """LLM positions for a log-mel of ``frames`` frames (100/s): encoder / 2, down-sampler / 4, so 12.5 positions a second."""
-    return -(-frames // 8)
+    """LLM positions for a log-mel of ``frames`` frames."""
+    return -(-frames // FRAMES_PER_POSITION)
 
 
 def flatten(segments: Sequence[Segment], audio_lengths: Sequence[int], text_softmax: bool = True) -> Row:

@@ -58,11 +58,6 @@ class Vocabulary:
         """Rows of the speech embedding: codes, delimiter, audio begin, audio end (4099)."""
         return self.speech_codes + 3
 
-    @property
-    def num_classes(self) -> int:
-        """Text and speech classes together (156,033)."""
-        return self.text_size + self.speech_classes
-
     def speech_id(self, code: int) -> int:
         """Unified id of a speech code (or of the delimiter, code S)."""
         if not 0 <= code <= self.speech_codes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -23,12 +24,9 @@ from osum_echat.generation.cache import BatchCache, KeptCache
 from osum_echat.generation.request import Request, join_audio
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
-_PER_ROW = ("requests", "prompt_embeds", "reused", "_fed", "_prompt_visible", "_columns")
-"""Attributes of a batch that are lists with one value a row."""
-
 
 class Slots(Protocol):
-    """What decoding needs of the rows that are decoded together. `Batch` is the one that runs everywhere; a fixed shape for accelerators
+    """What decoding needs of the rows that are decoded together. `DecoderState` is the one that runs everywhere; a fixed shape for accelerators
     fits behind the same calls.
 
     ``hidden_BD`` is the hidden state of the last position of each row; rows are numbered in the order they joined, and `select` closes gaps.
@@ -52,12 +50,30 @@ class Slots(Protocol):
     def keep(self, b: int) -> KeptCache: ...
 
 
-class Batch:
+@dataclass
+class _Row:
+    """What is known of one row beside its tensors of the batch.
+
+    Attributes:
+        visible_T: which positions of its prompt may be attended.
+        reused: positions of the prompt whose cache was there already.
+        columns: the cache column of each prompt position, counted from the first column that there ever was.
+        fed: ids that were fed behind the prompt.
+    """
+
+    request: Request
+    visible_T: Tensor
+    reused: int
+    columns: Tensor
+    fed: list[int] = field(default_factory=list)
+
+
+class DecoderState:
     """Rows that are decoded together.
 
     Attributes:
         hidden_BD: hidden state of the last position of each row.
-        prompt_embeds: embeddings of each row's prompt [T, D], for comparisons.
+        rows: the requests and what was read and fed of them, in the order of the batch.
     """
 
     def __init__(
@@ -71,25 +87,20 @@ class Batch:
         """``room``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`. ``audio``: the recordings of
         all requests, joined; None: each request has its own in `Request.heard`."""
         self.model = model
-        self.requests = list(requests)
-        rows = [request.prompt for request in requests]
-        packed = pack(rows).to(model.device)
+        packed = pack([request.prompt for request in requests]).to(model.device)
         if audio is None:
             audio = join_audio([recording for request in requests for recording in request.heard])
         inputs = model.inputs(packed, audio)
-        lengths = [len(row) for row in rows]
-        self.prompt_embeds = [inputs.embeds_BTD[b, :length] for b, length in enumerate(lengths)]
+        lengths = [len(request.prompt) for request in requests]
         # At least one position is read anew: the first id is chosen from its hidden state.
         past = [0 if r.past is None else min(r.past.common(r.prompt, r.heard), len(r.prompt) - 1) for r in requests]
-        self.reused = past
-        self._fed: list[list[int]] = [[] for _ in rows]
-        self._prompt_visible = [inputs.visible_BT[b, :length] for b, length in enumerate(lengths)]
-        self._next_B = torch.stack([visible.sum() for visible in self._prompt_visible])
-        self._columns = self._prompt_columns(lengths, past)
+        columns = _prompt_columns(lengths, past)
+        self.rows = [_Row(request, inputs.visible_BT[b, : lengths[b]], past[b], columns[b]) for b, request in enumerate(requests)]
+        self._next_B = torch.stack([row.visible_T.sum() for row in self.rows])
         self._dropped = 0
 
         width = max(length - p for length, p in zip(lengths, past, strict=True))
-        shape = (len(rows), width)
+        shape = (len(requests), width)
         embeds_BTD = inputs.embeds_BTD.new_zeros(*shape, inputs.embeds_BTD.shape[2])
         positions_BT = torch.zeros(shape, dtype=torch.long, device=model.device)
         visible_BT = torch.zeros(shape, dtype=torch.bool, device=model.device)
@@ -103,7 +114,7 @@ class Batch:
         self._cache = BatchCache(layers, room=max(past) + width + room)
         self._cache.load([r.past for r in requests], past)
         self._plain = False
-        self._bias_B11C = embeds_BTD.new_zeros(len(rows), 1, 1, 0)
+        self._bias_B11C = embeds_BTD.new_zeros(len(requests), 1, 1, 0)
         self.hidden_BD: Tensor = embeds_BTD[:, -1]
         self._unread = (embeds_BTD, positions_BT, visible_BT)
         if read:
@@ -123,22 +134,22 @@ class Batch:
         self._unread = (embeds_BTD[:, columns:], positions_BT[:, columns:], visible_BT[:, columns:])
         self._advance(head[0], head[1], head[2])
 
-    def join(self, other: Batch) -> None:
+    def join(self, other: DecoderState) -> None:
         """Add the rows of another batch, which is not to be used any more. Both have read their prompts."""
         assert not self.unread and not other.unread, f"{self.unread} and {other.unread} columns of the prompts are unread"
         width = max(self._cache.length, other._cache.length)
         for part in (self, other):
             shift = width - part._cache.length - part._dropped
-            part._columns = [columns + shift for columns in part._columns]
+            for row in part.rows:
+                row.columns = row.columns + shift
         self._dropped = 0
         self._cache.join(other._cache)
         self.hidden_BD = torch.cat([self.hidden_BD, other.hidden_BD])
         self._next_B = torch.cat([self._next_B, other._next_B])
-        for name in _PER_ROW:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.rows = self.rows + other.rows
         self._refresh_bias()
 
-    def take(self, rows: Sequence[int]) -> Batch:
+    def take(self, rows: Sequence[int]) -> DecoderState:
         """These rows in a batch of their own; they stay in this one until `select` leaves them out."""
         taken = copy.copy(self)
         taken._cache = self._cache.take(rows)
@@ -147,8 +158,8 @@ class Batch:
 
     def feed(self, ids: Sequence[Sequence[int]]) -> None:
         """Feed every row the same number of ids."""
-        for fed, new in zip(self._fed, ids, strict=True):
-            fed.extend(new)
+        for row, new in zip(self.rows, ids, strict=True):
+            row.fed.extend(new)
         ids_Bn = torch.tensor(ids, device=self.model.device)
         count = ids_Bn.shape[1]
         positions_Bn = self._next_B[:, None] + torch.arange(count, device=ids_Bn.device)
@@ -166,20 +177,17 @@ class Batch:
         self._dropped += before - self._cache.length
         index = torch.tensor(rows, device=self.hidden_BD.device)
         self.hidden_BD, self._next_B = self.hidden_BD[index], self._next_B[index]
-        for name in _PER_ROW:
-            values = getattr(self, name)
-            setattr(self, name, [values[b] for b in rows])
+        self.rows = [self.rows[b] for b in rows]
         self._refresh_bias()
 
     def keep(self, b: int) -> KeptCache:
         """The cache of row b with what was fed so far."""
-        fed = self._fed[b]
-        request = self.requests[b]
+        row, fed, heard = self.rows[b], self.rows[b].fed, self.rows[b].request.heard
         end = self._dropped + self._cache.length
-        columns = torch.cat([self._columns[b], torch.arange(end - len(fed), end)]) - self._dropped
-        visible_T = torch.cat([self._prompt_visible[b], self._prompt_visible[b].new_ones(len(fed))])
-        row = _extend(request.prompt, fed, int(self._next_B[b]) - len(fed))
-        return self._cache.keep(b, columns.to(self.hidden_BD.device), row, request.heard, visible_T)
+        columns = torch.cat([row.columns, torch.arange(end - len(fed), end)]) - self._dropped
+        visible_T = torch.cat([row.visible_T, row.visible_T.new_ones(len(fed))])
+        flat = _extend(row.request.prompt, fed, int(self._next_B[b]) - len(fed))
+        return self._cache.keep(b, columns.to(self.hidden_BD.device), flat, heard, visible_T)
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -225,15 +233,15 @@ class Batch:
         dtype = self.model.dtype
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, torch.finfo(dtype).min)
 
-    @staticmethod
-    def _prompt_columns(lengths: Sequence[int], past: Sequence[int]) -> list[Tensor]:
-        """The cache column of each prompt position: reused ones end at the widest past, new ones at the widest new part."""
-        border = max(past)
-        end = border + max(length - p for length, p in zip(lengths, past, strict=True))
-        return [
-            torch.cat([torch.arange(border - p, border), torch.arange(end - (length - p), end)])
-            for length, p in zip(lengths, past, strict=True)
-        ]
+
+def _prompt_columns(lengths: Sequence[int], past: Sequence[int]) -> list[Tensor]:
+    """The cache column of each prompt position: reused ones end at the widest past, new ones at the widest new part."""
+    border = max(past)
+    end = border + max(length - p for length, p in zip(lengths, past, strict=True))
+    return [
+        torch.cat([torch.arange(border - p, border), torch.arange(end - (length - p), end)])
+        for length, p in zip(lengths, past, strict=True)
+    ]
 
 
 def _extend(row: Row, ids: Sequence[int], first_position: int) -> Row:

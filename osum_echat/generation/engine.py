@@ -29,7 +29,7 @@ from typing import TypeVar
 import torch
 
 from osum_echat.generation.cache import KeptCache
-from osum_echat.generation.decoder_state import Batch, Slots
+from osum_echat.generation.decoder_state import DecoderState, Slots
 from osum_echat.generation.events import Done, Event
 from osum_echat.generation.generator import Generator, LiveRow
 from osum_echat.generation.request import Request
@@ -330,7 +330,7 @@ class Engine:
                 self._give_up(ticket, error)
 
     def _open(self, request: Request, room: int) -> Slots:
-        return Batch(self.generator.model, [request], room, read=False)
+        return DecoderState(self.generator.model, [request], room, read=False)
 
     def _read_piece(self) -> None:
         """One piece of one prompt. Newcomers take turns, so that a short prompt does not wait for a long one."""

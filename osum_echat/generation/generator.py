@@ -21,7 +21,7 @@ from torch import Tensor
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.generation.config import GenerationConfig, Reason, Sampling
-from osum_echat.generation.decoder_state import Batch, Slots
+from osum_echat.generation.decoder_state import DecoderState, Slots
 from osum_echat.generation.events import Done, Event, SpeechToken, Timings
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
@@ -118,7 +118,7 @@ class Generator:
         live = [self.begin(i, request, started) for i, request in enumerate(requests)]
         room = min(max(r.mode.max_new for r in requests), 512)
         with torch.inference_mode():
-            batch = Batch(self.model, requests, room, audio=audio)
+            batch = DecoderState(self.model, requests, room, audio=audio)
         events = [told for row in live for told in self.was_read(row)]
         while True:
             with torch.inference_mode():

@@ -17,7 +17,7 @@ from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample
 from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
-from osum_echat.generation.decoder_state import Batch
+from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, Event, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request
@@ -100,7 +100,7 @@ class Session:
         reading = self.record(request, events, heard, text)
         if reading is not None:
             with torch.inference_mode():
-                self.kept = Batch(self.generator.model, [reading], room=0).keep(0)
+                self.kept = DecoderState(self.generator.model, [reading], room=0).keep(0)
 
     def record(
         self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = ""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block
 from osum_echat.model.config import AdapterConfig
+from osum_echat.rates import POSITIONS_PER_SECOND
 
 
 class DownSampler(nn.Module):
@@ -91,7 +92,7 @@ class Adapter(nn.Module):
         down_NPA, lengths_N = self.down(layers[0] if self.mix is None else self.mix(layers), lengths_N)
         if down_NPA.shape[1] > self.config.max_positions:
             raise ValueError(
-                f"a recording of {down_NPA.shape[1] / 12.5:.1f} s is longer than the adapter's {self.config.max_positions / 12.5:.1f} s; "
+                f"a recording of {down_NPA.shape[1] / POSITIONS_PER_SECOND:.1f} s is longer than the adapter's {self.config.max_positions / POSITIONS_PER_SECOND:.1f} s; "
                 "cut it, or raise adapter.max_positions"
             )
         rows = EndToEnd(lengths_N, down_NPA.shape[1])

@@ -17,6 +17,7 @@ from osum_echat import config as config_io
 from osum_echat.config import ConfigError, InputPath
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, POSITIONS_PER_SECOND
 
 DOWN_SAMPLE_RATE = 4
 _QWEN_3B = {
@@ -167,6 +168,11 @@ class ModelConfig:
         chosen = self.adapter.encoder_layers
         if any(not 1 <= layer <= self.encoder.layers for layer in chosen) or len(set(chosen)) != len(chosen):
             raise ValueError(f"adapter.encoder_layers={list(chosen)} must be different numbers in 1..{self.encoder.layers}")
+
+    @property
+    def max_seconds(self) -> float:
+        """The longest recording that the position tables of encoder and adapter hold."""
+        return min(self.encoder.max_positions / ENCODER_FRAMES_PER_SECOND, self.adapter.max_positions / POSITIONS_PER_SECOND)
 
     @property
     def encoder_layers(self) -> tuple[int, ...]:

@@ -92,15 +92,6 @@ class LossParts:
         """Mean negative log-likelihood over the targets of this batch (0 when it has none)."""
         return self.nll_M.sum() / max(self.num_targets, 1)
 
-    def ctc_mean(self) -> Tensor:
-        """CTC negative log-likelihood per label."""
-        return self.ctc_nll_N.sum() / self.ctc_labels_N.sum().clamp(min=1)
-
-    def tag_mean(self) -> Tensor:
-        """Sum over tag heads of their mean cross-entropy."""
-        terms = [self.tag_nll_N[name].sum() / self.tag_known_N[name].sum().clamp(min=1) for name in self.tag_nll_N]
-        return torch.stack(terms).sum() if terms else self.nll_M.new_zeros(())
-
 
 class EChatModel(nn.Module):
     """Encoder, adapter, projection, LLM with speech table and head. See `ModelConfig` for sizes and options."""

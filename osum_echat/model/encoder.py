@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block, valid_frames
 from osum_echat.model.config import EncoderConfig
+from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, FRAMES_PER_SECOND
 
 
 def whisper_positions(length: int, dim: int) -> Tensor:
@@ -71,7 +72,7 @@ class AudioEncoder(nn.Module):
         lengths_N = (lengths_N + 1) // 2
         if x_NSE.shape[1] > self.config.max_positions:
             raise ValueError(
-                f"a recording of {feats_NTF.shape[1] / 100:.1f} s is longer than the encoder's {self.config.max_positions / 50:.1f} s; "
+                f"a recording of {feats_NTF.shape[1] / FRAMES_PER_SECOND:.1f} s is longer than the encoder's {self.config.max_positions / ENCODER_FRAMES_PER_SECOND:.1f} s; "
                 "cut it, or raise encoder.max_positions"
             )
         x_NSE = x_NSE + self.positions_SE[: x_NSE.shape[1]].to(x_NSE.dtype)

@@ -20,6 +20,7 @@ from osum_echat.model.echat import EChatModel
 from osum_echat.model.parts import PARTS, part_of
 from osum_echat.model.released import is_released, match, spec_of
 from osum_echat.model.storage import open_source
+from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, POSITIONS_PER_SECOND
 
 _CACHE_POSITIONS = 1000
 
@@ -57,7 +58,7 @@ def report(config: ModelConfig) -> list[str]:
         f"training    all of it in bfloat16 with float32 master weights and AdamW: {_gb(16 * total)} "
         "(2 weights + 2 gradients + 4 master + 8 moments a parameter), plus activations",
         f"vocabulary  {config.vocabulary.text_size:,} text + {config.vocabulary.speech_classes:,} speech classes; "
-        f"audio {1 / 0.08:.1f} positions a second, at most {config.encoder.max_positions / 50:.0f} s",
+        f"audio {POSITIONS_PER_SECOND:.1f} positions a second, at most {config.encoder.max_positions / ENCODER_FRAMES_PER_SECOND:.0f} s",
     ]
     return lines
 

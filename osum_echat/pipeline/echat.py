@@ -50,8 +50,7 @@ class EChat:
         self.generator = Generator(model, tokenizer, self.config, dialect)
         self.sound = Sound(token2wav, speaker)
         self._log_mel = LogMel(model.config.encoder.mels)
-        # What the position tables hold: 50 encoder frames and 12.5 adapter positions a second.
-        self.max_seconds = min(MAX_SECONDS, model.config.encoder.max_positions / 50, model.config.adapter.max_positions / 12.5)
+        self.max_seconds = min(MAX_SECONDS, model.config.max_seconds)
 
     @classmethod
     def load(

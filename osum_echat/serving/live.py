@@ -21,6 +21,7 @@ from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelt
 from osum_echat.generation.events import Event as RowEvent
 from osum_echat.generation.request import Request, build_request
 from osum_echat.generation.session import Session
+from osum_echat.rates import CODES_PER_SECOND
 from osum_echat.serving.backend import (
     Ended,
     Event,
@@ -67,7 +68,7 @@ class LiveModel:
         interleaved: text and speech in turns, where nothing says whether the checkpoint has learnt it. One that states it is always asked so.
     """
 
-    codes_per_second = 25.0
+    codes_per_second = float(CODES_PER_SECOND)
 
     def __init__(
         self, echat: EChat, limits: EngineLimits | None = None, name: str = "osum-echat", interleaved: bool = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from osum_echat.rates import CODES_PER_SECOND
+
 SAMPLE_RATE = 22050
 """Samples per second of what comes out. The length formula below fixes it together with `MEL_HOP`, so a directory cannot change it."""
 
@@ -15,7 +17,7 @@ MEL_HOP = 256
 """Samples per mel frame (86.13 frames per second)."""
 
 
-def mel_frames(tokens: int, token_rate: int = 25) -> int:
+def mel_frames(tokens: int, token_rate: int = CODES_PER_SECOND) -> int:
     """Mel frames for ``tokens`` speech tokens, truncated. 25 Hz: 1 -> 3, 20 -> 68, 100 -> 344.
 
     The order of the divisions is part of the format: another order rounds differently for some lengths.
@@ -87,7 +89,7 @@ class FlowConfig:
     input_size: int = 512
     output_size: int = 80
     spk_embed_dim: int = 192
-    input_frame_rate: int = 25
+    input_frame_rate: int = CODES_PER_SECOND
     regulator_blocks: int = 4
     regulator_groups: int = 1
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
