@@ -3,7 +3,8 @@
     python -m benchmarks.evaluation --out benchmarks/results/2026-11-28-evaluation [--judge URL] [--only latency]
 
 Data: mini's held-out sets and the demo's recordings. Speech is asked twice: in the model's own voice, and in the voices of the demo's recordings by a
-``meta.lst`` of SEED-TTS-eval's form. ``--judge`` for dialogue and empathy; without one the rules stand alone.
+``meta.lst`` of SEED-TTS-eval's form. ``--judge`` for dialogue and empathy; without one the rules stand alone. Judge of the committed result:
+``python -m tests.judge_server 8001 --calls calls.txt``.
 """
 
 from __future__ import annotations
@@ -102,6 +103,11 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}; seconds an item: everything (generation, scoring, report) by answers.",
         "",
     ]
+    if args.judge:
+        lines += [
+            "The judge is the rule-based stand-in of tests/judge_server.py: its scores show the form of a report and say nothing about mini.",
+            "",
+        ]
     lines += ["| suite | answers | holes | seconds an item | numbers |", "|---|---|---|---|---|", *rows]
     (args.out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

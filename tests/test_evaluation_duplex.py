@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import soundfile
 
 from osum_echat.audio import io as audio_io
 from osum_echat.cli import main as command
-from osum_echat.evaluation.duplex.client import RATE, LiveError, Recording, Settings, hold
+from osum_echat.evaluation.duplex.client import RATE, Conversation, LiveError, Recording, Settings, hold
 from osum_echat.evaluation.duplex.measures import Segment, read_segments, segments, turns
 from osum_echat.evaluation.duplex.run import cases
 from osum_echat.evaluation.duplex.timeline import Timeline
@@ -187,3 +188,28 @@ def test_the_command_writes_files_in_step_and_a_report(tmp_path: Path, capsys: p
     assert kinds[0] == "session.update" and "response.output_audio.delta" in kinds
     assert all("delta" not in event for event in events if event["type"] == "response.output_audio.delta")
     assert (out / "report.html").is_file()
+
+
+# ---- against this project's own server -------------------------------------------------------------------------------------------------
+
+
+def test_delays_are_those_of_the_live_servers_own_metrics():
+    """The whole server with a model that is a script: it thinks 0.25 s before the first sound."""
+    from tests.live_case import FakeBackend, answer
+    from tests.test_live_server import serving
+
+    async def talk() -> tuple[Recording, float, float]:
+        async with serving(FakeBackend(lambda turn: [0.25, *answer(turn)])) as running:
+            recording = await Conversation(Settings(f"{running.ws}/v1/realtime", tail=0.4)).hold(sound)
+            metrics = running.server.metrics.registry
+            names = [f"osum_echat_time_to_first_audio_seconds_{kind}" for kind in ("sum", "count")]
+            found = [sum(s.value for m in metrics.collect() for s in m.samples if s.name == name) for name in names]
+        return recording, *found
+
+    sound = spoken((0.4, False), (1.2, True), (1.6, False), (1.0, True), (1.2, False))
+    recording, total, count = asyncio.run(talk())
+    found = turns(segments(sound, RATE), recording)
+    assert [turn.answered for turn in found] == [True, True] and count == 2
+    ours = sum(turn.after_commit or 0.0 for turn in found) / 2
+    assert ours == pytest.approx(total / count, abs=0.05)
+    assert "Hello there, friend." in recording.text

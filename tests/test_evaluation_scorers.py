@@ -167,6 +167,13 @@ def test_instructions_are_checked_by_the_rules_of_lm_eval(monkeypatch: pytest.Mo
         "instruction_loose": (2, 2),
     }
     assert seen[0] == ("No commas.", [{}, {}], "fine")
+
+    def no_data(example: Example, response: str) -> None:
+        raise LookupError("Resource punkt_tab not found.")
+
+    rules.test_instruction_following_strict = no_data
+    with pytest.raises(ScorerUnavailable, match="punkt_tab"):
+        score("ifeval", one, result(text="fine"))
     assert score("ifeval", Item("b"), result()) is None
 
 
