@@ -145,22 +145,23 @@ def test_a_cpu_that_is_slow_in_bfloat16_computes_in_float32(
 
 
 @pytest.mark.parametrize(
-    ("fast", "weights", "memory", "wanted"),
+    ("fast", "rounds", "weights", "memory", "wanted"),
     [
-        (True, 1e8, 16e9, torch.float32),
-        (True, 3.5e9, 16e9, torch.bfloat16),
-        (False, 1e8, 1e9, torch.float32),
-        (False, 3.5e9, 32e9, torch.float32),
-        (False, 3.5e9, 16e9, torch.bfloat16),
+        (True, True, 1e8, 16e9, "float32"),
+        (True, True, 3.5e9, 16e9, "bf16"),
+        (False, True, 1e8, 1e9, "float32"),
+        (False, True, 3.5e9, 64e9, "int8"),
+        (False, False, 3.5e9, 32e9, "float32"),
+        (False, False, 3.5e9, 16e9, "bf16"),
     ],
 )
-def test_large_checkpoints_take_bfloat16_where_it_is_fast_or_memory_is_short(
-    fast: bool, weights: float, memory: float, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch, fresh: None
+def test_large_checkpoints_are_kept_as_this_cpu_computes_best(
+    fast: bool, rounds: bool, weights: float, memory: float, wanted: str, monkeypatch: pytest.MonkeyPatch, fresh: None
 ) -> None:
     monkeypatch.setattr(cpu, "detect", lambda: cpu.Cpu("a CPU", "avx2", fast, False, False))
+    monkeypatch.setattr(cpu, "rounds", lambda kind: rounds)
     monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
-    assert devices.model_dtype("auto", CPU, int(weights)) is wanted
-    assert devices.model_dtype("bfloat16", CPU, int(weights)) is torch.bfloat16
+    assert cpu.default_weights(int(weights)) == wanted
 
 
 def test_nobody_else_asks_the_cpu(root_dir: Path) -> None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "duplex": ("osum_echat.cli.duplex", "talk to a live server with recordings and measure how it takes turns"),
     "data": ("osum_echat.cli.data", "look at data and convert it: data doctor, data show, data convert"),
     "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
+    "quantize": ("osum_echat.cli.quantize", "a checkpoint with its weights rounded to 8 or 4 bits, for CPUs"),
     "convert": ("osum_echat.tools.convert", "a checkpoint of any form to another"),
     "average": ("osum_echat.tools.average", "the mean of several training checkpoints"),
     "hub": ("osum_echat.tools.hub", "checkpoint folders to and from the Hugging Face hub"),

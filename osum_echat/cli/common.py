@@ -32,6 +32,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, npu, or with an index: cuda:1")
     group.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
     group.add_argument(
+        "--weights",
+        default="auto",
+        help="auto (default: by checkpoint and CPU), float32, bf16, int8 or int4 (CPUs): how the model's weights are kept",
+    )
+    group.add_argument(
         "--profile", help="published prompt profile instead of the checkpoint's own strings: as_trained or as_released"
     )
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
@@ -76,7 +81,9 @@ def load_echat(args: argparse.Namespace, speech: bool = True) -> EChat:
     if config is None and checkpoint.is_file():
         config = "package:ct_config.yaml"
     voice: dict[str, Any] = {"token2wav": args.token2wav, "speaker": args.speaker} if speech else {}
-    return EChat.load(checkpoint, config=config, device=args.device, dtype=args.dtype, profile=args.profile, **voice)
+    return EChat.load(
+        checkpoint, config=config, device=args.device, dtype=args.dtype, weights=args.weights, profile=args.profile, **voice
+    )
 
 
 def readable(reply: Reply, indent: str = "  ") -> str:

@@ -50,19 +50,24 @@ class JointLinear:
 
     The first of the `parts` that is called with a tensor computes all, the others find their outputs. An input is known by being the same
     object, so it must not be changed in place before all parts were called. A part that is called by itself computes all the same.
+
+    Args:
+        product: the layer that computes all outputs, one part's after the other's.
+        sizes: how many outputs each part has.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-        bias_O = None
-        if any(linear.bias is not None for linear in linears):
-            biases = [x.weight.new_zeros(x.out_features) if x.bias is None else x.bias.detach() for x in linears]
-            bias_O = torch.cat(biases)
-        self._product = PackedLinear(weight_OI, bias_O)
-        self._sizes = [linear.out_features for linear in linears]
+    def __init__(self, product: nn.Module, sizes: Sequence[int], in_features: int) -> None:
+        self._product, self._sizes = product, list(sizes)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
-        self.parts = [JointPart(self, index, linear) for index, linear in enumerate(linears)]
+        self.parts = [JointPart(self, index, size, in_features) for index, size in enumerate(sizes)]
+
+    @classmethod
+    def packed(cls, linears: Sequence[nn.Linear]) -> JointLinear:
+        """Of layers with the same input, with packed weights."""
+        weight_OI = torch.cat([linear.weight.detach() for linear in linears])
+        product = PackedLinear(weight_OI, joint_bias([(x.bias, x.out_features) for x in linears], weight_OI))
+        return cls(product, [x.out_features for x in linears], linears[0].in_features)
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """Output of one layer; it is handed out once, so nothing stays alive."""
@@ -74,12 +79,19 @@ class JointLinear:
         return found
 
 
+def joint_bias(biases: Sequence[tuple[Tensor | None, int]], like: Tensor) -> Tensor | None:
+    """Biases (or None, for so many outputs) end to end; None when there is none at all."""
+    if all(bias is None for bias, _ in biases):
+        return None
+    return torch.cat([like.new_zeros(size) if bias is None else bias.detach() for bias, size in biases])
+
+
 class JointPart(nn.Module):
     """One layer of a `JointLinear`, in the place of its `nn.Linear`."""
 
-    def __init__(self, joint: JointLinear, index: int, linear: nn.Linear) -> None:
+    def __init__(self, joint: JointLinear, index: int, out_features: int, in_features: int) -> None:
         super().__init__()
-        self.out_features, self.in_features = linear.out_features, linear.in_features
+        self.out_features, self.in_features = out_features, in_features
         self._joint, self._index = joint, index
 
     def forward(self, x: Tensor) -> Tensor:

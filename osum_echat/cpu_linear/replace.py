@@ -18,7 +18,7 @@ from torch import nn
 from osum_echat import device
 from osum_echat.cpu_linear.packed import JointLinear, PackedLinear
 
-_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers with the same input, by the names that transformers gives them in all models of this family."""
 
 
@@ -39,11 +39,11 @@ def pack_linears(module: nn.Module) -> int:
     """
     packed = 0
     for parent in list(module.modules()):
-        for names in _TOGETHER:
+        for names in TOGETHER:
             together = [parent.get_submodule(name) for name in names if hasattr(parent, name)]
             linears = [child for child in together if type(child) is nn.Linear]
             if len(linears) == len(names) and len({x.in_features for x in linears}) == 1 and pays(linears):
-                for name, part in zip(names, JointLinear(linears).parts, strict=True):
+                for name, part in zip(names, JointLinear.packed(linears).parts, strict=True):
                     setattr(parent, name, part)
                 packed += len(linears)
         for name, child in list(parent.named_children()):

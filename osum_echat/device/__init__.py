@@ -7,6 +7,8 @@ back end.
 from osum_echat.device import cpu
 from osum_echat.device.accelerators import (
     KINDS,
+    WEIGHTS,
+    Weights,
     activate,
     arithmetic,
     autocast,
@@ -19,7 +21,7 @@ from osum_echat.device.accelerators import (
     empty_cache,
     linear_kernel,
     memory_allocated,
-    model_dtype,
+    model_weights,
     overlaps,
     peak_memory,
     reset_peak_memory,
@@ -37,6 +39,8 @@ from osum_echat.device.accelerators import (
 
 __all__ = [
     "KINDS",
+    "WEIGHTS",
+    "Weights",
     "activate",
     "arithmetic",
     "autocast",
@@ -50,7 +54,7 @@ __all__ = [
     "empty_cache",
     "linear_kernel",
     "memory_allocated",
-    "model_dtype",
+    "model_weights",
     "overlaps",
     "peak_memory",
     "reset_peak_memory",

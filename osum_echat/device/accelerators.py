@@ -11,9 +11,10 @@ import importlib.util
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -22,6 +23,8 @@ import torch
 from osum_echat.device import cpu
 
 KINDS = ("cuda", "npu", "cpu")
+WEIGHTS = ("auto", "float32", "bf16", "int8", "int4")
+_ROUNDED: dict[str, Literal["int8", "int4"]] = {"int8": "int8", "int4": "int4"}
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 
 
@@ -93,11 +96,39 @@ def dtype(name: str, device: torch.device) -> torch.dtype:
     return table[name]
 
 
-def model_dtype(name: str, device: torch.device, weights: int) -> torch.dtype:
-    """`dtype` for a model of so many ``weights`` that answers: on a CPU "auto" also asks its size (`cpu.default_dtype`)."""
-    if name == "auto" and device.type == "cpu":
-        return cpu.default_dtype(weights)
-    return dtype(name, device)
+@dataclass(frozen=True)
+class Weights:
+    """How a model's weights are kept: the type of what is not rounded (and of arithmetic), and "int8" or "int4" for what is (`cpu_linear.nbits`)."""
+
+    dtype: torch.dtype
+    kind: Literal["int8", "int4"] | None = None
+
+
+def model_weights(weights: str, dtype_name: str, device: torch.device, count: int, stored: str | None) -> Weights:
+    """How to keep the weights of a model that answers.
+
+    Args:
+        weights: one of `WEIGHTS`. "auto" is what the file holds where it is rounded, else the CPU's rule by size (`cpu.default_weights`), else bfloat16.
+        dtype_name: "auto" or a type that says the same in another word; with it nothing is rounded unless ``weights`` asks.
+        count: how many weights the model has.
+        stored: what the file has rounded them to.
+
+    Raises:
+        ValueError: an unknown word, two words that contradict, or rounded weights on an accelerator.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"unknown weights {weights!r}: use {', '.join(WEIGHTS)}")
+    if weights == "auto" and (dtype_name != "auto" or device.type != "cpu"):
+        return Weights(dtype(dtype_name, device))
+    if weights == "auto":
+        weights = stored or cpu.default_weights(count)
+    kind = _ROUNDED.get(weights)
+    wanted = torch.float32 if kind else dtype(weights, device)
+    if dtype_name != "auto" and dtype(dtype_name, device) != wanted:
+        raise ValueError(f"weights={weights} computes in {wanted}, dtype={dtype_name} contradicts; leave one of them out")
+    if kind and device.type != "cpu":
+        raise ValueError(f"weights={weights} is for CPUs; on {device} use bf16")
+    return Weights(wanted, kind if kind and cpu.rounds(kind) else None)
 
 
 def arithmetic(wanted: torch.dtype, device: torch.device) -> torch.dtype:

@@ -26,11 +26,14 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from osum_echat.device import onnx
+
 log = logging.getLogger(__name__)
 
 Kernel = Literal["plain", "packed"]
 """A linear layer as PyTorch has it, or with its weights in the memory order of oneDNN's kernels (`cpu_linear.packed`)."""
 
+ROUNDED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 LIMIT = "OSUM_ECHAT_CPU"
 LIMITS = ("avx2", "plain", "bfloat16")
 LARGE = 1.5e9
@@ -142,21 +145,28 @@ def _as_in_torch(flag: str) -> str:
 # ---- what follows ----------------------------------------------------------------------------------------------------------------
 
 
-def default_dtype(weights: int) -> torch.dtype:
-    """What to compute a model of so many ``weights`` in: float32; for a large one bfloat16 where this CPU does it well, or where float32 would
-    not fit into memory (which is said)."""
-    if weights < LARGE:
-        return torch.float32
+def default_weights(count: int) -> Literal["float32", "bf16", "int8"]:
+    """How to keep ``count`` weights of a model that answers: float32; of a large model bfloat16 where this CPU computes well in it, else 8 bits. Where
+    these do not work: float32, or bfloat16 where that would not fit into memory. What is not obvious is said."""
+    if count < LARGE:
+        return "float32"
     if detect().bfloat16:
-        return torch.bfloat16
-    if 4 * weights <= _MEMORY_SHARE * psutil.virtual_memory().available:
-        return torch.float32
-    log.warning(
-        "%.1f GB of float32 weights do not fit into memory: bfloat16 is taken, in which this CPU computes %.1f times slower",
-        4e-9 * weights,
-        slowdown(torch.bfloat16),
+        return "bf16"
+    if rounds("int8"):
+        _say_once("this CPU is slow in bfloat16: weights are rounded to 8 bits (weights=float32 or bf16 keeps them as they are)")
+        return "int8"
+    if 4 * count <= _MEMORY_SHARE * psutil.virtual_memory().available:
+        return "float32"
+    _say_once(
+        f"{4e-9 * count:.1f} GB of float32 weights do not fit into memory: bfloat16 is taken, in which this CPU computes "
+        f"{slowdown(torch.bfloat16):.1f} times slower"
     )
-    return torch.bfloat16
+    return "bf16"
+
+
+def rounds(kind: Literal["int8", "int4"]) -> bool:
+    """Whether linear layers with weights in 8 or 4 bits work here. A refusal is said once."""
+    return onnx.has_nbits(4 if kind == "int4" else 8)
 
 
 def arithmetic(wanted: torch.dtype) -> torch.dtype:
@@ -235,10 +245,10 @@ def summary() -> list[str]:
     """What was found and what follows, a line each, for `osum-echat doctor`."""
     cpu = detect()
     packed = [str(dtype).removeprefix("torch.") for dtype in _PACKABLE if packs(dtype)]
-    large = "bfloat16" if cpu.bfloat16 else "float32 while it fits into memory"
+    large = "bfloat16" if cpu.bfloat16 else "8 bits" if rounds("int8") else "float32 while it fits into memory"
     lines = [
         str(cpu),
         f"bfloat16 arithmetic takes {slowdown(torch.bfloat16):.1f} x the time of float32; checkpoints of over {LARGE / 1e9:.1f} G weights: {large}",
-        f"packed weights: {', '.join(packed) or 'none'}",
+        f"packed weights: {', '.join(packed) or 'none'}; rounded weights: {', '.join(k for k in ROUNDED if rounds(k)) or 'none'}",
     ]
     return lines + ([f"{LIMIT}={limit()}"] if limit() else [])

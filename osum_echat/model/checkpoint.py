@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from osum_echat import config as config_io
+from osum_echat.device import Weights
+from osum_echat.model import quantized
 from osum_echat.model.config import LlmConfig, ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.parts import PARTS, belongs
@@ -42,6 +44,7 @@ from osum_echat.model.released import (
 from osum_echat.model.storage import (
     MAX_SHARD_BYTES,
     LazyTensors,
+    Pieces,
     Storage,
     TensorSource,
     open_source,
@@ -53,7 +56,7 @@ CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
 # Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and depend on the file.
 COPY_BELOW_BYTES = 2**30
-Dtype: TypeAlias = torch.dtype | Callable[[int], torch.dtype] | None
+Dtype: TypeAlias = torch.dtype | Callable[[int, str | None], Weights] | None
 
 
 def build_meta(config: ModelConfig) -> EChatModel:
@@ -79,7 +82,8 @@ def load_model(
     Args:
         path: checkpoint folder, file, or the name of a repository on the hub (``owner/name``).
         config: model config or its file; needed unless the checkpoint is a folder with config.yaml.
-        dtype: of the floating-point weights, or a function from how many the model has to it; None keeps the file's.
+        dtype: of the floating-point weights; None keeps the file's. Or a function that decides (`device.model_weights`), from how many weights the
+            model has and what the file has rounded them to ("int8", "int4" or None).
         tokenizer: folder or hub name instead of the checkpoint's own or the config's.
 
     Raises:
@@ -125,15 +129,20 @@ def load_tokenizer(path: Path, config: ModelConfig, tokenizer: str | Path | None
 
 def _assemble(config: ModelConfig, source: TensorSource, device: torch.device, dtype: Dtype, where: str) -> EChatModel:
     model = build_meta(config)
-    if callable(dtype):
-        dtype = dtype(sum(parameter.numel() for parameter in model.parameters()))
     spec = spec_of(model)
     try:
         chosen = match(source.shapes, spec)
         check_aliases(source, spec)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    assign(model, {name: (from_file(name, source.get(key)), key) for name, key in chosen.items()}, device, dtype)
+    placed: set[str] = set()
+    if callable(dtype):
+        weights = dtype(sum(parameter.numel() for parameter in model.parameters()), quantized.stored_kind(source))
+        dtype = weights.dtype
+        if weights.kind is not None:
+            placed = quantized.put(model, source, chosen, weights.kind)
+    rest = {name: (from_file(name, source.get(key)), key) for name, key in chosen.items() if name not in placed}
+    assign(model, rest, device, dtype)
     return model
 
 
@@ -278,7 +287,7 @@ def save_model(
     model: EChatModel,
     tokenizer: Any,
     folder: str | Path,
-    storage: Storage = "keep",
+    storage: Storage | Pieces = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     state: Mapping[str, Tensor] | None = None,
 ) -> Path:
@@ -298,6 +307,35 @@ def save_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
     replace_folder(partial, folder)
+    return folder
+
+
+def save_quantized(
+    path: str | Path, folder: str | Path, kind: quantized.Kind, config: str | Path | ModelConfig | None = None
+) -> Path:
+    """Write a checkpoint of any form as a folder with its weights rounded to ``kind``, one tensor at a time; what lies beside the weights comes along.
+
+    Raises:
+        CheckpointError: the file does not fit the config, or cannot be read.
+        ValueError: no config or no tokenizer where one is needed, or ``folder`` is the checkpoint itself.
+    """
+    path, folder = _local(path), Path(folder)
+    if folder.exists() and folder.samefile(path):
+        raise ValueError(f"{folder} is the checkpoint itself; name another folder to write")
+    model_config = _config_for(path, config)
+    model = build_meta(model_config)
+    source = open_source(path)
+    try:
+        tensors = clean_tensors(source, spec_of(model))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    save_model(model, load_tokenizer(path, model_config), folder, quantized.pieces(kind), state=tensors)
+    for beside in sorted(path.iterdir()) if path.is_dir() else []:
+        weights = beside.suffix in (".safetensors", ".pt", ".bin") or beside.name.endswith(".index.json")
+        if beside.is_dir() and not (folder / beside.name).exists():
+            shutil.copytree(beside, folder / beside.name)
+        elif beside.is_file() and not weights and not (folder / beside.name).exists():
+            shutil.copy2(beside, folder / beside.name)
     return folder
 
 

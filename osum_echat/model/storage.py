@@ -3,6 +3,9 @@
 A `TensorSource` gives names and shapes from headers alone and tensors one at a time, memory-mapped, so that reading a file never holds it twice.
 Torch files are read with ``weights_only``: data, never code.
 
+Groups of 8 or 4 bits (`cpu_linear.groups`) are kept as their codes under the tensor's name and their scales beside them; `osum-echat quantize` writes
+them. They too are expanded when read, unless somebody asks for them as they are (`SafetensorsSource.groups`).
+
 8-bit rows: a matrix is stored as int8 with one half-precision scale a row (absolute maximum / 127), which is a quarter of float32 for an error
 of at most 0.4 % of the row's maximum. Vectors and position tables stay in half precision. It is expanded when read.
 """
@@ -19,14 +22,18 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from osum_echat.cpu_linear.groups import Bits, Groups
 from osum_echat.model.released import CheckpointError, Shape
 
 Storage = Literal["keep", "float32", "bfloat16", "float16", "int8"]
+Pieces = Callable[[str, Tensor], dict[str, Tensor]]
+"""What is written for one tensor."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 MAX_SHARD_BYTES = 5 * 2**30
 _SCALE = ".row_scale"
+_GROUP_SCALES: dict[Bits, str] = {4: ".group_scale_4", 8: ".group_scale_8"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SMALL = 4096  # matrices below this many numbers are not worth a scale
 
@@ -51,7 +58,11 @@ class DictSource:
 
 
 class SafetensorsSource:
-    """One or several safetensors files; 8-bit rows are expanded to half precision."""
+    """One or several safetensors files; 8-bit rows and groups are expanded to float32.
+
+    Attributes:
+        quantized: bits of the tensors that are stored in groups.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -66,9 +77,23 @@ class SafetensorsSource:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 self._open[name] = handle
                 raw[name] = tuple(handle.get_slice(name).get_shape())
-        self.shapes = {name: shape for name, shape in raw.items() if not name.endswith(_SCALE)}
+        self.quantized: dict[str, Bits] = {
+            name.removesuffix(end): bits for bits, end in _GROUP_SCALES.items() for name in raw if name.endswith(end)
+        }
+        for name, bits in self.quantized.items():
+            rows, groups, width = raw[name]
+            raw[name] = (rows, groups * width * 8 // bits)
+        self.shapes = {name: shape for name, shape in raw.items() if not name.endswith((_SCALE, *_GROUP_SCALES.values()))}
+
+    def groups(self, name: str) -> Groups:
+        """A tensor of `quantized` as it is stored."""
+        bits = self.quantized[name]
+        scales = name + _GROUP_SCALES[bits]
+        return Groups(self._open[name].get_tensor(name), self._open[scales].get_tensor(scales), bits)
 
     def get(self, name: str) -> Tensor:
+        if name in self.quantized:
+            return self.groups(name).expand()
         tensor = self._open[name].get_tensor(name)
         if name + _SCALE in self._open:
             return expand_rows(tensor, self._open[name + _SCALE].get_tensor(name + _SCALE))
@@ -207,9 +232,16 @@ def expand_rows(rows: Tensor, scale: Tensor) -> Tensor:
     return rows.float() * scale.float().view(-1, *[1] * (rows.ndim - 1))
 
 
-def stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
+def stored_groups(name: str, groups: Groups) -> dict[str, Tensor]:
+    """What is written for a matrix in groups."""
+    return {name: groups.codes_NGB.contiguous(), name + _GROUP_SCALES[groups.bits]: groups.scales_NG.contiguous()}
+
+
+def stored(name: str, tensor: Tensor, storage: Storage | Pieces) -> dict[str, Tensor]:
     """What is written for one tensor."""
     tensor = tensor.detach().cpu()
+    if callable(storage):
+        return storage(name, tensor)
     if storage == "keep" or not tensor.is_floating_point():
         return {name: tensor.contiguous()}
     if storage != "int8":
@@ -221,7 +253,10 @@ def stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, storage: Storage = "keep", max_shard_bytes: int = MAX_SHARD_BYTES
+    tensors: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    storage: Storage | Pieces = "keep",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write tensors into ``folder`` as model.safetensors, or as shards with an index when they are more than ``max_shard_bytes``.
 

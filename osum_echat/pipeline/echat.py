@@ -60,6 +60,7 @@ class EChat:
         token2wav: str | Path | Token2Wav | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        weights: str = "auto",
         profile: str | None = None,
         speaker: Voice | None = None,
         generation: str | Path | GenerationConfig | None = None,
@@ -73,8 +74,10 @@ class EChat:
             config: model config; needed where the checkpoint does not bring its own.
             token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else replies have speech tokens
                 and no sound).
-            dtype: ``auto`` is bfloat16 on accelerators. On a CPU it is float32, but bfloat16 for a large checkpoint where the CPU does that well or
-                float32 would not fit into memory (`device.cpu`).
+            dtype: ``auto``, float32, bfloat16 or float16: what to compute in.
+            weights: ``auto``, ``float32``, ``bf16``, ``int8`` or ``int4``: how to keep the weights. ``auto`` is bfloat16 on accelerators. On a CPU it is
+                what the checkpoint holds if it is rounded already (`osum-echat quantize`), else float32; for a large one bfloat16 where the CPU does that
+                well, else int8. int8 and int4 are for CPUs: docs/speed.md has what they cost and gain.
             profile: a published prompt profile, ``as_trained`` or ``as_released``, instead of the checkpoint's own strings.
             speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
                 checkpoint's ``token2wav/speaker.safetensors``, else the first name).
@@ -86,7 +89,7 @@ class EChat:
             ValueError: what is missing or does not fit together.
         """
         target, path = devices.resolve(device), local_path(find_checkpoint(checkpoint))
-        model, tokenizer = load.load_llm(path, config, target, dtype, pack)
+        model, tokenizer = load.load_llm(path, config, target, dtype, weights, pack)
         sound = load.load_token2wav(path, token2wav, target)
         settings, dialect = load.read_settings(path, generation, model.config.dialect, profile)
         echat = cls(model, tokenizer, settings, sound, dialect=dialect)

@@ -26,10 +26,10 @@ SPEAKER_FILE = "speaker.safetensors"
 
 
 def load_llm(
-    checkpoint: str | Path, config: str | Path | ModelConfig | None, target: torch.device, dtype: str, pack: bool
+    checkpoint: str | Path, config: str | Path | ModelConfig | None, target: torch.device, dtype: str, weights: str, pack: bool
 ) -> tuple[EChatModel, Any]:
     """Model and tokenizer, ready to decode; arguments as of `EChat.load`."""
-    chosen = functools.partial(devices.model_dtype, dtype, target)
+    chosen = functools.partial(devices.model_weights, weights, dtype, target)
     model, tokenizer = load_model(checkpoint, config, device=target, dtype=chosen)
     if model.lm.llm.config._attn_implementation == "eager":
         model.lm.llm.set_attn_implementation("sdpa")  # eager is a choice for training; a step of one id is faster without
