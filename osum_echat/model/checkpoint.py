@@ -319,7 +319,7 @@ def save_quantized(
         CheckpointError: the file does not fit the config, or cannot be read.
         ValueError: no config or no tokenizer where one is needed, or ``folder`` is the checkpoint itself.
     """
-    path, folder = _local(path), Path(folder)
+    path, folder = local_path(path), Path(folder)
     if folder.exists() and folder.samefile(path):
         raise ValueError(f"{folder} is the checkpoint itself; name another folder to write")
     model_config = _config_for(path, config)
