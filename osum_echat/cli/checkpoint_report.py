@@ -81,7 +81,7 @@ def write_report(args: argparse.Namespace, wav: str | None) -> Report:
         return check(config, path)[0].partition(": ")[2]
 
     def memory() -> str:
-        return _memory(config, target, args.dtype)  # type: ignore[arg-type]
+        return _memory(config, path, target, args)  # type: ignore[arg-type]
 
     report.check("files", files)
     if report.check("keys", keys) and report.check("memory", memory):  # what does not fit is not loaded
@@ -91,17 +91,19 @@ def write_report(args: argparse.Namespace, wav: str | None) -> Report:
     return report
 
 
-def _memory(config: ModelConfig, target: Any, dtype: str) -> str:
+def _memory(config: ModelConfig, path: Path, target: Any, args: argparse.Namespace) -> str:
     """What is needed beside what is free. Raises ValueError when it does not fit."""
     from osum_echat.model.checkpoint import build_meta
+    from osum_echat.model.quantized import stored_kind
+    from osum_echat.model.storage import open_source
 
     weights = sum(p.numel() for p in build_meta(config).parameters())
-    bytes_each = devices.model_dtype(dtype, target, weights).itemsize
+    bytes_each = devices.model_weights(args.weights, args.dtype, target, weights, stored_kind(open_source(path))).bytes_each
     needed = weights * bytes_each * (1.11 if target.type == "cpu" else 1.0) + TOKEN2WAV_BYTES
     there = _available(target)
-    text = f"{needed / 1e9:.1f} GB needed ({weights:,} weights of {bytes_each} bytes, and token2wav), {there / 1e9:.1f} GB available on {target}"
+    text = f"{needed / 1e9:.1f} GB needed ({weights:,} weights of {bytes_each:g} bytes, and token2wav), {there / 1e9:.1f} GB available on {target}"
     if needed > there:
-        raise ValueError(f"{text}: use another device, or --dtype bfloat16")
+        raise ValueError(f"{text}: use another device, --weights bf16, or on a CPU --weights int8 or int4")
     return text
 
 

@@ -103,6 +103,11 @@ class Weights:
     dtype: torch.dtype
     kind: Literal["int8", "int4"] | None = None
 
+    @property
+    def bytes_each(self) -> float:
+        """Memory of a weight, scales included; with int4 a quarter of the released model stays in 8 bits."""
+        return {"int8": 1.05, "int4": 0.75}[self.kind] if self.kind else self.dtype.itemsize
+
 
 def model_weights(weights: str, dtype_name: str, device: torch.device, count: int, stored: str | None) -> Weights:
     """How to keep the weights of a model that answers.
