@@ -228,6 +228,18 @@ def test_what_is_missing_is_said_in_the_visitors_language_without_paths(shared, 
     assert turn.messages("en")[-1]["content"].count('role="alert"') == 1
 
 
+def test_silence_and_long_recordings_are_answered_in_the_visitors_language(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared.echat, "max_seconds", 30.0)
+    rate = 16000
+    noise = np.random.default_rng(0).normal(0, 0.1, 40 * rate)
+    for name, samples in (("silent", np.zeros(rate)), ("long", noise)):
+        soundfile.write(tmp_path / f"{name}.wav", samples, rate)
+    turn, _ = answered(shared, Form("s2s", str(tmp_path / "silent.wav"), language="zh"), Conversation())
+    assert turn.text == text("zh", "nothing_heard") and turn.details["finish_reason"] == "silence"
+    turn, _ = answered(shared, Form("s2s", str(tmp_path / "long.wav"), language="zh"), Conversation())
+    assert turn.error == text("zh", "too_long", most="30")
+
+
 # ---- over HTTP ------------------------------------------------------------------------------------------------------------------------
 
 

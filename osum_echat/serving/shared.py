@@ -18,6 +18,7 @@ from osum_echat.generation.engine import Engine, EngineLimits
 from osum_echat.generation.events import Done, Event, SpeechToken, TextDelta
 from osum_echat.generation.request import Request
 from osum_echat.model.echat import AudioFeatures
+from osum_echat.pipeline import parts
 from osum_echat.pipeline.ask import MODES, Ask, AudioChunk, StreamEvent
 from osum_echat.pipeline.echat import Dialogue, EChat
 from osum_echat.token2wav import Speaker
@@ -52,19 +53,28 @@ class SharedEChat:
         Raises:
             ValueError: what cannot be asked or used. EngineFull: too many people at once (its text is a sentence for them).
         """
-        voice = self.engine.run(lambda: self.echat.sound.voice_of(ask)).result()
+        echat = self.echat
+        voice, asks = self.engine.run(lambda: (echat.sound.voice_of(ask), echat.parts(ask))).result()
+        if not asks:
+            yield from parts.silent_events(ask, echat.dialect)
+            return
+        streams = (self._answer(part, dialogue, voice) for part in asks)
+        yield from next(streams) if len(asks) == 1 else parts.joined_stream(streams)
+
+    def _answer(self, ask: Ask, dialogue: Dialogue | None, voice: Speaker | None) -> Iterator[StreamEvent]:
+        """The events of a request that the model can take as it is."""
         if ask.mode.then is None:
             yield from self._with_sound(self._decode(ask, dialogue), ask.seed, voice)
             return
-        parts: list[str] = []
+        words: list[str] = []
         answered = Done("stop")
         for event in self._decode(ask, dialogue):
             if isinstance(event, Done):
                 answered = event
                 break
-            parts += [event.text] if isinstance(event, TextDelta) else []
+            words += [event.text] if isinstance(event, TextDelta) else []
             yield event
-        answer = "".join(parts).strip()
+        answer = "".join(words).strip()
         if not answer or answered.reason == "cancelled":
             yield answered
             return

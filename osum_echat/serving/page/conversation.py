@@ -159,13 +159,15 @@ def sentence(error: Exception, form: Form, shared: SharedEChat) -> str:
     if str(error) in ("need_recording", "need_text"):
         return text(form.language, str(error))
     if isinstance(error, AudioError):
-        key = {"too_long": "too_long", "audio_too_long": "too_long", "silent": "nothing_heard"}.get(error.reason, "unreadable")
-        return text(form.language, key, seconds="> 30", most=int(shared.echat.max_seconds))
+        if error.reason == "too_long":
+            learnt = shared.echat.dialect.learnt.seconds or shared.echat.max_seconds
+            return text(form.language, "too_long", most=f"{min(learnt, shared.echat.max_seconds):g}")
+        return text(form.language, "unreadable")
     message = str(error)
     for path in (form.wav, form.voice):
         if path:
             message = message.replace(path, Path(path).name)
-    return message
+    return text(form.language, "refused", why=message)
 
 
 def _add(turn: Turn, shared: SharedEChat, ask: Ask, event: StreamEvent) -> None:
@@ -182,6 +184,8 @@ def _finish(
 ) -> None:
     reply = shared.echat.reply(events, ask)
     turn.text, turn.think = reply.text, reply.think
+    if reply.finish_reason == "silence":
+        turn.text = text(language, "nothing_heard")
     turn.details = {**reply.as_json(), "speech_tokens": len(reply.speech_tokens)}
     times = {"first_text": f"{first.get('TextDelta', total):.1f}", "total": f"{total:.1f}"}
     if reply.audio is not None:
