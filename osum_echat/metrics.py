@@ -212,10 +212,6 @@ class ThinkValidity:
     complete: int = 0
 
     @property
-    def closed_rate(self) -> float:
-        return self.closed / self.total if self.total else 0.0
-
-    @property
     def complete_rate(self) -> float:
         """Share of thinks that ended and had every field."""
         return self.complete / self.total if self.total else 0.0

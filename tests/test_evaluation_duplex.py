@@ -37,6 +37,9 @@ def test_pieces_are_played_one_after_the_other_and_late_ones_leave_a_gap():
     line.play(1.0, ONE, "r")
     line.play(1.2, 2 * ONE, "r")  # came early: waits for the first
     line.play(5.0, ONE, "s")
+    line.play(6.5, ONE, "s")
+    assert [(s.start, s.end) for s in line.answers()] == [(1.0, 3.0), (5.0, 7.5)] and line.gaps() == pytest.approx(0.5)
+    line.pieces.pop(), line.stretches.pop()
     assert [(s.start, s.end, s.response) for s in line.stretches] == [(1.0, 3.0, "r"), (5.0, 6.0, "s")]
     samples = line.samples(7.0)
     assert len(samples) == 7 * RATE
@@ -83,6 +86,13 @@ def test_delays_interruptions_and_rejections():
     assert not missed.answered and missed.delay is None
     first, second = turns([Segment(0, 1), Segment(2, 3)], recorded([(1.5, 2.2), (3.4, 4.4)], speech_started=[0.1, 2.2]))
     assert not first.interrupts and second.interrupts and second.stop == pytest.approx(0.2) and second.delay == pytest.approx(0.4)
+    late = Recording(Timeline(RATE), [{"t": 2.3, "from": "server", "type": "input_audio_buffer.speech_started"}])
+    for at in (1.5, 1.9):  # the person begins in a gap of the answer
+        late.timeline.play(at, ONE[: RATE // 10], "r")
+    late.timeline.play(2.1, ONE, "r")
+    late.timeline.stop(2.3)
+    _, between = turns([Segment(0, 1), Segment(2.05, 3)], late)
+    assert between.interrupts and between.stop == pytest.approx(0.25)
     (_, talked_over) = turns([Segment(0, 1), Segment(2, 3)], recorded([(1.5, 5.0)]))
     assert talked_over.interrupts and talked_over.stop is None and not talked_over.answered
     noise = [Segment(0, 1, "reject")]
@@ -102,6 +112,7 @@ def test_segments_are_counted_by_what_they_are_about():
     values = score("live", item(), Result("a", timings={"turns": rows})).values
     assert values["delay"] == (pytest.approx(1.2), 2) and values["answered"] == (2, 3) and values["after_commit"] == (0.1, 1)
     assert values["interrupted"] == (1, 2) and values["stop"] == (0.2, 1) and values["rejected"] == (1, 1)
+    assert values["gaps"] == (0.0, 1)
     assert score("live", item(), Result("a")) is None
 
 

@@ -95,7 +95,7 @@ def read_segments(folder: Path, samples: Samples, rate: int) -> list[Segment]:
 
 def turns(spoken: Sequence[Segment], recording: Recording) -> list[Turn]:
     """What came of each segment."""
-    sounds = recording.timeline.stretches
+    sounds = recording.timeline.answers()
     commits = recording.times("input_audio_buffer.committed")
     out = []
     for number, segment in enumerate(spoken):

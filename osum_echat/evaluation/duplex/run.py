@@ -76,5 +76,9 @@ def play(settings: Settings, case: Case, out: Path) -> Result:
     with (target / "events.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(event, ensure_ascii=False) + "\n" for event in recording.events)
     found = measures.turns(spoken, recording)
-    timings = {"turns": [turn.to_dict() for turn in found], "total": round(recording.seconds, 3)}
+    timings = {
+        "turns": [turn.to_dict() for turn in found],
+        "total": round(recording.seconds, 3),
+        "gaps": round(recording.timeline.gaps(), 3),
+    }
     return Result(case.id, PART, SUITE, recording.text, wav=f"{case.id}/output.wav", timings=timings)

@@ -61,6 +61,19 @@ class Timeline:
         self.playhead = now
         return left
 
+    def answers(self) -> list[Stretch]:
+        """Each response from its first sound to its last, gaps included."""
+        spans: dict[str, Stretch] = {}
+        for stretch in self.stretches:
+            span = spans.setdefault(stretch.response, Stretch(stretch.start, stretch.end, stretch.response))
+            span.end = max(span.end, stretch.end)
+        return list(spans.values())
+
+    def gaps(self) -> float:
+        """Seconds of silence inside responses: sound that came too late to follow what was being played."""
+        played = sum(stretch.end - stretch.start for stretch in self.stretches)
+        return max(0.0, sum(span.end - span.start for span in self.answers()) - played)
+
     def samples(self, seconds: float = 0.0) -> Samples:
         """The whole channel [n], silent where nothing was played, at least ``seconds`` long."""
         length = max([round(seconds * self.rate), *(start + len(samples) for start, samples in self.pieces)])

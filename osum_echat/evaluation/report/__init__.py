@@ -53,22 +53,17 @@ class Report:
 
     def holes(self) -> list[dict[str, Any]]:
         """Everything that is missing: faults of files, unanswered items, judge's holes."""
-        out = [
-            {"where": f"{f.source}:{f.line}" if f.line else f.source, "id": f.id, "reason": f.reason, "message": str(f)}
-            for f in self.faults
-        ]
-        out += [
-            {"where": row.part, "id": row.item.id, "reason": row.hole.partition(":")[0], "message": row.hole}
-            for row in self.rows
-            if row.hole
-        ]
+        out = [_hole(f"{f.source}:{f.line}" if f.line else f.source, f.id, f.reason, str(f)) for f in self.faults]
         for row in self.rows:
+            where = f"{row.item.source}:{row.item.line}" if row.item.line else row.item.source or row.part
+            about = f"{where}: {row.part}, id {row.item.id!r}: "
+            if row.hole:
+                out.append(_hole(where, row.item.id, row.hole.partition(":")[0], about + row.hole))
             for fault in row.score.notes.get("faults", ()):
-                out.append({"where": row.part, "id": row.item.id, "reason": "not scored", "message": fault})
+                out.append(_hole(where, row.item.id, "not scored", about + fault))
             for name, judged in row.judged.items():
                 if judged.get("score") is None:
-                    message = f"judge {name}: {judged.get('hole', 'no score')}"
-                    out.append({"where": row.part, "id": row.item.id, "reason": "judge", "message": message})
+                    out.append(_hole(where, row.item.id, "judge", f"{about}judge {name}: {judged.get('hole', 'no score')}"))
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -96,6 +91,10 @@ class Report:
         path.write_text(markdown.render(self, data, out), encoding="utf-8")
         (out / "report.html").write_text(html.render(self, data), encoding="utf-8")
         return path
+
+
+def _hole(where: str, id: str, reason: str, message: str) -> dict[str, Any]:
+    return {"where": where, "id": id, "reason": reason, "message": message}
 
 
 def goodness(row: Row) -> float | None:

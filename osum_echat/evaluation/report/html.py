@@ -27,10 +27,7 @@ def render(report: Report, data: Mapping[str, Any]) -> str:
 
     made = pictures.of_report(report.summaries, report.headline, report.suite.bars, report.rows)
     missing = [f"not scored by {name}: {why}" for name, why in report.unavailable.items()]
-    missing += [
-        hole["message"] if hole["where"] in hole["message"] else f"{hole['where']}, {hole['id']}: {hole['message']}"
-        for hole in data["holes"]["first"]
-    ]
+    missing += [hole["message"] for hole in data["holes"]["first"]]
     if data["holes"]["count"] > len(data["holes"]["first"]):
         missing.append(f"... {data['holes']['count']} holes in all (report.json)")
     template = jinja2.Environment(autoescape=True).from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

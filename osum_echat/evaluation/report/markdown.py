@@ -99,12 +99,7 @@ def holes(report: Report, data: Mapping[str, Any]) -> list[str]:
     lines = [f"- not scored by {name}: {why}" for name, why in report.unavailable.items()]
     if count:
         lines += [f"- {count} holes" + (f", the first {len(first)}:" if count > len(first) else ":")]
-        lines += [
-            f"  - {hole['message']}"
-            if hole["where"] in hole["message"]
-            else f"  - {hole['where']}, {hole['id']}: {hole['message']}"
-            for hole in first
-        ]
+        lines += [f"  - {hole['message']}" for hole in first]
     return ["## What is missing", "", *lines, ""] if lines else []
 
 

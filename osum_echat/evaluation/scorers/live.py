@@ -14,7 +14,7 @@ class Live:
     """Delay, interruption, rejection, as Full-Duplex-Bench and HumDial-FDBench name them. Each counts the segments that it is about.
 
     ``delay``: end of the person's words to the first sound of the answer; ``after_commit``: from the server's own end of the turn. ``stop``: from the
-    person's first sound to the system's silence, where it was interrupted.
+    person's first sound to the system's silence, where it was interrupted. ``gaps``: silence inside answers in a conversation, because sound came late.
     """
 
     measures: Mapping[str, Measure] = {
@@ -24,6 +24,7 @@ class Live:
         "interrupted": PERCENT,
         "stop": SECONDS,
         "rejected": PERCENT,
+        "gaps": SECONDS,
     }
 
     def __init__(self, tools: Tools, _: str = "") -> None:
@@ -36,7 +37,7 @@ class Live:
         wanted = [turn for turn in turns if turn["kind"] == "say"]
         interrupting = [turn for turn in wanted if turn.get("interrupts")]
         unwanted = [turn for turn in turns if turn["kind"] == "reject"]
-        score = Score()
+        score = Score({"gaps": (float(result.timings.get("gaps", 0.0)), 1)})
         for name in ("delay", "after_commit", "stop"):
             values = [float(turn[name]) for turn in wanted if name in turn]
             if values:
