@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -28,17 +29,15 @@ def pictures() -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page with mini, started as a user starts it."""
+@contextlib.contextmanager
+def page_started(folder: Path, *arguments: str) -> Iterator[str]:
+    """The page with mini, started as a user starts it; ``folder`` takes the ratings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     python = os.environ.get("OSUM_ECHAT_PYTHON", sys.executable)
-    feedback = tmp_path_factory.mktemp("feedback")
-    server = subprocess.Popen(
-        [python, str(ROOT / "infer_gradio.py"), "--port", str(port), "--feedback", str(feedback), "--device", "cpu"], cwd=ROOT
-    )
+    command = [python, str(ROOT / "infer_gradio.py"), "--port", str(port), "--feedback", str(folder), "--device", "cpu"]
+    server = subprocess.Popen([*command, *arguments], cwd=ROOT)
     url = f"http://127.0.0.1:{port}/"
     try:
         for _ in range(300):
@@ -52,6 +51,21 @@ def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def page_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page with one checkpoint."""
+    with page_started(tmp_path_factory.mktemp("feedback")) as url:
+        yield url
+
+
+@pytest.fixture
+def page_of_two(tmp_path: Path) -> Iterator[str]:
+    """The page with two checkpoints: mini under two names."""
+    (tmp_path / "another").symlink_to(ROOT / "checkpoints" / "mini")
+    with page_started(tmp_path / "feedback", "--second-checkpoint", str(tmp_path / "another")) as url:
+        yield url
 
 
 def start_browser(width: int = 1280, height: int = 1000, language: str = "en-US", dark: bool = False) -> webdriver.Chrome:

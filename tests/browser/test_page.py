@@ -240,3 +240,16 @@ def test_a_rating_is_stored_for_the_reply_it_stands_under(browser, page_url):
     )
     browser.execute_script("arguments[0].click()", thumb[-1])
     wait_for(lambda: "the rating is stored" in browser.find_element(By.ID, "osum-status").text, what="the thanks")
+
+
+def test_two_checkpoints_answer_side_by_side(browser, page_of_two, pictures):
+    opened(browser, page_of_two)
+    both = next(label for label in browser.find_elements(By.CSS_SELECTOR, "label") if "both, side by side" in label.text)
+    browser.execute_script("arguments[0].querySelector('input').click()", both)
+    upload(browser, ANGRY)
+    press(browser, "osum-send")
+    for number in (0, 1):
+        wait_for(lambda number=number: "total" in browser.find_element(By.ID, f"osum-chat-{number}").text, what=f"reply {number}")
+    places = [browser.find_element(By.ID, f"osum-chat-{number}").location for number in (0, 1)]
+    assert places[0]["y"] == places[1]["y"] and places[0]["x"] < places[1]["x"]
+    picture(browser, pictures, "two_models")

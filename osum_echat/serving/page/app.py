@@ -371,7 +371,7 @@ def serve(page: Page, host: str, port: int) -> None:
     """Show the page until it is stopped."""
     import uvicorn
 
-    uvicorn.run(make_app(page), host=host, port=port, log_level="warning")
+    uvicorn.run(make_app(page), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
 def demo_examples(folder: Path) -> tuple[tuple[str, Path], ...]:
