@@ -15,7 +15,7 @@ A YAML file may start from another with ``base: other.yaml``; mappings merge, an
 
 One rule for a relative path to something that is read (`find_path`): the folder of the YAML file that states it, then the folder where one
 stands; ``package:NAME`` is the file NAME that comes with this package (`osum_echat/conf/`). On a command line there is no file, so a path
-starts where one stands. Fields of that kind have the type `InputPath`. Paths that are written (``out``) always start where one stands.
+starts where one stands. Fields of that kind have the type `InputPath` (or `InputFile`); a pattern with ``*`` is one too. Paths that are written (``out``) always start where one stands.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _INPUT = "a file or folder that is read"
 InputPath = Annotated[str, _INPUT]
+InputFile = Annotated[Path, _INPUT]
 PACKAGE = "package:"
 
 
@@ -87,15 +88,16 @@ def package_file(name: str) -> Path:
 
 
 def find_path(path: str, folder: Path | None = None) -> str:
-    """The file or folder that a relative path of a YAML file in ``folder`` names (the rule is in the module's docstring).
+    """The file, folder or files that a relative path or pattern of a YAML file in ``folder`` names (the rule: the module's docstring).
 
     Nothing there: as it was written (it may be a name on the hub; whoever reads it says what is missing).
     """
     if path.startswith(PACKAGE):
         return str(package_file(path.removeprefix(PACKAGE)))
-    if folder is not None and path and not Path(path).is_absolute() and (folder / path).exists():
-        return str(folder / path)
-    return path
+    if folder is None or not path or Path(path).is_absolute():
+        return path
+    there = any(folder.glob(path)) if any(c in path for c in "*?[") else (folder / path).exists()
+    return str(folder / path) if there else path
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -292,7 +294,7 @@ def _convert(hint: Any, value: Any, where: str, name: str, partial: bool = False
         return _without_folders(value)
     if origin is Annotated:
         if _INPUT in args and isinstance(value, str):
-            return find_path(str(value), getattr(value, "folder", None))
+            value = find_path(str(value), getattr(value, "folder", None))
         return _convert(args[0], value, where, name, partial)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

@@ -11,7 +11,19 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from osum_echat.config import ConfigError, InputPath, check, from_dict, load, merge, read_yaml, to_dict, to_yaml, warn_older
+from osum_echat.config import (
+    ConfigError,
+    InputFile,
+    InputPath,
+    check,
+    from_dict,
+    load,
+    merge,
+    read_yaml,
+    to_dict,
+    to_yaml,
+    warn_older,
+)
 
 
 @dataclass
@@ -212,3 +224,14 @@ def test_files_of_the_package_have_a_name(tmp_path):
 @pytest.mark.parametrize("name", ["ct_config.yaml", "prompt_config.yaml", "generation.yaml"])
 def test_files_in_conf_are_those_of_the_package(root_dir, name):
     assert read_yaml(root_dir / "conf" / name) == read_yaml(f"package:{name}")
+
+
+@dataclass
+class Patterns:
+    lists: list[InputFile] = field(default_factory=list)
+
+
+def test_patterns_and_files_follow_the_same_rule(tmp_path):
+    (tmp_path / "part_1.jsonl").touch()
+    (tmp_path / "a.yaml").write_text("lists: [part_*.jsonl, elsewhere/part_*.jsonl]\n", encoding="utf-8")
+    assert load(Patterns, tmp_path / "a.yaml").lists == [tmp_path / "part_*.jsonl", Path("elsewhere/part_*.jsonl")]

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from osum_echat import config as config_io
 from osum_echat.config import ConfigError
 from osum_echat.data.config import StreamConfig
 from osum_echat.data.lists import Stream, read_data_yaml
 from osum_echat.data.sampling import Shares, draw, epoch_order, weighted_lines
+from osum_echat.training.config import TrainConfig
 from tests.data_case import record, write_raw
 
 
@@ -89,3 +91,25 @@ def test_a_wrong_data_yaml_is_refused_with_a_reason(tmp_path: Path, text: str, m
     (tmp_path / "data.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_data_yaml(str(tmp_path / "data.yaml"))
+
+
+def test_the_lists_of_a_data_yaml_start_at_its_folder_then_where_one_stands(tmp_path, monkeypatch):
+    here, data = tmp_path / "here", tmp_path / "data"
+    for folder, names in ((data, ["both.txt"]), (here, ["both.txt", "here.txt"])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.chdir(here)
+    (data / "data.yaml").write_text("a: {path: both.txt}\nb: {path: here.txt}\n", encoding="utf-8")
+    entries, _ = read_data_yaml(str(data / "data.yaml"))
+    assert [entry.path for entry in entries] == [str(data / "both.txt"), "here.txt"]
+
+
+@pytest.mark.parametrize("stage", ["stage1_understanding", "stage2_tts", "stage2_s2s", "stage3_empathy_tag"])
+def test_published_stages_find_their_files_from_anywhere(root_dir, tmp_path, monkeypatch, stage):
+    monkeypatch.chdir(tmp_path)
+    config = config_io.load(TrainConfig, root_dir / "conf" / f"{stage}.yaml")
+    for stream in config.data.streams.values():
+        assert Path(stream.list).is_file()
+        assert all(Path(entry.path).is_file() for entry in read_data_yaml(stream.list)[0])
+    assert config.model is not None and Path(config.model).is_file()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from osum_echat import config as config_io
+from osum_echat.config import InputPath
 from osum_echat.data.label_rules import OLDER_NAMES, LabelRules, get_rules
 
 STREAMS = ("s2t", "t2s", "s2s", "t2t")
@@ -30,7 +31,7 @@ class StreamConfig:
         when_dry: ``leave``: the stream is over until the next epoch; ``restart``: it begins again, in another order, until the others end.
     """
 
-    list: str
+    list: InputPath
     type: ListType = "auto"
     weight: float | None = None
     when_dry: Literal["leave", "restart"] = "leave"
@@ -117,10 +118,10 @@ class AugmentConfig:
     substitutions: int = 3
     max_substitution: int = 30
     speeds: list[float] = field(default_factory=list)
-    noise_list: str | None = None
+    noise_list: InputPath | None = None
     noise_probability: float = 0.5
     snr_db: tuple[float, float] = (5.0, 25.0)
-    reverb_list: str | None = None
+    reverb_list: InputPath | None = None
     reverb_probability: float = 0.3
 
 

@@ -1,7 +1,7 @@
 """Data yamls, and the streams that are mixed: which lists, how often, in which order an epoch goes through them.
 
 seed: 3
-asr: {path: data/asr/shards_list.txt, weight: 2.7}     # twice
+asr: {path: data/asr/shards_list.txt, weight: 2.7}     # twice; relative to this file, then to where one stands
 chat: {path: data/chat/combines_list.txt}              # once
 rare: {path: data/rare/data.list, weight: 0.25}        # a random quarter, the same one in every epoch
 """
@@ -12,10 +12,11 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from osum_echat.config import ConfigError, read_yaml
+from osum_echat.config import ConfigError, find_path, read_yaml
 from osum_echat.data import paths
 from osum_echat.data.config import ListType, StreamConfig
 from osum_echat.data.sampling import Share, Shares, epoch_order, weighted_lines
@@ -61,7 +62,7 @@ def read_data_yaml(path: str, seed: int = 0) -> tuple[list[ListEntry], int]:
         kind = entry.get("type", "auto")
         if kind not in ("auto", "raw", "shard"):
             raise ConfigError(f"{path}: {name}.type must be auto, raw or shard, found {kind!r}")
-        entries.append(ListEntry(str(name), entry["path"], float(weight), kind))
+        entries.append(ListEntry(str(name), find_path(entry["path"], Path(path).parent), float(weight), kind))
     return entries, seed
 
 

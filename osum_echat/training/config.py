@@ -120,7 +120,7 @@ class MeasureConfig:
     """
 
     items: int = 32
-    token2wav: str | None = None
+    token2wav: InputPath | None = None
 
     def __post_init__(self) -> None:
         if self.items < 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from osum_echat.audio import features as audio_features
+from osum_echat.config import InputFile
 from osum_echat.token2wav.config import FlowConfig, mel_frames
 from osum_echat.token2wav.encoder import stretch_reply
 from osum_echat.token2wav.estimator import Padding
@@ -41,8 +42,8 @@ class FlowTraining(PartTraining):
     """The YAML file of this command."""
 
     target: Path = Path("exp/token2wav/model/flow.pt")
-    campplus: Path = Path("exp/token2wav/model/campplus.onnx")  # speaker embeddings
-    tokenizer: Path | None = None  # for records without speech_token; None: such records are left out
+    campplus: InputFile = Path("exp/token2wav/model/campplus.onnx")  # speaker embeddings
+    tokenizer: InputFile | None = None  # for records without speech_token; None: such records are left out
     model: FlowConfig = field(default_factory=FlowConfig)
     prompt_share: float = 0.5  # of the rows show the mel of their beginning
     prompt_most: float = 0.3  # of a single recording at most

@@ -20,6 +20,7 @@ import numpy as np
 
 from osum_echat.audio import io
 from osum_echat.audio.io import AudioError
+from osum_echat.config import InputFile
 from osum_echat.data.sources import open_source
 from osum_echat.dialogue.record import Record, RecordError
 
@@ -31,8 +32,8 @@ T = TypeVar("T")
 class ListConfig:
     """Which records take part."""
 
-    lists: list[Path] = field(default_factory=list)  # of any form, patterns allowed
-    valid_lists: list[Path] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
+    lists: list[InputFile] = field(default_factory=list)  # of any form, patterns allowed
+    valid_lists: list[InputFile] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
     voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
     voices: list[str] | None = None  # only records of these voices
