@@ -305,6 +305,8 @@ def test_a_suite_is_changed_on_the_command_line_and_a_wrong_key_is_an_error():
     assert (suite.normalizer, suite.parts["words"].take, suite.seed) == ("own", 3, 7)
     with pytest.raises(ConfigError, match="did you mean seed"):
         load_suite("understanding", ["sead=7"])
+    with pytest.raises(ConfigError, match=r"parts\.say: there is no such part to change; parts are words"):
+        load_suite("understanding", ["parts.say.take=3"])
     with pytest.raises(ConfigError, match="there is no suite 'x'"):
         load_suite("x")
     with pytest.raises(ValueError, match=r"ask has unknown key\(s\) tempo"):

@@ -145,13 +145,13 @@ def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
     judges = _judges(args)
     recognisers: dict[str, Any] = {}
     failed = 0
-    for suite in suites:
+    for given, suite in zip(args.suite, suites, strict=True):
         out = args.out / suite.name if len(suites) > 1 else args.out
         plan = _plan(args, suite, _data_of(args.data, suite.name, names), out, judges, recognisers)
         if args.part != "0/1":
             return _share(plan, Model(args), args.part)
         if args.devices and args.results is None and "generate" in plan.steps:
-            _on_devices(plan, args)
+            _on_devices(plan, args, [given, *changes])
         report = run_suite(plan, model)
         print(file=sys.stderr)
         _print(report, out)
@@ -231,17 +231,16 @@ def _share(plan: Plan, model: Model, part: str) -> int:
     return 0
 
 
-def _on_devices(plan: Plan, args: argparse.Namespace) -> None:
-    """Generate with one process a device, then put their results together. Raises UserError when one fails."""
+def _on_devices(plan: Plan, args: argparse.Namespace, suite: Sequence[str]) -> None:
+    """Generate with one process a device, then put their results together. ``suite``: as it was given, with its changes.
+
+    Raises:
+        UserError: a process failed.
+    """
     from osum_echat.evaluation.parallel import generate_on
 
-    options = [
-        "--suite",
-        next(s for s in args.suite if Path(s).stem == plan.suite.name or s == plan.suite.name),
-        "--data",
-        plan.data,
-    ]
-    options += ["--out", str(plan.out), "--checkpoint", args.checkpoint, *[word for word in args.system if "=" in word]]
+    name, *changes = suite
+    options = ["--suite", name, "--data", plan.data, "--out", str(plan.out), "--checkpoint", args.checkpoint, *changes]
     for name in ("config", "token2wav", "speaker", "dtype", "profile", "threads", "limit"):
         if getattr(args, name, None) is not None:
             options += [f"--{name}", str(getattr(args, name))]

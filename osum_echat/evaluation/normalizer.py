@@ -1,7 +1,7 @@
 """Text as it is compared, before words are counted.
 
 ``standard`` is what published numbers use: Whisper's English normaliser (package whisper-normalizer) and WeText for Chinese (package wetext; numbers
-written out, er endings kept), after which punctuation goes. ``own`` is `metrics.normalize`, which needs no package.
+written out, er endings kept, simplified characters), after which punctuation goes. ``own`` is `metrics.normalize`, which needs no package.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Normalizer:
             from wetext import Normalizer as WeText
         except ImportError as error:
             return self._missing("wetext", error)
-        return WeText(lang="zh", operator="tn", remove_erhua=False)
+        return WeText(lang="zh", operator="tn", traditional_to_simple=True)
 
     def _missing(self, package: str, error: ImportError) -> None:
         if self.kind == "standard":

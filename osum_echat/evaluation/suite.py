@@ -134,4 +134,8 @@ def load_suite(name: str | Path, changes: Sequence[str] = ()) -> Suite:
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
             raise ConfigError(f"there is no suite {name!r}: use {', '.join(known_suites())}, or a path to a .yaml file")
+    known = config_io.read_yaml(path).get("parts") or {}
+    for part in config_io.parse_overrides(changes).get("parts") or {}:
+        if part not in known:
+            raise ConfigError(f"{path.name}: parts.{part}: there is no such part to change; parts are {', '.join(known)}")
     return config_io.load(Suite, path, changes)
