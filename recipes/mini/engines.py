@@ -138,6 +138,7 @@ class Espeak:
 
     SYNCHRONOUS, UTF8, SSML = 0x02, 0x01, 0x10
     RATE, PITCH, RANGE = 1, 3, 4
+    IPA = 0x02
 
     def __init__(self) -> None:
         self._espeak = _library("libespeak-ng.so.1")
@@ -168,10 +169,32 @@ class Espeak:
         samples = np.concatenate(self._chunks) if self._chunks else np.zeros(0, np.int16)
         return Spoken(samples.astype(np.float32) / 32768, self.rate)
 
+    def phonemes(self, text: str, language: str) -> str:
+        """``text`` in IPA, clause after clause."""
+        if self._espeak.espeak_SetVoiceByName(language.encode()) != 0:
+            raise ValueError(f"espeak-ng has no language {language!r}; `espeak-ng --voices` lists them")
+        self._espeak.espeak_TextToPhonemes.restype = C.c_char_p
+        pointer, clauses = C.c_char_p(text.encode()), []
+        while pointer:  # moved to what is left; null at the end
+            clauses.append(self._espeak.espeak_TextToPhonemes(C.byref(pointer), self.UTF8, self.IPA) or b"")
+        return " ".join(clause.decode() for clause in clauses)
+
 
 @functools.cache
 def espeak() -> Espeak:
     return Espeak()
+
+
+# Symbols that espeak-ng writes for sounds of other languages, as the nearest that Kokoro knows.
+_NEAREST = (("\u02b2", "j"), ("r", "\u0279"), ("x", "k"), ("\u026c", "l"), ("\u0361", ""))
+
+
+def phonemes(text: str, language: str = "en-us") -> str:
+    """IPA of espeak-ng in the symbols that Kokoro was trained on."""
+    found = espeak().phonemes(text, language)
+    for symbol, nearest in _NEAREST:
+        found = found.replace(symbol, nearest)
+    return found
 
 
 # festival ---------------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ from recipes.mini import texts
 
 CODES, CODES_A_SECOND = 256, 25
 VALIDATION = 64
+OUTSIDE = 0.35  # of the thinks in text
+CHOICE = 120  # recordings of people that a training measures itself on
 TAG_TASKS = {"age": "<AGE>", "gender": "<GENDER>", "emotion": "<EMOTION>", "event": "<CAPTION>"}
 TAG_SETS = (("age",), ("gender",), ("emotion",), ("event",), ("age", "gender"))  # asked for alone
 TAG_SETS_WITH_WORDS = (*TAG_SETS, ("emotion", "age", "gender"), ("event", "age", "gender"))
@@ -56,6 +58,11 @@ def write_list(path: Path, records: Iterable[Json]) -> int:
 
 def labels_of(record: Json) -> texts.Labels:
     return texts.Labels(**{name: record["extra"][name] for name in TAG_TASKS})
+
+
+def all_known(record: Json) -> bool:
+    """Whether every tag of a recording is known (of people, the gender is not always)."""
+    return all(record["extra"].get(name) for name in TAG_TASKS)
 
 
 # Text only --------------------------------------------------------------------------------------------------------------------------
@@ -106,10 +113,10 @@ def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET
         rate = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.15)
         kind = rng.random()
         if kind < 0.12:
-            sentence, about = (rng.choice(wordnet), None) if kind < 0.02 else rng.choice(grammar)
-            yield _text(key, rng.choice((sentence, texts.written(sentence))), texts.plain_reply(about, rng))
+            sentence, about = (_outside(rng, wordnet), None) if kind < 0.04 else rng.choice(grammar)
+            yield _text(key, rng.choice((sentence, texts.written(sentence))), texts.plain_reply(about, rng, sentence))
         elif kind < 0.6:
-            sentence, topic = rng.choice(grammar)
+            sentence, topic = (_outside(rng, wordnet), None) if rng.random() < OUTSIDE else rng.choice(grammar)
             said_as = texts.draw_labels(rng)
             natural = rng.random() < 0.2
             question = f"{'tell: ' if natural else ''}{misheard(sentence, rng, rate)}{bracketed(said_as)}"
@@ -117,6 +124,12 @@ def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET
         else:
             sentence = _sentence_to_copy(rng, grammar, wordnet, words)
             yield _text(key, f"words: {misheard(sentence, rng, rate)}", sentence)
+
+
+def _outside(rng: random.Random, wordnet: list[str]) -> str:
+    """A sentence outside the topics: of `said.yaml`, or of WordNet."""
+    source = rng.choices(("open", "orders", "commands", "wordnet"), (0.45, 0.1, 0.1, 0.35))[0]
+    return rng.choice(wordnet) if source == "wordnet" else texts.said(source, rng)
 
 
 def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], words: list[str]) -> str:
@@ -128,7 +141,7 @@ def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], word
     return " ".join(rng.choice(words) for _ in range(rng.randint(3, 10)))
 
 
-def _think(sentence: str, topic: str, said_as: texts.Labels, natural: bool, rng: random.Random) -> str:
+def _think(sentence: str, topic: str | None, said_as: texts.Labels, natural: bool, rng: random.Random) -> str:
     from osum_echat.dialogue.think import Think
     from recipes.mini.dialect import DIALECT
 
@@ -138,7 +151,7 @@ def _think(sentence: str, topic: str, said_as: texts.Labels, natural: bool, rng:
         reply_emotion=texts.reply_emotion(said_as),
         **{n: getattr(said_as, n) for n in TAG_TASKS},
     )
-    return DIALECT.strings.template("language" if natural else "tag").write(think) + texts.reply(topic, said_as, rng)
+    return DIALECT.strings.template("language" if natural else "tag").write(think) + texts.reply(topic, said_as, rng, sentence)
 
 
 def _text(key: str, question: str, answer: str) -> Json:
@@ -149,14 +162,13 @@ def _text(key: str, question: str, answer: str) -> Json:
 
 
 def hearing_records(record: Json, rng: random.Random, every_task: bool = False) -> Iterator[Json]:
-    """Understanding tasks of one user recording: the words; words with tags or tags alone; think and answer.
+    """Understanding tasks of one user recording: the words; where all tags are known, words with tags or tags alone, think and answer.
 
     ``every_task``: all of them (validation); else the transcript, and of the others some. Of the recordings without a topic fewer are
     answered: they are there so that a think writes down what was said, not the nearest sentence of the grammar.
     """
     extra = record["extra"]
-    said_as = labels_of(record)
-    known = {name: extra[name] for name in TAG_TASKS}
+    known = {name: extra[name] for name in TAG_TASKS if extra.get(name)}
     known |= {"q_txt": record["txt"], "topic": extra["topic"], "voice": extra["voice"]}
 
     def task(name: str, txt: str, **more: str) -> Json:
@@ -167,12 +179,16 @@ def hearing_records(record: Json, rng: random.Random, every_task: bool = False) 
         return task(f"<TRANSCRIBE> {told}" if txt else told, txt + "".join(f"<{extra[name]}>" for name in names))
 
     yield task("<TRANSCRIBE>", record["txt"])
+    if not all_known(record):
+        return
+    said_as = labels_of(record)
     if every_task or rng.random() < 0.4:
         yield tags(rng.choice(TAG_SETS_WITH_WORDS), record["txt"])
     if every_task or rng.random() < 0.3:
         yield tags(rng.choice(TAG_SETS))
     if every_task or extra["topic"] is not None or rng.random() < 0.6:
-        answer = tagged_reply(said_as, extra["reply"] if extra["topic"] is not None else texts.reply(None, said_as, rng))
+        given = extra.get("reply") if extra["topic"] is not None else None
+        answer = tagged_reply(said_as, given or texts.reply(extra["topic"], said_as, rng, record["txt"]))
         yield task("<S2TCHAT> <THINKER>", answer)
         if every_task or rng.random() < 0.2:
             yield task("<S2TCHAT> <THINKER>", answer, think_str=texts.natural_think(record["txt"], said_as))
@@ -198,29 +214,39 @@ def word_lengths(words: list[list[Any]], codes: int) -> list[int]:
 
 
 def tokenise(data: Path, token2wav: Path) -> None:
-    """Speech codes of the reply voice: ``reply_tokens/*.jsonl`` and ``open_tokens/*.jsonl``, a list for each part; parts that exist are left alone."""
+    """Speech codes of the reply voice: ``reply_tokens``, ``open_tokens`` and ``dialogue_tokens``, a list for each part; parts that exist are left alone."""
     from osum_echat.token2wav.prompt import Frontend, tokenizer_wave
 
     frontend = Frontend(token2wav, CODES)  # flow and vocoder are not there yet
+
+    def with_codes(record: Json) -> Json | None:
+        """A reply record with its codes; None (rare: numbers, abbreviations) where its words cannot be found in them."""
+        codes = frontend.tokens(tokenizer_wave(record["wav"])).tolist()
+        if len(record["extra"]["words"]) != len(record["txt"].split()):
+            return None  # the engine has split the text into other words
+        try:
+            lengths = word_lengths(record["extra"]["words"], len(codes))
+        except ValueError:
+            return None
+        return {**record, "extra": {**record["extra"], "speech_token": codes, "word_lengths": lengths}}
+
     sources = [("reply", path) for path in (*sorted((data / "reply").glob("*.jsonl")), data / "heldout" / "reply.jsonl")]
-    sources += [("open", path) for path in sorted((data / "open").glob("*.jsonl"))]
+    sources += [(kind, path) for kind in ("open", "dialogue") for path in sorted((data / kind).glob("*.jsonl"))]
     for kind, path in sources:
         target = data / f"{kind}_tokens" / path.name
         if target.exists():
             continue
-        records = []
-        for record in read_list(path):
-            codes = frontend.tokens(tokenizer_wave(record["wav"])).tolist()
-            spoken = [word for word, _ in record["extra"]["words"]]
-            try:
-                if len(spoken) != len(record["txt"].split()):
-                    raise ValueError("the engine has split the text into other words")
-                lengths = word_lengths(record["extra"]["words"], len(codes))
-            except ValueError:
-                continue  # rare (numbers, abbreviations); the count is printed below
-            records.append({**record, "extra": {**record["extra"], "speech_token": codes, "word_lengths": lengths}})
-        total = len(read_list(path))
-        print(f"{target}: {write_list(target, records)} of {total}", flush=True)
+        given, records = read_list(path), []
+        for record in given:
+            if kind != "dialogue":
+                found = with_codes(record)
+            else:
+                replies = [with_codes(turn["reply"]) for turn in record["turns"]]
+                turns = [{**turn, "reply": reply} for turn, reply in zip(record["turns"], replies, strict=True)]
+                found = None if None in replies else {**record, "turns": turns}
+            if found is not None:
+                records.append(found)
+        print(f"{target}: {write_list(target, records)} of {len(given)}", flush=True)
 
 
 def speech_extra(reply: Json) -> Json:
@@ -250,6 +276,40 @@ def spoken_dialogue(record: Json, spoken: dict[str, list[Json]], rng: random.Ran
         yield {**line, "task": task, "extra": {**known, **speech}}
 
 
+def past_turns(turns: list[Json], speech: bool) -> Json:
+    """The fields of a record that hold its past: recordings and answers of ``turns``, with the codes of the answers where they were spoken."""
+    out: Json = {"extra": {}}
+    for number, turn in enumerate(turns, start=1):
+        out |= {f"wav_{number}": turn["wav"], f"txt_{number}": turn["reply"]["txt"]}
+        if speech:
+            out["extra"][f"speech_token_{number}"] = turn["reply"]["extra"]["speech_token"]
+    return out
+
+
+def dialogue_lines(record: Json, rng: random.Random) -> Iterator[tuple[str, Json]]:
+    """Every turn of a conversation with the turns before it, as (list name, record) in the layouts of all stages: answer, think and answer, each in text
+    and in speech. The last turn, which needs the past, comes in all of them, the others in one."""
+    said_as = labels_of(record)
+    for number, turn in enumerate(record["turns"]):
+        tasks = ["<S2TCHAT>", "<S2TCHAT> <THINKER>", "<S2TCHAT> <TEXT2TOKEN>", "<S2TCHAT> <TEXT2TOKEN> <THINK>"]
+        for task in tasks if number == len(record["turns"]) - 1 else [rng.choice(tasks)]:
+            spoken = "TEXT2TOKEN" in task
+            past = past_turns(record["turns"][:number], spoken)
+            extra = {name: record["extra"][name] for name in (*TAG_TASKS, "voice")} | {
+                "q_txt": turn["txt"],
+                "topic": turn["topic"],
+            }
+            extra |= past.pop("extra") | (speech_extra(turn["reply"]) if spoken else {})
+            line = {
+                "key": f"{record['key']}_{number}",
+                "wav": turn["wav"],
+                "txt": tagged_reply(said_as, turn["reply"]["txt"]),
+                "task": task,
+            }
+            name = ("talk_" if spoken else "") + "past" + ("_think" if "THINK" in task else "")
+            yield name, {**line, **past, "extra": extra}
+
+
 # Steps ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -262,21 +322,40 @@ def prepare_text(out: Path, count: int) -> None:
     )
 
 
-def prepare_hearing(data: Path, out: Path) -> None:
-    rng = random.Random("hear")
+PEOPLE = {"kathleen": "readers", "coffee": "orders", "wakewords": "wakewords"}  # source -> name of its lists
+
+
+def hearing_lists(records: Iterable[Json], out: Path, prefix: str) -> None:
+    """``<prefix>transcribe``, ``<prefix>tags`` and ``<prefix>think`` of some recordings."""
+    rng = random.Random(f"hear {prefix}".strip())
     lines: dict[str, list[Json]] = {"transcribe": [], "tags": [], "think": []}
-    for record in read_lists(data / "user"):
+    for record in records:
         for line in hearing_records(record, rng):
             name = "think" if "<S2TCHAT>" in line["task"] else "transcribe" if line["task"] == "<TRANSCRIBE>" else "tags"
             lines[name].append(line)
-    for name, records in lines.items():
-        print(f"{name}:", write_list(out / f"{name}.jsonl", records))
+    for name, some in lines.items():
+        print(f"{prefix}{name}:", write_list(out / f"{prefix}{name}.jsonl", some))
+
+
+def prepare_hearing(data: Path, out: Path) -> None:
+    """Lists of synthetic recordings; where there are some, of neural voices (``neural_*``) and of people (a name for each source in `PEOPLE`)."""
+    hearing_lists(read_lists(data / "user"), out, "")
+    if (data / "neural").is_dir():
+        hearing_lists(read_lists(data / "neural"), out, "neural_")
+    for source, name in PEOPLE.items():
+        if (path := data / "people" / f"{source}.jsonl").exists():
+            hearing_lists(read_list(path), out, f"{name}_")
+    rng = random.Random("hear validation")
     held_out = [
         line
         for record in read_list(data / "heldout" / "validation.jsonl")
         for line in hearing_records(record, rng, every_task=True)
     ]
     print("hear_validation:", write_list(out / "hear_validation.jsonl", held_out))
+    if (data / "people" / "choice").is_dir():
+        chosen = [r for source in ("kathleen", "coffee") for r in read_list(data / "people" / "choice" / f"{source}.jsonl")]
+        rng.shuffle(chosen)
+        print("choice:", write_list(out / "choice.jsonl", chosen[:CHOICE]))
 
 
 def prepare_speaking(data: Path, out: Path) -> None:
@@ -291,6 +370,12 @@ def prepare_speaking(data: Path, out: Path) -> None:
     print("tts:", write_list(out / "tts.jsonl", map(tts_record, replies + open_vocabulary)))
     print("tts_validation:", write_list(out / "tts_validation.jsonl", map(tts_record, held_out)))
     dialogue = [line for record in read_lists(data / "user") for line in spoken_dialogue(record, spoken, rng)]
+    past: dict[str, list[Json]] = {"past": [], "past_think": [], "talk_past": [], "talk_past_think": []}
+    for record in read_lists(data / "dialogue_tokens") if (data / "dialogue").is_dir() else ():
+        for name, line in dialogue_lines(record, rng):
+            past[name].append(line)
+    for name, lines in past.items():
+        print(f"{name}:", write_list(out / f"{name}.jsonl", lines))
     for name, task in (("talk", "<S2TCHAT> <TEXT2TOKEN>"), ("talk_think", "<S2TCHAT> <TEXT2TOKEN> <THINK>")):
         print(f"{name}:", write_list(out / f"{name}.jsonl", [line for line in dialogue if line["task"] == task]))
     validation = [

@@ -6,7 +6,8 @@
 
 Each step is a command of its own (shown before it runs), skipped when it is done, and goes on where it was interrupted: speech is made in parts,
 trainings resume from their checkpoints. On two cores, steps that do not wait for each other can be run side by side with ``--only``
-(``needs`` in the list). Speech needs the Debian packages flite, espeak-ng and wordnet-base; nothing else does.
+(``needs`` in the list). Speech needs the Debian packages flite, espeak-ng and wordnet-base, and npm for the voices of Kokoro. Recordings of people are
+read from ``$OSUM_ECHAT_PEOPLE`` (README, "Recordings of people"). ``$OSUM_ECHAT_KOKORO``: a folder with neural speech that was made before.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 OUT = Path("out/mini")
 DATA, LISTS, TOKEN2WAV = OUT / "data", OUT / "lists", OUT / "token2wav"
 SOUND = TOKEN2WAV / "model"
+KOKORO = OUT / "kokoro"
 DONE = OUT / "done"
 # One thread a step, and freed memory kept for the next step instead of handed back (a tenth of a training's time).
 ENVIRONMENT = {
@@ -57,15 +59,22 @@ def stage(name: str, kind: str, *validators: str) -> tuple[str, ...]:
     return module("osum_echat.training", "--stage", kind, "--config", f"recipes/mini/conf/{name}.yaml", *measured)
 
 
+def kokoro() -> tuple[str, ...]:
+    made_before = os.environ.get("OSUM_ECHAT_KOKORO")
+    return module("recipes.mini.kokoro", "--out", KOKORO, "--hours", 6, *(("--take-from", made_before) if made_before else ()))
+
+
 def sound(part: str) -> tuple[str, ...]:
     return module(f"osum_echat.training.token2wav.{part}", "--config", f"recipes/mini/conf/token2wav/{part}.yaml")
 
 
 STEPS = (
     Step("encoder", "Whisper tiny.en's published data, for the encoder", module("recipes.mini.fetch_encoder", "--out", OUT / "whisper")),
-    Step("speech", "say some 20 + 6 + 12 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12)),
+    Step("speech", "say some 20 + 6 + 12 + 4 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12, "--dialogue-hours", 4)),
+    Step("kokoro", "six hours in neural voices", kokoro()),
+    Step("people", "people's recordings and neural voices, with variants", module("recipes.mini.people.build", "--kokoro", KOKORO, "--out", DATA), ("kokoro",)),
     Step("text_lists", "sentences to read", module("recipes.mini.prepare", "text", "--out", LISTS)),
-    Step("hear_lists", "recordings to understand", module("recipes.mini.prepare", "hear", "--data", DATA, "--out", LISTS), ("speech",)),
+    Step("hear_lists", "recordings to understand", module("recipes.mini.prepare", "hear", "--data", DATA, "--out", LISTS), ("speech", "people")),
     Step("speech_tokenizer", "256 speech codes", sound("tokenizer"), ("speech",)),
     Step("tokens", "codes of the reply voice", module("recipes.mini.prepare", "tokens", "--data", DATA, "--token2wav", SOUND), ("speech_tokenizer",)),
     Step("speak_lists", "sentences to say, spoken dialogue", module("recipes.mini.prepare", "speak", "--data", DATA, "--out", LISTS), ("tokens",)),
@@ -75,8 +84,15 @@ STEPS = (
     Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
     Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
     Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
-    Step("understanding_encoder", "... with an encoder that knows these voices", stage("understanding_encoder", "understanding"), ("understanding_ctc",)),
-    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_encoder", "generation_tts")),
+    Step("understanding_encoder", "... with an encoder that knows all these voices", stage("understanding_encoder", "understanding"), ("understanding_ctc",)),
+    Step(
+        "blend",
+        "the mean of that encoder and Whisper's",
+        module("recipes.mini.blend", "--model", OUT / "understanding_encoder", "--whisper", OUT / "whisper/whisper-tiny.en", "--out", OUT / "blended"),
+        ("understanding_encoder",),
+    ),
+    Step("understanding_people", "the adapter on the blended encoder", stage("understanding_people", "understanding"), ("blend",)),
+    Step("understanding", "stage 1: words, tags, think", stage("understanding", "understanding", "hearing"), ("understanding_people", "generation_tts")),
     Step("generation_s2s", "stage 2: speech to speech", stage("generation_s2s", "generation", "hearing", "own_speech"), ("understanding", "flow", "vocoder")),
     Step("empathy", "stage 3: think, then answer", stage("empathy", "empathy", "hearing", "own_speech"), ("generation_s2s",)),
     Step(

@@ -25,12 +25,13 @@ import numpy as np
 import soundfile
 import soxr
 
-from recipes.mini import engines, labels, texts
+from recipes.mini import dialogues, engines, labels, texts
 
 PART = 250  # records a part
+DIALOGUES = 60  # of a part of dialogues
 REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
 REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
-MEAN_SECONDS = {"reply": 3.1, "user": 3.2, "open": 2.3}  # of a recording, to turn hours into parts
+MEAN_SECONDS = {"reply": 3.1, "user": 3.2, "open": 2.3, "dialogue": 19.0}  # of a recording, to turn hours into parts
 WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
 HELD_OUT_WORDNET = 400
 
@@ -41,6 +42,7 @@ Synthesised by free engines (flite, espeak-ng), written by `recipes/mini/synthes
 - `user/*.jsonl`: what users say, 16 kHz. `txt`: the words. `extra`: age, gender, emotion, event, voice, topic (null: open vocabulary), reply.
 - `reply/*.jsonl`: the reply voice ({reply_voice}), {reply_rate} Hz (no content above 8 kHz). `txt`: the sentence. `extra`: phones, words = [[name, end in s]].
 - `open/*.jsonl`: the same voice and form; sentences of open vocabulary and of what users say, so that text to speech meets words in any company.
+- `dialogue/*.jsonl`: conversations of three or four turns (`turns`: wav, txt, topic, reply) whose last turn asks for a fact of an earlier one (`extra`: fact, value).
 - `heldout/*.jsonl`: never in training: sentences (`grammar`), hand-written sentences (`handwritten`), voices (`new_voices`), sentences of the reply
   voice (`reply`).
 - reply_voice: flite {reply_voice}
@@ -56,7 +58,7 @@ def user_record(
     soundfile.write(wav, samples, labels.RATE, subtype="PCM_16")
     extra: dict[str, Any] = {**vars(said_as), "voice": voice_name, "topic": topic, "question": sentence}
     if topic is not None:
-        extra["reply"] = texts.reply(topic, said_as, rng)
+        extra["reply"] = texts.reply(topic, said_as, rng, sentence)
     return {
         "key": wav.stem,
         "wav": str(wav),
@@ -81,6 +83,25 @@ def reply_record(sentence: str, wav: Path) -> dict[str, Any]:
     return {"key": wav.stem, "wav": str(wav), "txt": sentence, "task": "<TEXT2TOKEN>", "extra": extra}
 
 
+def dialogue_record(
+    spoken: dialogues.Dialogue, voice_name: str, said_as: texts.Labels, rng: random.Random, stem: Path
+) -> dict[str, Any]:
+    """A conversation: every turn of the user in one voice and manner, every answer in the reply voice. ``stem``: path of its recordings, without suffix.
+
+    ``turns``: wav, txt, topic, and reply: a record as `reply_record` gives it.
+    """
+    turns, seconds = [], 0.0
+    for number, turn in enumerate(spoken.turns):
+        wav = stem.with_name(f"{stem.name}_{number}.wav")
+        samples = labels.speak(turn.said, labels.VOICES[voice_name], said_as, rng)
+        soundfile.write(wav, samples, labels.RATE, subtype="PCM_16")
+        answer = reply_record(turn.reply(said_as, rng), stem.with_name(f"{stem.name}_{number}_reply.wav"))
+        seconds += len(samples) / labels.RATE + answer["extra"]["duration"]
+        turns.append({"wav": str(wav), "txt": turn.said, "topic": turn.topic, "reply": answer})
+    extra = {**vars(said_as), "voice": voice_name, "fact": spoken.fact, "value": spoken.value, "duration": round(seconds, 3)}
+    return {"key": stem.name, "turns": turns, "extra": extra}
+
+
 def draw_user(
     rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[str]
 ) -> tuple[str, str | None, str, texts.Labels]:
@@ -101,10 +122,13 @@ def draw_voice(rng: random.Random, voices: tuple[str, ...]) -> tuple[str, texts.
 
 
 def draw_reply(rng: random.Random, replies: list[str], wordnet: list[str]) -> str:
-    """A sentence for the reply voice: half replies of the rule, the rest the same words in new company, and open vocabulary."""
+    """A sentence for the reply voice: replies of the rule in the topics and outside, the same words in new company, and open vocabulary."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.4:
         return rng.choice(replies)
+    if kind < 0.6:
+        sentence = rng.choice(wordnet) if rng.random() < 0.4 else texts.said("open" if rng.random() < 0.8 else "commands", rng)
+        return texts.reply(None, texts.draw_labels(rng), rng, sentence)
     if kind < 0.75:
         return texts.free_sentence(rng)
     if kind < 0.85:
@@ -130,6 +154,13 @@ def make_part(job: tuple[str, int, Path]) -> float:
     folder = out / kind / f"part_{number:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{kind}-{number}")
+    if kind == "dialogue":
+        made = []
+        for index, spoken in enumerate(dialogues.training_dialogues(DIALOGUES, number)):
+            voice, said_as = draw_voice(rng, labels.training_voices())
+            made.append(dialogue_record(spoken, voice, said_as, rng, folder / f"dialogue_{number:04d}_{index:02d}"))
+        _write_list(list_path, made)
+        return sum(record["extra"]["duration"] for record in made)
     wordnet = texts.wordnet_examples()[:-HELD_OUT_WORDNET]
     grammar = list(texts.training_user_sentences())
     replies = list(texts.all_replies()) if kind == "reply" else []
@@ -173,6 +204,14 @@ def make_held_out(out: Path, each: int = 220) -> None:
             wav = out / "heldout" / name / f"{name}_{number:03d}.wav"
             records.append(user_record(sentence, topic, voice, said_as, rng, wav))
         _write_list(path, records)
+    path = out / "heldout" / "dialogues.jsonl"
+    if not path.exists():
+        (out / "heldout" / "dialogues").mkdir(parents=True, exist_ok=True)
+        rng, records = random.Random("held out dialogues"), []
+        for number, spoken in enumerate(dialogues.held_out_dialogues()):
+            voice, said_as = draw_voice(rng, train_voices)
+            records.append(dialogue_record(spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}"))
+        _write_list(path, records)
     path = out / "heldout" / "reply.jsonl"
     if not path.exists():
         (out / "heldout" / "reply").mkdir(parents=True, exist_ok=True)
@@ -187,7 +226,9 @@ def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
-def synthesize(out: Path, user_hours: float, reply_hours: float, open_hours: float, processes: int = 2) -> dict[str, float]:
+def synthesize(
+    out: Path, user_hours: float, reply_hours: float, open_hours: float, dialogue_hours: float = 0.0, processes: int = 2
+) -> dict[str, float]:
     """Make what is missing; returns hours by kind."""
     out.mkdir(parents=True, exist_ok=True)
     held_out = ", ".join(labels.HELD_OUT_VOICES)
@@ -195,8 +236,14 @@ def synthesize(out: Path, user_hours: float, reply_hours: float, open_hours: flo
         README.format(reply_voice=labels.REPLY_VOICE, reply_rate=REPLY_RATE, held_out=held_out), encoding="utf-8"
     )
     make_held_out(out)
-    hours = {"reply": reply_hours, "user": user_hours, "open": open_hours}
-    jobs_by_kind = [[(kind, n, out) for n in range(round(hours[kind] * 3600 / MEAN_SECONDS[kind] / PART))] for kind in hours]
+    hours = {"reply": reply_hours, "user": user_hours, "open": open_hours, "dialogue": dialogue_hours}
+    jobs_by_kind = [
+        [
+            (kind, n, out)
+            for n in range(round(hours[kind] * 3600 / MEAN_SECONDS[kind] / (DIALOGUES if kind == "dialogue" else PART)))
+        ]
+        for kind in hours
+    ]
     jobs = [job for some in itertools.zip_longest(*jobs_by_kind) for job in some if job is not None]
     seconds = dict.fromkeys(hours, 0.0)
     start = time.monotonic()
@@ -214,10 +261,18 @@ def main() -> int:
     parser.add_argument("--user-hours", type=float, default=6.0)
     parser.add_argument("--reply-hours", type=float, default=4.0)
     parser.add_argument("--open-hours", type=float, default=8.0)
+    parser.add_argument("--dialogue-hours", type=float, default=2.0, help="users and answers together")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     try:
-        synthesize(arguments.out, arguments.user_hours, arguments.reply_hours, arguments.open_hours, arguments.processes)
+        synthesize(
+            arguments.out,
+            arguments.user_hours,
+            arguments.reply_hours,
+            arguments.open_hours,
+            arguments.dialogue_hours,
+            arguments.processes,
+        )
     except ValueError as error:
         print(f"synthesize: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from osum_echat.config import read_yaml
+from recipes.mini import open_replies
 
 HERE = Path(__file__).parent
 WORDNET = Path("/usr/share/wordnet")  # Debian package wordnet-base
@@ -147,6 +148,25 @@ def wordnet_examples(directory: Path = WORDNET) -> list[str]:
     return sentences
 
 
+@functools.cache
+def _said() -> dict[str, Any]:
+    return read_yaml(HERE / "said.yaml")
+
+
+def said(source: str, rng: random.Random) -> str:
+    """A sentence outside the topics: ``orders``, ``open`` or ``commands`` of ``said.yaml``, 1 to 16 words. Raises ValueError for another source."""
+    if source not in _said():
+        raise ValueError(f"no sentences {source!r} in said.yaml: use one of {', '.join(_said())}")
+    rules = _said()[source]
+    while True:
+        text = _fill(rng.choice(rules["templates"]), rules["slots"], rng)
+        while "{" in text:  # fillers that have slots of their own
+            text = _fill(text, rules["slots"], rng)
+        sentence = normalise(text)
+        if 1 <= len(sentence.split()) <= 16:
+            return sentence
+
+
 # What mini answers ------------------------------------------------------------------------------------------------------------------
 
 
@@ -168,20 +188,23 @@ def _is_question(clause: str) -> bool:
     return clause.split()[0] in ("How", "What", "When", "Who", "Which") and not clause.startswith("What a ")
 
 
-def reply_parts(topic: str | None, labels: Labels) -> ReplyParts:
+def reply_parts(topic: str | None, labels: Labels, sentence: str = "", every: bool = True) -> ReplyParts:
     """The rule: the opening answers the event, or without one the emotion; the address age and gender; the clause topic and mood.
 
-    Without a topic (open vocabulary) the clause asks for more.
+    Without a topic the clause takes up a thing of ``sentence`` (`open_replies`): any (``every``), or the one that training teaches.
+    Where there is none, it asks for more.
     """
     rules = _replies()
     if topic is not None and topic not in rules["topics"]:
         raise ValueError(f"no replies for topic {topic!r}; topics: {', '.join(rules['topics'])}")
     kind, value = ("emotion", labels.emotion) if labels.event == "none" else ("event", labels.event)
-    return ReplyParts(
-        openings=tuple(rules["openings"][kind][value]),
-        address=rules["addresses"][labels.age][labels.gender],
-        clauses=tuple((rules["open"] if topic is None else rules["topics"][topic])[rules["mood"][labels.emotion]]),
-    )
+    mood = rules["mood"][labels.emotion]
+    if topic is not None:
+        clauses = rules["topics"][topic][mood]
+    else:
+        taken_up = (open_replies.clauses if every else open_replies.natural_clauses)(normalise(sentence), mood)
+        clauses = taken_up or rules["open"][mood]
+    return ReplyParts(tuple(rules["openings"][kind][value]), rules["addresses"][labels.age][labels.gender], tuple(clauses))
 
 
 def reply_emotion(labels: Labels) -> str:
@@ -211,37 +234,37 @@ def natural_think(sentence: str, labels: Labels) -> str:
     return f"{person} says: {sentence}. {sounds}, so i answer {TONES[reply_emotion(labels)]}."
 
 
-def reply(topic: str | None, labels: Labels, rng: random.Random) -> str:
-    """One of the answers that the rule allows."""
-    return rng.choice(list(reply_parts(topic, labels).variants()))
+def reply(topic: str | None, labels: Labels, rng: random.Random, sentence: str = "") -> str:
+    """One of the answers that the rule allows (without a topic: about the last thing that ``sentence`` names)."""
+    return rng.choice(list(reply_parts(topic, labels, sentence, every=False).variants()))
 
 
-def plain_reply(topic: str | None, rng: random.Random) -> str:
+def plain_reply(topic: str | None, rng: random.Random, sentence: str = "") -> str:
     """An answer to a text, of which nothing is known but its words: no address but "my friend"."""
-    parts = reply_parts(topic, Labels())
+    parts = reply_parts(topic, Labels(), sentence, every=False)
     opening, clause = rng.choice(parts.openings), rng.choice(parts.clauses)
     return f"{opening}, my friend. {clause}{'?' if _is_question(clause) else '.'}"
 
 
-def reply_fits(topic: str | None, labels: Labels, text: str) -> bool:
+def reply_fits(topic: str | None, labels: Labels, text: str, sentence: str = "") -> bool:
     """True when ``text`` answers topic and labels by the rule: its opening, address and clause are all ones that the rule allows.
 
     Punctuation and case do not count; words do.
     """
-    allowed = {normalise(variant) for variant in reply_parts(topic, labels).variants()}
+    allowed = {normalise(variant) for variant in reply_parts(topic, labels, sentence).variants()}
     return normalise(text) in allowed
 
 
-def reply_faults(topic: str | None, labels: Labels, text: str) -> list[str]:
+def reply_faults(topic: str | None, labels: Labels, text: str, sentence: str = "") -> list[str]:
     """Which parts of an answer are not what the rule asks for: any of ``opening``, ``address``, ``clause`` (empty: it fits)."""
-    parts = reply_parts(topic, labels)
-    said = normalise(text)
+    parts = reply_parts(topic, labels, sentence)
+    said_back = normalise(text)
     faults = []
-    if not any(said.startswith(normalise(opening)) for opening in parts.openings):
+    if not any(said_back.startswith(normalise(opening)) for opening in parts.openings):
         faults.append("opening")
-    if f" {parts.address} " not in f" {said} ":
+    if f" {parts.address} " not in f" {said_back} ":
         faults.append("address")
-    if not any(said.endswith(normalise(clause)) for clause in parts.clauses):
+    if not any(said_back.endswith(normalise(clause)) for clause in parts.clauses):
         faults.append("clause")
     return faults
 
