@@ -38,9 +38,13 @@ COMMANDS = {
 EXTRAS = {
     "gradio": "ui",
     "deepspeed": "deepspeed",
+    "av": "audio",
     "faster_whisper": "evaluation",
     "speechmos": "evaluation",
-    "onnx": "mini",
+    "wetext": "evaluation",
+    "whisper_normalizer": "evaluation",
+    "lm_eval": "ifeval",
+    "nltk": "ifeval",
     "webdataset": "dev",
 }
 
