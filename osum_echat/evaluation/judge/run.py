@@ -64,6 +64,7 @@ def run(
     if not questions:
         return []
     by_name = dict(zip(names(judges), judges, strict=True))
+    calls = {name: judge.calls for name, judge in by_name.items()}
     open_questions = []
     with lines:
         for question in questions:
@@ -81,7 +82,7 @@ def run(
         for question in open_questions[len(allowed) :]:
             _settle(question, None, "", f"budget: --max-calls {max_calls} was reached", lines)
         _ask_all(allowed, by_name, lines, lambda count: progress(f"{suite.name}, judge: {count}/{len(allowed)}"))
-    return _about(questions, by_name)
+    return _about(questions, by_name, {name: judge.calls - calls[name] for name, judge in by_name.items()})
 
 
 def _questions(suite: Suite, rows: Sequence[Row], judges: Sequence[Judge]) -> Iterator[Question]:
@@ -163,9 +164,9 @@ def estimate(suite: Suite, total: int, questions: Sequence[Question], judges: di
     return line
 
 
-def _about(questions: Sequence[Question], judges: dict[str, Judge]) -> list[str]:
+def _about(questions: Sequence[Question], judges: dict[str, Judge], calls: dict[str, int]) -> list[str]:
     prompts = {question.prompt.name: question.prompt for question in questions}
-    lines = [f"judge: {name} at {judge.url}, temperature 0, {judge.calls} calls in this run" for name, judge in judges.items()]
+    lines = [f"judge: {name} at {judge.url}, temperature 0, {calls[name]} calls in this run" for name, judge in judges.items()]
     return [
         *lines,
         *(f"judge's prompt: {p.name}, version {p.version} ({p.digest}). {' '.join(p.about.split())}" for p in prompts.values()),
