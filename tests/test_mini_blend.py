@@ -58,3 +58,13 @@ def test_the_encoder_is_the_mean_by_share_and_the_rest_is_kept(share: float, tra
 def test_a_share_outside_its_range_is_refused(trained_and_whisper, tmp_path: Path):
     with pytest.raises(ValueError, match="within 0 and 1"):
         blend(*trained_and_whisper, 1.5, tmp_path / "out")
+
+
+def test_a_training_run_is_read_as_a_run(trained_and_whisper, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained, whisper = trained_and_whisper
+    monkeypatch.setattr("recipes.mini.blend.is_training_folder", lambda path: True)
+    monkeypatch.setattr("recipes.mini.blend.load_run", model_io.load_model)
+    out = blend(trained, whisper, 1.0, tmp_path / "out")
+    wanted = model_io.load_weights(trained).float().state_dict()
+    for name, tensor in model_io.load_weights(out).float().state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], atol=2e-3, rtol=2e-3)

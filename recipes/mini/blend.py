@@ -20,9 +20,8 @@ from pathlib import Path
 import torch
 
 from osum_echat.model import checkpoint as model_io
-from osum_echat.training import export
 from osum_echat.training.folder import is_training_folder
-from osum_echat.training.weights import put_whisper
+from osum_echat.training.weights import load_run, put_whisper
 
 
 def blend(model: Path, whisper: Path, share: float, out: Path) -> Path:
@@ -33,7 +32,7 @@ def blend(model: Path, whisper: Path, share: float, out: Path) -> Path:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be within 0 and 1, found {share}")
-    own, tokenizer = export.assemble(model) if is_training_folder(model) else model_io.load_model(model)
+    own, tokenizer = load_run(model) if is_training_folder(model) else model_io.load_model(model)
     own.float()
     trained = {name: tensor.clone() for name, tensor in own.encoder.state_dict().items()}
     put_whisper(own, str(whisper))
