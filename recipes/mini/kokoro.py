@@ -194,7 +194,7 @@ def make_part(kokoro: Kokoro, number: int, out: Path) -> float:
         samples = np.asarray(soxr.resample(speech, KOKORO_RATE, RATE), dtype=np.float32)
         wav = folder / f"kokoro_{number:04d}_{len(records):02d}.ogg"
         soundfile.write(wav, np.clip(samples, -1, 1), RATE, format="OGG", subtype="OPUS")
-        extra = {"gender": GENDERS[voice[1]], "age": "adult", "emotion": "neutral", "event": "none", "topic": topic}
+        extra: Json = {"gender": GENDERS[voice[1]], "age": "adult", "emotion": "neutral", "event": "none", "topic": topic}
         extra |= {"voice": f"kokoro-{voice}", "speed": speed, "source": source, "duration": round(len(samples) / RATE, 3)}
         records.append({"key": wav.stem, "wav": f"{folder.name}/{wav.name}", "txt": text, "task": "<TRANSCRIBE>", "extra": extra})
     temporary = path.with_suffix(".tmp")

@@ -39,6 +39,8 @@ Matrix = npt.NDArray[np.float32]
 class SpeakerNet(nn.Module):
     """The embedding network: [B, 160, 40] mel powers to [B, 256] of length 1."""
 
+    filters: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.lstm = nn.LSTM(MELS, 256, 3, batch_first=True)

@@ -165,7 +165,7 @@ def make_part(job: tuple[str, int, Path]) -> float:
     grammar = list(texts.training_user_sentences())
     replies = list(texts.all_replies()) if kind == "reply" else []
     tested = {texts.normalise(sentence) for sentence, _ in texts.hand_written("speech")}
-    records = []
+    records: list[dict[str, Any]] = []
     while len(records) < PART:
         wav = folder / f"{kind}_{number:04d}_{len(records):03d}.wav"
         if kind == "user":
@@ -207,7 +207,7 @@ def make_held_out(out: Path, each: int = 220) -> None:
     path = out / "heldout" / "dialogues.jsonl"
     if not path.exists():
         (out / "heldout" / "dialogues").mkdir(parents=True, exist_ok=True)
-        rng, records = random.Random("held out dialogues"), []
+        rng, records = random.Random("held out dialogues"), list[dict[str, Any]]()
         for number, spoken in enumerate(dialogues.held_out_dialogues()):
             voice, said_as = draw_voice(rng, train_voices)
             records.append(dialogue_record(spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}"))

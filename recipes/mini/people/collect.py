@@ -46,7 +46,7 @@ def records(folder: Path, source: str) -> list[Json]:
 
 def write_heard(folder: Path, out: Path, whisper: Path | None, wheels: Path | None) -> Path:
     """What Whisper base hears in each order, line after line, those of a known training set first; goes on where it stopped."""
-    from osum_echat.evaluation.judge import Recogniser
+    from osum_echat.evaluation.recogniser import Recogniser
 
     path = out / HEARD
     known = read_heard(path) if path.exists() else {}
