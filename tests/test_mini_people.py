@@ -171,6 +171,22 @@ def test_variants_of_a_clip_keep_its_words_and_note_their_event(tmp_path: Path):
         assert soundfile.info(record["wav"]).duration == pytest.approx(record["extra"]["duration"], abs=0.01)
 
 
+def test_joined_clips_are_long_and_hold_all_words_in_their_order(tmp_path: Path):
+    clips = []
+    for number, words in enumerate(["one two", "three", "four five six"]):
+        wav = tmp_path / f"{number}.wav"
+        soundfile.write(wav, voice(3.0), RATE)
+        clips.append(build.record(f"c_{number}_0", wav, words, 3.0, gender="female", voice="person-1"))
+    long = list(build.joined(clips, 8, tmp_path, random.Random(1)))
+    assert len(long) == 8 and {r["extra"]["gender"] for r in long} == {"female"}
+    for record in long:
+        assert 6 <= soundfile.info(record["wav"]).duration <= build.LONGEST
+        rest = record["txt"]
+        while rest:  # every text is made of whole clips
+            part = next(c["txt"] for c in clips if rest.startswith(c["txt"]))
+            rest = rest[len(part) :].strip()
+
+
 # Neural voices ------------------------------------------------------------------------------------------------------------------------
 
 VOICES = ["af_a", "af_b", "am_a", "am_b", "bf_a", "bf_b", "bm_a", "bm_b", "if_a", "im_a", "zf_a", "zm_a"]

@@ -3,7 +3,7 @@
     python -m recipes.mini.people.build --people shared/people --out out/mini/data --copies 3
 
 writes `people/*.jsonl` (and `people/choice/*.jsonl`, for validation during training) and the variants as FLAC files; the clips stay where they are. Of the
-variants (`recipes.mini.augment`), a fifth has a sound event beside the speech. Emotion is noted as neutral (read or ordered calmly), age as adult; gender
+variants (`recipes.mini.augment`), a fifth has a sound event beside the speech; clips of readers and neural voices are also joined to long recordings. Emotion is noted as neutral (read or ordered calmly), age as adult; gender
 where it is known. Also varied: neural voices (`--kokoro`, caches of `recipes.mini.kokoro`), which come without noise. Lists that exist are left alone.
 """
 
@@ -25,6 +25,7 @@ from recipes.mini.prepare import write_list
 
 RATE = 16_000
 EVENT_SHARE = 0.2  # of the variants
+JOINED = 3  # one long recording for so many clips
 SHORTEST, LONGEST = 0.4, 12.0  # seconds
 HELD_OUT_SOUNDS = 10  # of each kind, kept for tests
 
@@ -92,6 +93,24 @@ def with_variants(
             yield record(f"{key}_{copy}", wav, words, len(changed) / RATE, event=event, **known)
 
 
+def joined(records: Sequence[Json], count: int, target: Path, rng: random.Random) -> Iterator[Json]:
+    """Long recordings: two or three unchanged clips of one gender with short pauses, at most 12 s. Single clips have hardly more than ten words."""
+    for number in range(count):
+        first = rng.choice(records)
+        same = [record for record in records if record["extra"].get("gender") == first["extra"].get("gender")]
+        parts = [first, *rng.choices(same, k=rng.choice((1, 1, 2)))]
+        pieces: list[Samples] = []
+        for part in parts:
+            pieces += [read(Path(part["wav"])), np.zeros(int(RATE * rng.uniform(0, 0.3)), np.float32)]
+        samples = np.concatenate(pieces)
+        if len(samples) > LONGEST * RATE:
+            continue
+        wav = target / f"joined_{number:04d}.flac"
+        soundfile.write(wav, np.clip(samples, -1, 1), RATE, subtype="PCM_16")
+        known = {name: first["extra"][name] for name in ("gender", "voice") if name in first["extra"]}
+        yield record(f"{target.name}_joined_{number:04d}", wav, " ".join(p["txt"] for p in parts), len(samples) / RATE, **known)
+
+
 def write(path: Path, records: list[Json]) -> None:
     write_list(path, records)
     print(f"{path}: {len(records)} recordings, {sum(r['extra']['duration'] for r in records) / 3600:.2f} h", flush=True)
@@ -114,6 +133,9 @@ def build_people(folder: Path, out: Path, copies: dict[str, int], sounds: Sounds
                 number = copies[source] if name == "train" else 1
                 key = f"{source}_{clip.key}"
                 records += with_variants(key, clip.path(folder), clip.words, known, number, sounds, target, rng)
+            if name == "train" and source == "kathleen":
+                plain = [r for r in records if r["key"].endswith("_0")]
+                records += joined(plain, len(plain) // JOINED, target, rng)
             write(path, records)
 
 
@@ -148,6 +170,8 @@ def build_neural(cache: Path, sounds: Sounds, out: Path, copies: int) -> None:
         for line in map(json.loads, part.read_text(encoding="utf-8").splitlines()):
             known = neural_labels(line["extra"], line["txt"])
             records += with_variants(line["key"], cache / line["wav"], line["txt"], known, copies, sounds, target, rng)
+        plain = [r for r in records if r["key"].endswith("_0")]
+        records += joined(plain, len(plain) // JOINED, target, rng)
         write(path, records)
 
 
