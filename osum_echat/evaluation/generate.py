@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import numpy as np
-
+from osum_echat import device as devices
 from osum_echat.audio import io as audio_io
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS, canonical, read_label
@@ -209,16 +208,15 @@ def _timed(echat: EChat, ask: Ask) -> tuple[Reply, dict[str, Any]]:
         events.append(event)
     times["total"] = round(time.perf_counter() - began, 4)
     sound = sum(len(event.samples) / event.rate for event in events if isinstance(event, AudioChunk))
-    times |= {"audio_seconds": round(sound, 4), "memory_mb": round(_memory_mb(), 1)}
+    times |= {"audio_seconds": round(sound, 4), "memory_mb": round(_memory_mb(echat), 1)}
     times["tokens"] = sum(len(event.generated) for event in events if isinstance(event, Done))
     return echat.reply(events, ask), times
 
 
-def _memory_mb() -> float:
+def _memory_mb(echat: EChat) -> float:
     """Resident memory of this process, or what the accelerator's allocator has held at most."""
     import psutil
-    import torch
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return float(np.float64(psutil.Process().memory_info().rss)) / 2**20
+    device = echat.model.device
+    held = psutil.Process().memory_info().rss if device.type == "cpu" else devices.peak_memory(device)
+    return held / 2**20

@@ -70,7 +70,7 @@ def test_an_unknown_command_is_one_sentence():
 
 
 def test_a_missing_extra_is_named_with_what_installs_it():
-    code = "import sys; sys.modules['gradio'] = None; from osum_echat.cli import main; sys.exit(main(['serve']))"
+    code = "import sys; sys.modules['gradio'] = None; from osum_echat.cli import main; sys.exit(main(['page']))"
     assert "pip install 'osum-echat[ui]'" in one_sentence(python("-c", code))
 
 

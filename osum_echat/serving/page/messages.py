@@ -5,12 +5,13 @@ from __future__ import annotations
 import html
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import gradio as gr
+from typing import TYPE_CHECKING, Any
 
 from osum_echat.dialogue.think import Think
 from osum_echat.serving.page.texts import has, text
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 _ICONS = {
     "child": "🧒", "adult": "🧑", "old": "🧓", "male": "♂", "female": "♀", "neutral": "😐", "happy": "😊", "sad": "😢", "angry": "😠",
@@ -96,6 +97,8 @@ class Turn:
 
 def _player(file: str) -> gr.Audio:
     """A player that offers the file for download, and nothing that leaves this computer."""
+    import gradio as gr
+
     return gr.Audio(file, buttons=["download"], show_label=False)
 
 
