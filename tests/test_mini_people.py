@@ -189,16 +189,29 @@ def test_joined_clips_are_long_and_hold_all_words_in_their_order(tmp_path: Path)
 
 # Neural voices ------------------------------------------------------------------------------------------------------------------------
 
-VOICES = ["af_a", "af_b", "am_a", "am_b", "bf_a", "bf_b", "bm_a", "bm_b", "if_a", "im_a", "zf_a", "zm_a"]
+VOICES = [
+    "af_a",
+    "af_b",
+    "am_a",
+    "am_b",
+    "bf_a",
+    "bf_b",
+    "bm_a",
+    "bm_b",
+    *(f"{language}{sex}_a" for language in "eifpz" for sex in "fm"),
+]
 
 
 class Speaks:
     """In place of the network: a buzz that lasts as long as the text is."""
 
-    voices = dict.fromkeys(VOICES)
-    calls = 0
+    def __init__(self) -> None:
+        self.voices = dict.fromkeys(VOICES)
+        self.languages: set[str | None] = set()
+        self.calls = 0
 
-    def speak(self, text: str, name: str, speed: float = 1.0) -> np.ndarray:
+    def speak(self, text: str, name: str, speed: float = 1.0, language: str | None = None) -> np.ndarray:
+        self.languages.add(language)
         self.calls += 1
         if len(text) < 4:
             raise ValueError("too short")
@@ -237,10 +250,20 @@ def test_whole_parts_are_taken_from_another_cache(tmp_path: Path, sentences):
 def test_a_mixed_voice_keeps_the_gender_of_an_english_one():
     rng = random.Random(0)
     drawn = [kokoro.draw_voice(VOICES, rng) for _ in range(300)]
-    assert any("+" in name for name in drawn) and any("+i" in name for name in drawn)
+    assert any("+" in name for name in drawn) and any(f"+{l}" in name for name in drawn for l in "eifp")
     for name in drawn:
         first, *second = name.split("+")
         assert first[:2] in kokoro.ENGLISH and all(other[1] == first[1] and other[:2] not in kokoro.CHINESE for other in second)
+
+
+def test_speech_that_is_not_english_is_noted_as_such(tmp_path: Path, sentences, monkeypatch):
+    monkeypatch.setattr(kokoro, "SHARES", {"foreign": 1.0})
+    voices = Speaks()
+    kokoro.make_part(voices, 0, tmp_path)  # type: ignore[arg-type]
+    records = [json.loads(line) for line in (tmp_path / "part_0000.jsonl").read_text().splitlines()]
+    assert {record["txt"] for record in records} == {texts.NOT_ENGLISH} and len(voices.languages) > 2
+    answer = texts.reply(None, texts.Labels(), random.Random(0), texts.NOT_ENGLISH)
+    assert answer.endswith("I understand only English.")
 
 
 def test_neural_sentences_are_never_held_out():

@@ -7,8 +7,8 @@ A part is 100 recordings, seeded by its number: parts are made independently, sk
 averages of two of them (also of an English and a foreign one, which sounds like an accent) give as many speakers as wanted; espeak-ng makes the
 phonemes. One thread of a CPU with AVX512-VNNI makes an hour of speech in 17 minutes, an AVX2 one in an hour.
 
-Sentences: open vocabulary (WordNet), the topics' grammar, orders, everyday sentences outside the topics, short commands (`said.yaml`). No sentence that is
-held out is among them. ``extra``: voice, gender, speed, topic, language; age adult and emotion neutral, because these voices read neutrally.
+Sentences: open vocabulary (WordNet), the topics' grammar, orders, everyday sentences outside the topics, short commands (`said.yaml`), and one in twenty that is
+not English (`foreign.yaml`; its words are noted as "not english"). No sentence that is held out is among them. ``extra``: voice, gender, speed, topic, language; age adult and emotion neutral, because these voices read neutrally.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PACKAGES = (
 ENGLISH = ("af", "am", "bf", "bm")  # American and British, female and male
 CHINESE = ("zf", "zm")
 GENDERS = {"f": "female", "m": "male"}
-SHARES = {"wordnet": 0.40, "grammar": 0.25, "orders": 0.12, "open": 0.18, "commands": 0.05}
+SHARES = {"wordnet": 0.37, "grammar": 0.24, "orders": 0.11, "open": 0.18, "commands": 0.05, "foreign": 0.05}
 """Of the sentences by source."""
 
 Samples = npt.NDArray[np.float32]
@@ -126,7 +126,7 @@ class Kokoro:
             ValueError: for a text that has no phonemes, or too many.
         """
         names = voice.split("+")
-        language = language or {"b": "en-gb", "z": "cmn"}.get(names[0][0], "en-us")
+        language = language or ("en-gb" if names[0][0] == "b" else "en-us")
         ids = [self._ids[symbol] for symbol in engines.phonemes(text, language) if symbol in self._ids]
         if not 5 <= len(ids) <= LONGEST:
             raise ValueError(f"{text!r:.80} has {len(ids)} phonemes; 5 to {LONGEST} can be spoken")
@@ -165,6 +165,8 @@ class Sentences:
             return *rng.choice(self.grammar), source
         if source == "wordnet":
             return rng.choice(self.wordnet), None, source
+        if source == "foreign":
+            return texts.NOT_ENGLISH, None, source
         return texts.said(source, rng), None, source
 
 
@@ -187,8 +189,12 @@ def make_part(kokoro: Kokoro, number: int, out: Path) -> float:
     while len(records) < PART:
         text, topic, source = sentences().draw(rng)
         voice, speed = draw_voice(sorted(kokoro.voices), rng), round(rng.uniform(0.85, 1.25), 2)
+        said, language = text, None
+        if source == "foreign":
+            said, language, beginnings = texts.foreign(rng)
+            voice = rng.choice([name for name in sorted(kokoro.voices) if name.startswith(beginnings)])
         try:
-            speech = kokoro.speak(text, voice, speed)
+            speech = kokoro.speak(said, voice, speed, language)
         except ValueError:  # too short a text
             continue
         samples = np.asarray(soxr.resample(speech, KOKORO_RATE, RATE), dtype=np.float32)

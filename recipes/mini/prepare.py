@@ -127,7 +127,9 @@ def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET
 
 
 def _outside(rng: random.Random, wordnet: list[str]) -> str:
-    """A sentence outside the topics: of `said.yaml`, or of WordNet."""
+    """A sentence outside the topics: of `said.yaml`, of WordNet, or one that is not English."""
+    if rng.random() < 0.04:
+        return texts.NOT_ENGLISH
     source = rng.choices(("open", "orders", "commands", "wordnet"), (0.45, 0.1, 0.1, 0.35))[0]
     return rng.choice(wordnet) if source == "wordnet" else texts.said(source, rng)
 

@@ -167,6 +167,22 @@ def said(source: str, rng: random.Random) -> str:
             return sentence
 
 
+NOT_ENGLISH = "not english"
+"""What is written down for speech in another language."""
+
+
+@functools.cache
+def _foreign() -> dict[str, Any]:
+    return read_yaml(HERE / "foreign.yaml")
+
+
+def foreign(rng: random.Random) -> tuple[str, str, tuple[str, ...]]:
+    """A sentence that is not English, its language for espeak-ng, and the beginnings of the names of voices that speak it."""
+    rule = _foreign()[rng.choice(sorted(_foreign()))]
+    sentence = " ".join(filter(None, (rng.choice(part) for part in rule["parts"])))
+    return sentence, rule["language"], tuple(rule["voices"])
+
+
 # What mini answers ------------------------------------------------------------------------------------------------------------------
 
 
