@@ -7,6 +7,7 @@ Three steps with plain jsonl between them, each of which goes on where it was: g
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osum_echat.cli.common import UserError, add_model_arguments, load_echat, run
+from osum_echat.cli.common import UserError, add_model_arguments, find_checkpoint, load_echat, run
 
 if TYPE_CHECKING:
     from osum_echat.evaluation.judge import Judge
@@ -175,10 +176,6 @@ def _plan(
 ) -> Plan:
     from osum_echat.evaluation.run import Plan
 
-    token2wav = args.token2wav
-    own = Path("checkpoints/mini" if args.checkpoint == "mini" else args.checkpoint) / "token2wav"
-    if token2wav is None and args.results is None and own.is_dir():
-        token2wav = str(own)
     return Plan(
         suite,
         data,
@@ -190,12 +187,20 @@ def _plan(
         judges=judges,
         max_calls=args.max_calls,
         exports=[name.strip() for name in args.export.split(",") if name.strip()],
-        token2wav=token2wav,
+        token2wav=args.token2wav or (None if args.results else _own_token2wav(args.checkpoint)),
         wheels=args.wheels,
         recognisers=recognisers,
         say=say,
         progress=progress,
     )
+
+
+def _own_token2wav(checkpoint: str) -> str | None:
+    """The checkpoint's own token2wav folder, whose speaker network compares voices."""
+    with contextlib.suppress(UserError, FileNotFoundError):  # said when the model is loaded, if it is
+        folder = find_checkpoint(checkpoint) / "token2wav"
+        return str(folder) if folder.is_dir() else None
+    return None
 
 
 def _judges(args: argparse.Namespace) -> list[Judge]:

@@ -42,7 +42,8 @@ class Part:
 
     Attributes:
         about: a sentence for the report.
-        ask: fields of `pipeline.Ask` but the recording and the text: kind, task, prompt, think, speak, interleaved. ``{text}`` in a prompt
+        ask: fields of `pipeline.Ask` but the recording and the text: kind, task, prompt, think, speak, interleaved, temperature,
+            max_tokens. ``{text}`` in a prompt
             stands for the item's text.
         written: the system reads the item's text instead of hearing its recording.
         data: file or folder below ``--data``; empty: ``--data`` itself. format: its form when the suite's does not hold.
@@ -71,7 +72,7 @@ class Part:
     same_as: str = ""
 
     def __post_init__(self) -> None:
-        known = {"kind", "task", "prompt", "think", "speak", "interleaved"}
+        known = {"kind", "task", "prompt", "think", "speak", "interleaved", "temperature", "max_tokens"}
         if unknown := sorted(set(self.ask) - known):
             raise ValueError(f"ask has unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
 
