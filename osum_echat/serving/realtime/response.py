@@ -172,7 +172,7 @@ class Speaker:
             r.item.text = (r.item.text or "") + event.text
             kind = "response.output_audio_transcript.delta" if r.spoken else "response.output_text.delta"
             self.emit(kind, delta=event.text, content_index=0, **self._where())
-        elif isinstance(event, Sound):
+        elif isinstance(event, Sound) and r.spoken:
             self.open_item(r)
             await self._send(event)
 

@@ -243,8 +243,9 @@ class RealtimeSession:
             self.own("x_echat.speech_dismissed", audio_ms=milliseconds_of(move.at))
         elif isinstance(move, Started):
             self._speech_item = new_id("item")
-            await self._barge_in()
+            # First of all, since clients stop playing at it; the answer ends right behind.
             self.emit("input_audio_buffer.speech_started", audio_start_ms=milliseconds_of(move.at), item_id=self._speech_item)
+            await self._barge_in()
         elif isinstance(move, Stopped):
             item_id = self._speech_item or new_id("item")
             self._speech_item = None

@@ -1,0 +1,83 @@
+"""What the Python clients share: a recording that is sent as a microphone would, and what is printed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+import wave
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, field
+
+RATE = 24_000
+PIECE = 960  # samples: 40 ms
+
+
+@dataclass
+class Report:
+    """``turns``: answers that began; ``interrupted``: of those; ``completed``: that ended by themselves; ``errors``: what the client calls one."""
+
+    client: str
+    turns: int = 0
+    interrupted: int = 0
+    completed: int = 0
+    audio_seconds: float = 0.0
+    transcripts: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def finish(self) -> None:
+        print(json.dumps(asdict(self)), flush=True)
+
+
+def arguments() -> tuple[str, bytes]:
+    """The server's ws:// address, and the recording as 24 kHz PCM."""
+    with wave.open(sys.argv[2], "rb") as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (RATE, 1, 2), "give 24 kHz, mono, 16 bit"
+        return sys.argv[1], file.readframes(file.getnframes())
+
+
+class Microphone:
+    """Sends silence, or what is being said, in real time."""
+
+    def __init__(self, speech: bytes, send: Callable[[bytes], Awaitable[None]]) -> None:
+        self.speech, self.send = speech, send
+        self.left = b""
+        self.said = asyncio.Event()
+
+    def say(self) -> None:
+        self.left = self.speech
+        self.said.clear()
+
+    async def run(self) -> None:
+        begun, number = time.monotonic(), 0
+        while True:
+            piece, self.left = self.left[: PIECE * 2], self.left[PIECE * 2 :]
+            if not self.left:
+                self.said.set()
+            await self.send(piece.ljust(PIECE * 2, b"\0"))
+            number += 1
+            await asyncio.sleep(max(0.0, begun + number * PIECE / RATE - time.monotonic()))
+
+
+async def until(test: Callable[[], object], what: str, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not test():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} did not come within {seconds:g} s")
+        await asyncio.sleep(0.02)
+
+
+async def three_turns(microphone: Microphone, report: Report, speaking: Callable[[], float]) -> None:
+    """Turn one is answered; turn two is interrupted by turn three, which is answered. ``speaking``: seconds of sound of the current answer."""
+    await asyncio.sleep(0.5)
+    microphone.say()
+    await until(lambda: report.completed >= 1, "the first answer")
+    await asyncio.sleep(2.5)  # it is played
+    microphone.say()
+    await until(lambda: report.turns >= 2 and speaking() > 0.2, "the second answer")
+    microphone.say()
+    await until(lambda: report.interrupted >= 1, "the interruption")
+    await until(lambda: report.completed >= 2, "the third answer")
+    await asyncio.sleep(0.5)

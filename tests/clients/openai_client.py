@@ -1,0 +1,47 @@
+"""`openai` (Python), realtime."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+from dialogue import RATE, Microphone, Report, arguments, three_turns
+from openai import AsyncOpenAI
+
+
+async def main() -> None:
+    url, speech = arguments()
+    report, seconds = Report("openai"), [0.0]
+    client = AsyncOpenAI(api_key="sk-test", base_url=url.replace("ws://", "http://").removesuffix("/realtime"))
+    async with client.realtime.connect(model="gpt-realtime") as connection:
+
+        async def send(data: bytes) -> None:
+            await connection.input_audio_buffer.append(audio=base64.b64encode(data).decode())
+
+        async def listen() -> None:
+            async for event in connection:
+                if event.type == "response.created":
+                    report.turns, seconds[0] = report.turns + 1, 0.0
+                elif event.type == "response.output_audio.delta":
+                    length = len(base64.b64decode(event.delta)) / 2 / RATE
+                    seconds[0], report.audio_seconds = seconds[0] + length, report.audio_seconds + length
+                elif event.type == "response.output_audio_transcript.done":
+                    report.answers.append(event.transcript)
+                elif event.type == "conversation.item.input_audio_transcription.completed":
+                    report.transcripts.append(event.transcript)
+                elif event.type == "response.done":
+                    report.completed += event.response.status == "completed"
+                    report.interrupted += event.response.status == "cancelled"
+                elif event.type == "error":
+                    report.errors.append(event.error.message)
+
+        microphone = Microphone(speech, send)
+        tasks = [asyncio.create_task(microphone.run()), asyncio.create_task(listen())]
+        await connection.session.update(session={"type": "realtime", "output_modalities": ["audio"], "instructions": "Be kind."})
+        await three_turns(microphone, report, lambda: seconds[0])
+        for task in tasks:
+            task.cancel()
+    report.finish()
+
+
+asyncio.run(main())
