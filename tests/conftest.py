@@ -31,7 +31,7 @@ HOME_VARIABLES = (
 
 
 def _load_watch() -> Any:
-    """The module, once in a process: an xdist worker has it from its `sitecustomize`."""
+    """The module, once in a process: a pytest that a test starts has it from its `sitecustomize`."""
     if "hermetic_watch" not in sys.modules:
         spec = importlib.util.spec_from_file_location("hermetic_watch", HERMETIC / "hermetic_watch.py")
         assert spec is not None and spec.loader is not None
@@ -60,9 +60,6 @@ def _prepare() -> tuple[Path, bool]:
         os.environ.pop(name, None)
     os.environ.update({BASE_VARIABLE: str(base), "TMPDIR": str(base), "HOME": str(base / "home")})
     tempfile.tempdir = str(base)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(HERMETIC), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(HERMETIC))]
-    )
     for name, value in {
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -77,7 +74,7 @@ def _prepare() -> tuple[Path, bool]:
 WATCH_MODULE = _load_watch()
 BASE, BASE_IS_MINE = _prepare()
 WATCH = WATCH_MODULE.install([BASE], str(BASE / f"stopped-{os.getpid()}.log"))
-WATCH.watching = False  # a worker's `sitecustomize` has it on
+WATCH.watching = False  # `sitecustomize` has it on
 
 import hypothesis
 import pytest
@@ -138,8 +135,14 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The folder of the test files (the checkout, but for planted ones) and a temporary folder of the person's choice are inside."""
+    """The folder of the test files (the checkout, but for planted ones) and a temporary folder of the person's choice are inside.
+
+    Processes that tests start are watched by PYTHONPATH; those that xdist starts are not, they come through here themselves.
+    """
     WATCH_MODULE.install([BASE, config.rootpath, *filter(None, [config.option.basetemp])], WATCH.log)
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        others = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(HERMETIC)]
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HERMETIC), *others])
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:

@@ -17,9 +17,9 @@ from osum_echat.model.checkpoint import save_quantized
 from osum_echat.model.config import load_config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="osum-echat quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog or "osum-echat quantize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", help="mini, a checkpoint folder, a released .pt or .safetensors")
     parser.add_argument("out", type=Path, help="the folder to write")

@@ -40,7 +40,6 @@ SYSTEM = (
     "/etc/hosts",
     "/etc/resolv.conf",
     "/etc/nsswitch.conf",
-    "/etc/mime.types",  # the mimetypes module looks for it
     "/etc/os-release",
     "/etc/ld.so.cache",  # shared libraries
     "/usr/share/zoneinfo/",
@@ -149,6 +148,8 @@ def may_open(path: str) -> bool:
     if inside(path) or any(path == p or (p.endswith("/") and path.startswith(p)) for p in SYSTEM):
         return True
     name = os.path.basename(path)
+    if name == "mime.types":  # the mimetypes module reads those of every web server it finds
+        return True
     library = name.endswith((".so", ".dylib", ".dll")) or ".so." in name
     return (library and path.startswith(LIBRARY_FOLDERS)) or inside(os.path.realpath(path))
 
