@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from osum_echat.serving import rest
 from osum_echat.serving.backend import Backend
 from osum_echat.serving.metrics import Metrics
+from osum_echat.serving.realtime.gpt_live import AHEAD_S, LiveSession
 from osum_echat.serving.realtime.session import RealtimeSession
 from osum_echat.serving.realtime.settings import SessionLimits
 from osum_echat.serving.realtime.socket import POLICY, TRY_LATER, Connection
@@ -118,10 +119,26 @@ class Server:
             await socket.close(refusal[0], refusal[1])
             return
         session = self.secrets.get(key or "") or {}
-        connection = Connection(
-            socket, lambda emit: self._session(emit, socket.query_params.get("model"), session), self.settings.limits
-        )
-        await self._serve(connection)
+        limits = self.settings.limits
+        await self._serve(Connection(socket, lambda c: self._session(c.emit, socket.query_params.get("model"), session), limits))
+
+    async def gpt_live(self, socket: WebSocket) -> None:
+        """The same in the other dialect."""
+        refusal = self._refusal(socket, key_of(socket.headers))
+        if refusal is not None:
+            self.metrics.refused.labels("gpt_live").inc()
+            await socket.close(refusal[0], refusal[1])
+            return
+        await socket.accept()
+        limits = replace(self.settings.limits, ahead_seconds=AHEAD_S)
+
+        def make(connection: Connection) -> LiveSession:
+            def inner(emit: Any, model: str | None, session: Mapping[str, Any]) -> RealtimeSession:
+                return self._session(emit, model, session, limits)
+
+            return LiveSession(connection.emit, inner, connection.end)
+
+        await self._serve(Connection(socket, make, limits))
 
     async def _serve(self, connection: Connection) -> None:
         self.connections.add(connection)
@@ -132,12 +149,14 @@ class Server:
             self.connections.discard(connection)
             self.metrics.sessions.set(len(self.connections))
 
-    def _session(self, emit: Any, model: str | None, session: Mapping[str, Any]) -> RealtimeSession:
+    def _session(
+        self, emit: Any, model: str | None, session: Mapping[str, Any], limits: SessionLimits | None = None
+    ) -> RealtimeSession:
         return RealtimeSession(
             self.backend,
             self.turn_models,
             emit,
-            self.settings.limits,
+            limits or self.settings.limits,
             self.metrics,
             model=model,
             think=self.settings.think,
@@ -192,6 +211,8 @@ def build_app(server: Server) -> FastAPI:
 
     for path in ("/v1/realtime", "/realtime"):
         app.add_api_websocket_route(path, server.realtime)
+    for path in ("/v1/live/sessions", "/live/sessions"):
+        app.add_api_websocket_route(path, server.gpt_live)
 
     @app.post("/v1/realtime/client_secrets")
     async def client_secrets(request: Request) -> JSONResponse:

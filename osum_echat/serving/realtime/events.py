@@ -40,13 +40,14 @@ class BadEvent(ValueError):
         self.code, self.param, self.event_id = code, param, event_id
 
 
-def _by_type(union: Any) -> dict[str, type[BaseModel]]:
+def by_type(union: Any) -> dict[str, type[BaseModel]]:
+    """Members of a union of the openai package by the type of their events."""
     members = get_args(get_args(union)[0])  # Annotated[Union[...], discriminator]
     return {get_args(model.model_fields["type"].annotation)[0]: model for model in members}
 
 
-CLIENT_EVENTS: Mapping[str, type[BaseModel]] = _by_type(RealtimeClientEvent)
-SERVER_EVENTS: Mapping[str, type[BaseModel]] = _by_type(RealtimeServerEvent)
+CLIENT_EVENTS: Mapping[str, type[BaseModel]] = by_type(RealtimeClientEvent)
+SERVER_EVENTS: Mapping[str, type[BaseModel]] = by_type(RealtimeServerEvent)
 
 
 @lru_cache(maxsize=1)

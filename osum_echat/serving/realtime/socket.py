@@ -30,17 +30,17 @@ class Machine(Protocol):
 
 
 class Connection:
-    """One client. ``make`` builds the machine from a function that sends text."""
+    """One client. ``make`` builds the machine of a connection, which sends by `emit` and may ask for the end by `end`."""
 
-    def __init__(self, socket: WebSocket, make: Callable[[Callable[[str], None]], Machine], limits: SessionLimits) -> None:
+    def __init__(self, socket: WebSocket, make: Callable[[Connection], Machine], limits: SessionLimits) -> None:
         self.socket, self.limits = socket, limits
         self._outbox: asyncio.Queue[str | None] = asyncio.Queue()
         self._why: tuple[int, str] | None = None
         self._ended = asyncio.Event()
         self._draining = False
-        self.machine = make(self._emit)
+        self.machine = make(self)
 
-    def _emit(self, text: str) -> None:
+    def emit(self, text: str) -> None:
         if self._outbox.qsize() >= self.limits.outbox:
             self.end(POLICY, "too many messages wait: the client does not read")
             return
@@ -81,7 +81,8 @@ class Connection:
     async def _say_goodbye(self, writer: asyncio.Task[None]) -> None:
         if self._why is not None and not writer.done():
             code, why = self._why
-            self._outbox.put_nowait(build_error("session_ended", why, fault=True))
+            if why:
+                self._outbox.put_nowait(build_error("session_ended", why, fault=True))
             self._outbox.put_nowait(None)
             await asyncio.wait([writer], timeout=2.0)
             try:
