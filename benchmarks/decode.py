@@ -6,8 +6,11 @@ every step reads every weight once, so a step takes (bytes of weights) / (copy b
 counts what is read and what is written, as STREAM does: the stricter of the two usual ways (bytes copied alone would double the fraction).
 Steps are measured in steady state, from the first id to the last, so neither prefill nor the first id is in their time.
 
+The same weights are also measured in 8 and 4 bits (`EChat.load(weights="int8")`), and the prefill of 128 positions with each.
+
     python benchmarks/decode.py                 # the 0.5 B shape, minutes
     python benchmarks/decode.py --quick --json  # 0.3 B, within 50 s; one JSON object
+    python benchmarks/decode.py --wide          # as wide as the released model (2,048), 12 of its 36 layers; with --quick 4 of them
 
 The machine may be noisy: what is compared is measured in turns, and medians over the rounds are reported. An utterance is PROMPT positions read and
 UTTERANCE ids written; its time is the measured prefill plus that many measured steps.
@@ -30,22 +33,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from osum_echat.cpu_linear import pack_linears
+from osum_echat.cpu_linear import QuantizedLinear, pack_linears
+from osum_echat.device import cpu
 from osum_echat.dialogue.layout import Segment, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling
 from osum_echat.generation.events import Done
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request
-from osum_echat.model.checkpoint import build_meta
+from osum_echat.model import quantized
+from osum_echat.model.checkpoint import assign, build_meta
 from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig
 from osum_echat.model.echat import EChatModel
+from osum_echat.model.storage import DictSource
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = 64
 UTTERANCE = 200
+LIMITS = (cpu.LIMIT, "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables that hold a CPU to fewer instructions than it has. onnxruntime knows none of them."""
 BATCHES = (1, 4, 16)
-_STEPS_OF_A_ROUND = 10
+PREFILL = 128
+_STEPS_OF_A_ROUND = 16
 """About how many batch-1 steps a round costs for each id of a row, prefills included."""
 _SHAPE: dict[str, Any] = {  # Qwen2.5-0.5B
     "model_type": "qwen2",
@@ -60,6 +69,7 @@ _SHAPE: dict[str, Any] = {  # Qwen2.5-0.5B
     "tie_word_embeddings": True,
     "use_sliding_window": False,
 }
+_WIDE = _SHAPE | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}  # Qwen2.5-3B
 
 
 class NoText:
@@ -72,12 +82,12 @@ class NoText:
         return ""
 
 
-def random_model(layers: int, dtype: torch.dtype) -> EChatModel:
+def random_model(layers: int, dtype: torch.dtype, shape: dict[str, Any] = _SHAPE) -> EChatModel:
     """The model in memory; encoder and adapter are tiny, decoding does not use them."""
     config = ModelConfig(
         encoder=EncoderConfig(dim=64, heads=2, ffn=64, layers=1),
         adapter=AdapterConfig(dim=64, heads=2, ffn=64, layers=1),
-        llm=LlmConfig(config={**_SHAPE, "num_hidden_layers": layers}),
+        llm=LlmConfig(config={**shape, "num_hidden_layers": layers}),
         vocabulary=Vocabulary(eos_id=_SHAPE["vocab_size"] - 1),  # an id that this model does not choose
     )
     model = build_meta(config)
@@ -112,6 +122,46 @@ def twin(model: EChatModel) -> EChatModel:
             if parameter is not None:
                 module._parameters[name] = weights[f"{prefix}.{name}" if prefix else name]
     return other.eval()
+
+
+def rounded(model: EChatModel, kind: quantized.Kind) -> EChatModel:
+    """The model with its weights in 8 or 4 bits, as `EChat.load` makes it."""
+    other = build_meta(model.config)
+    weights = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    keys = {name: name for name in weights}
+    table = "lm.llm.model.embed_tokens.weight"
+    keys["lm.llm.lm_head.weight"] = table
+    placed = quantized.put(other, DictSource(weights), keys, kind)
+    assign(
+        other,
+        {name: (weights[name], key) for name, key in keys.items() if name not in placed},
+        torch.device("cpu"),
+        torch.float32,
+    )
+    return other.eval()
+
+
+def bytes_read(model: EChatModel) -> int:
+    """Bytes of the rounded weights that a step in the text phase reads: codes and float32 scales."""
+    layers = {id(m): m for m in _products(model) if m.out_features != model.vocabulary.speech_classes}
+    return sum(
+        m.out_features * m.in_features * m.bits // 8 + 4 * m.out_features * m.in_features // m.group for m in layers.values()
+    )
+
+
+def _products(model: EChatModel) -> list[QuantizedLinear]:
+    joints = [m._joint._product for m in model.lm.modules() if hasattr(m, "_joint")]
+    return [m for m in [*model.lm.modules(), *joints] if isinstance(m, QuantizedLinear)]
+
+
+def prefill(model: EChatModel) -> float:
+    """Seconds to read `PREFILL` positions."""
+    ids = torch.arange(1000, 1000 + PREFILL)[None]
+    with torch.inference_mode():
+        embeds = model.embed(ids)
+        start = time.perf_counter()
+        model.hidden(embeds)
+    return time.perf_counter() - start
 
 
 def requests(batch: int, new: int) -> list[Request]:
@@ -153,13 +203,16 @@ def copy_bandwidth(size: int = 2**28) -> float:
     return 2 * size / min(seconds)
 
 
-def measure(layers: int, dtype: torch.dtype, rounds: int, new: int, budget: float) -> dict[str, Any]:
-    """All measurements, in turns; ``budget`` seconds are not exceeded by another round."""
-    started = time.perf_counter()
-    plain = random_model(layers, dtype)
-    weight_bytes = sum(p.numel() * p.element_size() for p in plain.lm.llm.parameters())
+def tasks_of(
+    layers: int, dtype: torch.dtype, shape: dict[str, Any], new: int
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    """What is measured, by name, and facts about the models."""
+    plain = random_model(layers, dtype, shape)
     model = twin(plain)
-    packed = pack_linears(model.lm)
+    facts: dict[str, Any] = {
+        "bytes": sum(p.numel() * p.element_size() for p in plain.lm.llm.parameters()),
+        "packed": pack_linears(model.lm),
+    }
     config = GenerationConfig(guards=Guards.off())
     generator = Generator(model, NoText(), config)
     tasks: dict[str, Callable[[], Any]] = {
@@ -169,9 +222,30 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, new: int, budget: floa
         "generate_packed": lambda: decode_with_transformers(model.lm.llm, new),
         "batch4": lambda: decode(generator, 4, max(new // 2, 8)),
         "batch16": lambda: decode(generator, 16, max(new // 3, 8)),
+        "prefill": lambda: prefill(model),
     }
-    decode(generator, 1, 4)  # warm up
-    _, step_seconds = decode(generator, 1, 4)
+    for kind in cpu.ROUNDED:
+        if cpu.rounds(kind):
+            small = rounded(plain, kind)
+            facts[kind] = bytes_read(small)
+            _add_rounded(tasks, kind, Generator(small, NoText(), config), new)
+    return tasks, facts
+
+
+def _add_rounded(tasks: dict[str, Callable[[], Any]], kind: str, generator: Generator, new: int) -> None:
+    tasks[f"batch1_{kind}"] = lambda: decode(generator, 1, new)
+    tasks[f"batch16_{kind}"] = lambda: decode(generator, 16, max(new // 3, 8))
+    tasks[f"prefill_{kind}"] = lambda: prefill(generator.model)
+
+
+def measure(layers: int, dtype: torch.dtype, shape: dict[str, Any], rounds: int, new: int, budget: float) -> dict[str, Any]:
+    """All measurements, in turns; ``budget`` seconds are not exceeded by another round."""
+    started = time.perf_counter()
+    tasks, facts = tasks_of(layers, dtype, shape, new)
+    tasks["batch1"]()  # warm up
+    begun = time.perf_counter()
+    tasks["batch1"]()
+    step_seconds = (time.perf_counter() - begun) / new
     left = budget - (time.perf_counter() - started)
     new = max(8, min(new, int(left / (_STEPS_OF_A_ROUND * step_seconds))))  # a busy machine gets shorter rounds, not a longer run
     found: dict[str, list[Any]] = {name: [] for name in tasks}
@@ -181,28 +255,44 @@ def measure(layers: int, dtype: torch.dtype, rounds: int, new: int, budget: floa
             break
         for name, task in tasks.items():
             found[name].append(task())
+    return summary(found, facts) | {"rounds": len(found["copy"]), "seconds": round(time.perf_counter() - started, 1)}
 
-    bandwidth = statistics.median(found["copy"])
-    step = {b: statistics.median(s for _, s in found[f"batch{b}"]) for b in BATCHES}
-    first = {b: statistics.median(f for f, _ in found[f"batch{b}"]) for b in BATCHES}
-    utterances = {b: b / (first[b] + UTTERANCE * step[b]) for b in BATCHES}
-    generate, generate_packed = (statistics.median(found[name]) for name in ("generate", "generate_packed"))
-    limit = weight_bytes / bandwidth
-    return {
-        "ratio_to_generate": round(generate / step[1], 3),
-        "fraction_of_bandwidth": round(limit / step[1], 3),
-        "batch16_speedup": round(utterances[16] / utterances[1], 2),
-        "ratio_to_generate_on_packed_weights": round(generate_packed / step[1], 3),
-        "tokens_per_second": {f"batch{b}": round(b / step[b], 1) for b in BATCHES} | {"generate": round(1 / generate, 1)},
-        "first_token_ms": {f"batch{b}": round(1e3 * first[b], 1) for b in BATCHES},
-        "utterances_per_second": {f"batch{b}": round(utterances[b], 3) for b in BATCHES},
-        "copy_gb_per_second": round(bandwidth / 1e9, 2),
-        "weights_gb": round(weight_bytes / 1e9, 3),
+
+def summary(found: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any]:
+    """Medians, and their ratios."""
+    one = {n: statistics.median(v) for n, v in found.items() if not n.startswith("batch")}
+    step = {n: statistics.median(s for _, s in v) for n, v in found.items() if n.startswith("batch")}
+    first = {n: statistics.median(f for f, _ in v) for n, v in found.items() if n.startswith("batch")}
+    rows = {n: int(n.removeprefix("batch").partition("_")[0]) for n in step}
+    utterances = {n: rows[n] / (first[n] + UTTERANCE * step[n]) for n in step}
+    limit = facts["bytes"] / one["copy"]
+    result = {
+        "ratio_to_generate": round(one["generate"] / step["batch1"], 3),
+        "fraction_of_bandwidth": round(limit / step["batch1"], 3),
+        "batch16_speedup": round(utterances["batch16"] / utterances["batch1"], 2),
+        "ratio_to_generate_on_packed_weights": round(one["generate_packed"] / step["batch1"], 3),
+    }
+    for kind in (k for k in cpu.ROUNDED if k in facts):
+        result |= {
+            f"ratio_to_generate_{kind}": round(one["generate"] / step[f"batch1_{kind}"], 3),
+            f"fraction_of_bandwidth_{kind}": round(facts[kind] / one["copy"] / step[f"batch1_{kind}"], 3),
+            f"batch16_speedup_{kind}": round(utterances[f"batch16_{kind}"] / utterances[f"batch1_{kind}"], 2),
+            f"batch16_over_unrounded_{kind}": round(utterances[f"batch16_{kind}"] / utterances["batch16"], 2),
+            f"prefill_speedup_{kind}": round(one["prefill"] / one[f"prefill_{kind}"], 2),
+        }
+    if "int4" in facts:
+        result["prefill_speedup"] = result["prefill_speedup_int4"]
+    return result | {
+        "tokens_per_second": {n: round(rows[n] / step[n], 1) for n in step} | {"generate": round(1 / one["generate"], 1)},
+        "first_token_ms": {n: round(1e3 * first[n], 1) for n in step},
+        "utterances_per_second": {n: round(utterances[n], 3) for n in step},
+        "prefill_ms": {n: round(1e3 * one[n], 1) for n in one if n.startswith("prefill")},
+        "copy_gb_per_second": round(one["copy"] / 1e9, 2),
+        "weights_gb": round(facts["bytes"] / 1e9, 3),
+        "bytes_read_gb": {k: round(facts[k] / 1e9, 3) for k in cpu.ROUNDED if k in facts},
         "limit_ms": round(1e3 * limit, 2),
-        "step_ms": {f"batch{b}": round(1e3 * step[b], 2) for b in BATCHES} | {"generate": round(1e3 * generate, 2)},
-        "packed_linears": packed,
-        "rounds": len(found["copy"]),
-        "seconds": round(time.perf_counter() - started, 1),
+        "step_ms": {n: round(1e3 * step[n], 2) for n in step} | {"generate": round(1e3 * one["generate"], 2)},
+        "packed_linears": facts["packed"],
     }
 
 
@@ -214,13 +304,15 @@ def about() -> dict[str, Any]:
     import transformers
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "cpu": cpu,
+        "cpu": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "decided": str(cpu.detect()),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -229,6 +321,7 @@ def about() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="12 layers instead of 24, few steps, within 50 s")
+    parser.add_argument("--wide", action="store_true", help="the released model's width, 12 layers (with --quick 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -238,9 +331,12 @@ def main() -> int:
         torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
     layers, rounds, new, budget = (12, 3, 24, 32.0) if args.quick else (24, 5, 64, 600.0)
+    shape = _WIDE if args.wide else _SHAPE
+    if args.wide:
+        layers = layers // 3 if args.quick else layers // 2
     result = {
-        "model": f"qwen2 {layers} x {_SHAPE['hidden_size']}, {args.dtype}",
-        **measure(layers, dtype, rounds, new, budget),
+        "model": f"qwen2 {layers} x {shape['hidden_size']}, {args.dtype}",
+        **measure(layers, dtype, shape, rounds, new, budget),
         **about(),
     }
     text = json.dumps(result, ensure_ascii=False)

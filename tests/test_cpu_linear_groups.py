@@ -53,7 +53,7 @@ def test_zero_rows_stay_zero_and_large_matrices_are_cut(bits: Bits, monkeypatch:
     weight = torch.randn(11, 64)
     weight[3] = 0.0
     whole = quantize(weight, bits)
-    monkeypatch.setattr("osum_echat.cpu_linear.groups._ROWS", 4)
+    monkeypatch.setattr("osum_echat.cpu_linear.groups._AT_ONCE", 4 * 64)
     parts = quantize(weight, bits)
     assert whole.codes_NGB.equal(parts.codes_NGB) and whole.scales_NG.equal(parts.scales_NG)
     assert parts.expand().equal(whole.rows(torch.arange(11))) and not parts.expand()[3].any()

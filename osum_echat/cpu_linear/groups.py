@@ -20,7 +20,7 @@ SIZES: dict[int, tuple[int, ...]] = {8: (128, 64, 32, 16), 4: (32, 16)}
 """Numbers of a group by the bits of a code, the first that divides the row: what MatMulNBits takes."""
 _SHRINK = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 1.05, -1.0, -0.95, -0.9, -0.85, -0.8)
 """Scales that are tried for 4 bits, over the one that reaches the largest number exactly. A negative one turns the range -8 .. 7 round."""
-_ROWS = 4096  # rows that are quantised at once: a head of 150,000 rows would need five times its own memory
+_AT_ONCE = 2**16  # numbers that are worked on at once, so that the passes over them stay in the processor's cache
 _TINY = 2.0**-24
 
 
@@ -50,8 +50,10 @@ class Groups:
 
     def expand(self) -> Tensor:
         """The matrix in float32, [N, K]."""
-        count = self.codes_NGB.shape[0]
-        parts = [self.rows(torch.arange(n, min(n + _ROWS, count))) for n in range(0, count, _ROWS)]
+        (count, inputs), parts = self.shape, []
+        rows = max(1, _AT_ONCE // inputs)
+        for start in range(0, count, rows):
+            parts.append(self.rows(torch.arange(start, min(start + rows, count))))
         return torch.cat(parts) if parts else torch.zeros(self.shape)
 
 
@@ -69,29 +71,35 @@ def quantize(weight_NK: Tensor, bits: Bits) -> Groups:
     size = group_size(weight_NK.shape[1], bits)
     if size is None:
         raise ValueError(f"rows of {weight_NK.shape[1]} numbers cannot be cut into groups of {SIZES[bits]}")
-    parts = [_quantize(part.detach().float().unflatten(1, (-1, size)), bits) for part in weight_NK.split(_ROWS)]
+    rows = max(1, _AT_ONCE // weight_NK.shape[1])
+    parts = [_quantize(part.detach().float().unflatten(1, (-1, size)), bits) for part in weight_NK.split(rows)]
     return Groups(torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts]), bits)
 
 
 def _quantize(weight_NGS: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
     middle = 2 ** (bits - 1)
     largest_NG1 = weight_NGS.gather(-1, weight_NGS.abs().argmax(-1, keepdim=True))
-    best = scales = error = None
-    for factor in _SHRINK if bits == 4 else (1.0,):
-        scale = (largest_NG1 * (-factor / middle)).half().float()
-        scale = torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
-        codes = (weight_NGS / scale).round_().clamp_(-middle, middle - 1)
-        found = (codes * scale - weight_NGS).square_().sum(-1, keepdim=True)
-        if best is None or scales is None or error is None:
-            best, scales, error = codes, scale, found
-            continue
-        better = found < error
-        best, scales, error = torch.where(better, codes, best), torch.where(better, scale, scales), torch.minimum(found, error)
-    assert best is not None and scales is not None
-    bytes_NGS = (best + middle).to(torch.uint8)
+    scale_NG1 = _usable(largest_NG1 / -middle)
+    if bits == 4:
+        work_NGS = torch.empty_like(weight_NGS)
+        error_NG1 = torch.full_like(largest_NG1, torch.inf)
+        for factor in _SHRINK:
+            tried_NG1 = _usable(largest_NG1 * (-factor / middle))
+            torch.mul(weight_NGS, 1.0 / tried_NG1, out=work_NGS).round_().clamp_(-middle, middle - 1).mul_(tried_NG1)
+            found_NG1 = work_NGS.sub_(weight_NGS).square_().sum(-1, keepdim=True)
+            better_NG1 = found_NG1 < error_NG1
+            scale_NG1 = torch.where(better_NG1, tried_NG1, scale_NG1)
+            error_NG1 = torch.minimum(found_NG1, error_NG1)
+    bytes_NGS = (weight_NGS / scale_NG1).round_().clamp_(-middle, middle - 1).add_(middle).to(torch.uint8)
     if bits == 4:
         bytes_NGS = bytes_NGS[..., 0::2] | (bytes_NGS[..., 1::2] << 4)
-    return bytes_NGS.contiguous(), scales[..., 0].half()
+    return bytes_NGS.contiguous(), scale_NG1[..., 0].half()
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """As half precision holds it, and not zero."""
+    scale = scale.half().float()
+    return torch.where(scale.abs() < _TINY, torch.full_like(scale, _TINY), scale)
 
 
 def join(parts: Sequence[Groups]) -> Groups:

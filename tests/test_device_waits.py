@@ -1,0 +1,69 @@
+"""Where a program would wait for an accelerator: the counter itself, and bounds on what decoding and synthesis do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from osum_echat.device.waits import Waits
+from osum_echat.generation.config import GenerationConfig, Guards
+from osum_echat.generation.events import Done
+from osum_echat.generation.generator import Generator
+from tests.generation_case import request, tiny
+from tests.token2wav_case import recorded_speaker, recorded_tokens, tiny_model
+
+
+def test_the_counter_sees_every_kind_of_wait_and_nothing_else() -> None:
+    x, device = torch.arange(6.0), torch.device("cpu")
+    with Waits() as waits:
+        x.add_(1).view(2, 3).softmax(-1)
+        torch.zeros(3, device=device)
+        torch.tensor([1, 2])  # stays on the host
+    assert waits.total == 0
+    with Waits() as waits:
+        torch.tensor([1, 2], device=device)
+        x.tolist()
+        x[0].item()
+        bool(x.any())
+        float(x.sum())
+        x.nonzero()
+        x[x > 2]
+        x.cpu()
+        x.numpy()
+    assert waits.total == 9, str(waits)
+
+
+def waits_of(kind: str, new: int, guards: bool) -> Waits:
+    model, tokenizer, _ = tiny()
+    config = GenerationConfig() if guards else GenerationConfig(guards=Guards.off())
+    row = request(kind, recordings=[1], max_new=new)
+    with Waits() as waits:
+        done = [e for _, e in Generator(model, tokenizer, config).generate([row]) if isinstance(e, Done)]
+    assert len(done[0].generated) == new
+    return waits
+
+
+def a_token(kind: str, guards: bool) -> float:
+    """Waits a token in steady state: of 20 more tokens, so that prompt and end fall out."""
+    waits_of(kind, 20, guards)  # what is made once
+    return (waits_of(kind, 40, guards).total - waits_of(kind, 20, guards).total) / 20
+
+
+def test_a_token_waits_no_more_often_than_it_did() -> None:
+    """Bounds of today, to be lowered with the step that stays on the device: then 1."""
+    assert a_token("s2t_chat", guards=False) <= 3
+    assert a_token("s2t_chat", guards=True) <= 9
+
+
+def test_a_chunk_of_sound_waits_no_more_often_than_it_did(tmp_path: Path) -> None:
+    """Of two more windows of 40 codes. Bounds of today, to be lowered to 1."""
+    model = tiny_model(tmp_path)
+    counts = []
+    for codes in (150, 230):
+        with Waits() as waits:
+            chunks = list(model.stream(recorded_tokens(codes), recorded_speaker(), steps=2))
+        counts.append((waits, len(chunks)))
+    (short, few), (long, many) = counts
+    assert many > few
+    assert (long.total - short.total) / (many - few) <= 9, str(long)
