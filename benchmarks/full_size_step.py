@@ -29,7 +29,7 @@ from torch import nn
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
-from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.batch import Batch, Example, SampleInfo, collate
 from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.model.checkpoint import build_meta
 from osum_echat.model.config import LoraConfig, load_config
@@ -81,7 +81,7 @@ def sample(model: EChatModel) -> Batch:
     ]
     feats = torch.from_numpy(rng.standard_normal((frames, model.config.encoder.mels)).astype(np.float32))
     row = flatten(segments, [audio_positions(frames)])
-    return collate([Example("made-up", "<TRANSCRIBE>", row, [feats])], model.config.encoder.mels)
+    return collate([Example(SampleInfo("made-up", "<TRANSCRIBE>"), row, [feats])], model.config.encoder.mels)
 
 
 class OneBatch:

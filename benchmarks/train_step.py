@@ -44,7 +44,7 @@ import torch
 from padded_baseline import Sample, loss_sum, micro_batches, padded_positions
 
 from osum_echat import device as devices
-from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.batch import Batch, Example, SampleInfo, collate
 from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig
@@ -140,7 +140,7 @@ def pack_samples(samples: list[Sample]) -> Batch:
         segments += [Segment("speech", sample.speech, supervised=True)] if sample.speech else []
         feats = [sample.feats] if sample.feats is not None else []
         row = flatten(segments, [audio_positions(len(f)) for f in feats], text_softmax=not sample.speech)
-        examples.append(Example(f"s{number}", sample.task, row, feats))
+        examples.append(Example(SampleInfo(f"s{number}", sample.task), row, feats))
     rows: list[list[int]] = []
     for index in sorted(range(len(examples)), key=lambda i: -examples[i].positions):
         free = [r for r in rows if sum(examples[i].positions for i in r) + examples[index].positions <= ROW]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osum_echat.data.batch import Example, collate
+from osum_echat.data.batch import Example, SampleInfo, collate
 from osum_echat.data.batching import Cost, plan_batch
 from osum_echat.data.config import BatchConfig
 from osum_echat.dialogue.layout import IGNORE, Segment, audio_positions, flatten
@@ -77,13 +77,14 @@ def example(key: str, ids: list[int], frames: list[int]) -> Example:
     segments = [Segment("audio", audio=i) for i in range(len(frames))] + [Segment("text", tuple(ids), supervised=True)]
     row = flatten(segments, [audio_positions(f) for f in frames])
     feats = [torch.full((f, 4), float(f)) for f in frames]
-    return Example(key, "<TRANSCRIBE>", row, feats, [f"{key}{i}" for i in range(len(frames))], {"age": key})
+    said = tuple((ids[0], number) for number in range(len(frames)))
+    return Example(SampleInfo(key, "<TRANSCRIBE>", tags={"age": key.upper()}, transcripts=said), row, feats)
 
 
 def test_collate_keeps_each_sample_as_it_was():
     examples = [example("a", [5, 6], [16]), example("b", [7], []), example("c", [8, 9], [8, 24])]
     batch = collate(examples, 4, plan=[[0, 1], [2]])
-    assert batch.keys == ["a", "b", "c"] and batch.transcripts == ["a0", "c0", "c1"]
+    assert batch.keys == ["a", "b", "c"] and [t.tolist() for t in batch.transcripts()] == [[5, 0], [8, 0], [8, 1]]
     assert batch.sample_N.tolist() == [0, 2, 2] and batch.last_recording().tolist() == [0, -1, 2]
     assert batch.feats_lengths_N.tolist() == [16, 8, 24] and batch.feats_NTF.shape == (3, 24, 4)
     assert batch.feats_NTF[1, 8:].abs().sum() == 0

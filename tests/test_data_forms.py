@@ -199,7 +199,7 @@ def test_published_faults_are_read_with_a_warning_that_says_what_was_assumed(
         reader = loader({"all": path})
         batches = list(reader)
     assert reader.report.used == 3 and reader.report.bad == 0
-    assert {t for b in batches for t in b.tasks} == {"<TRANSCRIBE>" if form == "combine" else "<S2TCHAT>"}
+    assert {s.task for b in batches for s in b.samples} == {"<TRANSCRIBE>" if form == "combine" else "<S2TCHAT>"}
     assert "which is not there; assumed" in caplog.text
     assert ("'tas_tag' read as 'task'" in caplog.text) == (form == "combine")
 

@@ -195,7 +195,7 @@ def test_streams_take_their_own_tasks_only(lists: dict[str, str], tmp_path: Path
     reader = loader({name: str(tmp_path / "all.yaml") for name in ("s2t", "s2s")})
     batches = list(reader)
     assert sorted(keys(batches)) == sorted(ALL)
-    assert Counter(s for b in batches for s in b.streams) == {"s2t": 24, "s2s": 9}
+    assert Counter(s.stream for b in batches for s in b.samples) == {"s2t": 24, "s2s": 9}
     assert reader.report.reasons == {"other_stream": 33} and reader.report.bad == 0
 
 
@@ -267,7 +267,7 @@ def test_dialogues_are_expanded_and_survive_a_restore(tmp_path: Path):
 
     batches = list(make())
     assert Counter(keys(batches)) == Counter(f"k00{n}{turn}" for n in range(4) for turn in ("", "#1", "#2"))
-    assert {len(b.transcripts) > len(b) for b in batches} >= {True}
+    assert {len(b.transcripts()) > len(b) for b in batches} >= {True}
     for stop in range(len(batches)):
         check_resume(make, stop)
 

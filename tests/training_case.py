@@ -24,7 +24,7 @@ import torch
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
-from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.batch import Batch, Example, SampleInfo, collate
 from osum_echat.dialogue.layout import Segment, audio_positions, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model.config import AdapterConfig, CtcConfig, EncoderConfig, LlmConfig, ModelConfig
@@ -85,13 +85,6 @@ def tiny_model(seed: int = 0, heads: bool = False, recompute: bool = False) -> E
     return EChatModel(model_config(heads, recompute))
 
 
-class LetterTokenizer:
-    """Letters as ids 3, 4, 5 ..."""
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + ord(letter) - ord("a") for letter in text if letter.isalpha()]
-
-
 def example(number: int) -> Example:
     """Sample ``number``: four tasks in turn (speech to text, text to speech, speech to speech, text to text) of different length."""
     rng = np.random.default_rng(number)
@@ -115,10 +108,10 @@ def example(number: int) -> Example:
         segments += [Segment("speech", (VOCABULARY.speech_delimiter, *codes, VOCABULARY.speech_delimiter), supervised=True)]
     feats = [torch.from_numpy(rng.standard_normal((frames, MELS)).astype(np.float32))] if has_audio else []
     row = flatten(segments, [audio_positions(frames)], text_softmax=not speaks)
-    letters = "".join(chr(ord("a") + i - 3) for i in text)
     tags = {"gender": ("MALE", "FEMALE")[number // 4 % 2]}
     stream = {"<TRANSCRIBE>": "s2t", "<TTS>": "t2s", "<S2S>": "s2s", "<TEXT2TEXT>": "t2t"}[task]
-    return Example(f"sample-{number}", task, row, feats, [letters] if has_audio else [], tags, stream=stream)
+    info = SampleInfo(f"sample-{number}", task, stream, tags=tags, transcripts=(text,) if has_audio else ())
+    return Example(info, row, feats)
 
 
 def make_batch(numbers: list[int]) -> Batch:
@@ -216,7 +209,7 @@ def run(case: dict[str, Any]) -> Trainer:
         add_lora(model.lm.llm, lora)
         model.config = dataclasses.replace(model.config, lora=lora)
     on_phase = interruption(case, rank)
-    trainer = make_trainer(config, model, LetterTokenizer(), loader, validation, bar=False, on_phase=on_phase)
+    trainer = make_trainer(config, model, None, loader, validation, bar=False, on_phase=on_phase)
     if case.get("dropout"):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

@@ -20,40 +20,46 @@ from osum_echat.dialogue.packing import PackedRows, pack
 TAGS = ("age", "gender", "emotion", "event", "style")
 
 
+@dataclass(frozen=True)
+class SampleInfo:
+    """What is known of a sample beside its tensors.
+
+    Attributes:
+        key: the record's key (with ``#turn`` appended where a dialogue was expanded into several samples).
+        task: the record's task string, as it is after processing.
+        stream: mixing stream that it belongs to (s2t, t2s, s2s, t2t; "" outside a mix).
+        text: the label, for people to read.
+        tags: labels of the user's recording, without angle brackets: a subset of `TAGS`.
+        transcripts: text ids of what is said in each recording, empty where the record does not say: the target of a CTC loss.
+    """
+
+    key: str = ""
+    task: str = ""
+    stream: str = ""
+    text: str = ""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    transcripts: tuple[tuple[int, ...], ...] = ()
+
+
 @dataclass
 class Example:
     """One sample, ready to be packed.
 
     Attributes:
-        key: the record's key (with ``#turn`` appended where a dialogue was expanded into several samples).
-        task: the record's task string, as it is after processing.
         row: flat ids, positions and targets.
         feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them.
-        transcripts: what is said in each recording, "" where the record does not say.
-        tags: labels of the user's recording, without angle brackets: a subset of `TAGS`.
-        text: the decoded label, for people to read.
-        stream: mixing stream that the sample came from (s2t, t2s, s2s, t2t; "" outside a mix).
     """
 
-    key: str
-    task: str
+    info: SampleInfo
     row: Row
     feats: list[Tensor] = field(default_factory=list)
-    transcripts: list[str] = field(default_factory=list)
-    tags: dict[str, str] = field(default_factory=dict)
-    text: str = ""
-    stream: str = ""
 
     def __post_init__(self) -> None:
-        assert len(self.transcripts) in (0, len(self.feats)), f"{self.key}: a transcript for each recording, or none"
+        assert len(self.info.transcripts) in (0, len(self.feats)), f"{self.info.key}: a transcript for each recording, or none"
 
     @property
     def positions(self) -> int:
         return len(self.row)
-
-    @property
-    def frames(self) -> int:
-        return sum(int(f.shape[0]) for f in self.feats)
 
 
 @dataclass
@@ -61,28 +67,34 @@ class Batch:
     """D samples in B rows.
 
     Attributes:
-        rows: the packed ids and masks; ``rows.documents_BT`` numbers samples 0..D-1 in the order of ``keys``.
+        rows: the packed ids and masks; ``rows.documents_BT`` numbers samples 0..D-1 in the order of ``samples``.
         feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings.
         feats_lengths_N: frames of each recording. ``rows.audio_index_BT`` counts the audio positions of recording 0, then 1, ...
-        keys, tasks, streams, texts: one a sample (length D).
-        tags: one mapping a sample; see `tag_ids`.
-        transcripts: one a recording (length N), "" where unknown: the target of a CTC loss.
+        samples: what is known of each sample.
         sample_N: the sample that each recording belongs to.
     """
 
     rows: PackedRows
     feats_NTF: Tensor
     feats_lengths_N: Tensor
-    keys: list[str]
-    tasks: list[str]
-    transcripts: list[str] = field(default_factory=list)
-    tags: list[dict[str, str]] = field(default_factory=list)
+    samples: list[SampleInfo]
     sample_N: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    texts: list[str] = field(default_factory=list)
-    streams: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.samples)
+
+    @property
+    def keys(self) -> list[str]:
+        return [sample.key for sample in self.samples]
+
+    def transcripts(self) -> list[Tensor]:
+        """Text ids of what is said in each recording (length N), empty where unknown."""
+        ids: list[tuple[int, ...]] = [()] * len(self.feats_lengths_N)
+        at = 0
+        for sample, count in zip(self.samples, torch.bincount(self.sample_N, minlength=len(self)).tolist(), strict=True):
+            ids[at : at + count] = sample.transcripts or [()] * count
+            at += count
+        return [torch.tensor(one, dtype=torch.long) for one in ids]
 
     @property
     def num_targets(self) -> int:
@@ -92,10 +104,13 @@ class Batch:
     def num_positions(self) -> int:
         return self.rows.ids_BT.numel()
 
-    def tag_ids(self, name: str, classes: Sequence[str] | Mapping[str, int]) -> Tensor:
-        """Class number of tag ``name`` for each sample, `IGNORE` where the record has none or one that is not in ``classes``: [D]."""
-        table = classes if isinstance(classes, Mapping) else {label: i for i, label in enumerate(classes)}
-        return torch.tensor([table.get(tags.get(name, ""), IGNORE) for tags in self.tags], dtype=torch.long)
+    def tag_ids(self, name: str, classes: Sequence[str]) -> Tensor:
+        """Class number of tag ``name`` for each sample, `IGNORE` where the record has none or one that is not in ``classes``: [D].
+
+        Case does not matter.
+        """
+        table = {label.casefold(): number for number, label in enumerate(classes)}
+        return torch.tensor([table.get(s.tags.get(name, "").casefold(), IGNORE) for s in self.samples], dtype=torch.long)
 
     def last_recording(self) -> Tensor:
         """Index of each sample's last recording (the user's current turn), -1 for a sample without: [D]."""
@@ -152,11 +167,6 @@ def collate(
         rows=pack([e.row for e in items], plan, multiple_of),
         feats_NTF=feats_NTF,
         feats_lengths_N=lengths_N,
-        keys=[e.key for e in items],
-        tasks=[e.task for e in items],
-        transcripts=[t for e in items for t in (e.transcripts or [""] * len(e.feats))],
-        tags=[dict(e.tags) for e in items],
+        samples=[e.info for e in items],
         sample_N=torch.tensor([d for d, e in enumerate(items) for _ in e.feats], dtype=torch.long),
-        texts=[e.text for e in items],
-        streams=[e.stream for e in items],
     )

@@ -17,7 +17,7 @@ from osum_echat.audio.features import HOP, LogMel
 from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
 from osum_echat.audio.wav import pcm16_mono_16k
 from osum_echat.data import paths
-from osum_echat.data.batch import TAGS, Example
+from osum_echat.data.batch import TAGS, Example, SampleInfo
 from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
 from osum_echat.data.processing import Processed, Processor, check_limits, expand_dialogue
 from osum_echat.dialogue.dialect import Dialect
@@ -25,7 +25,7 @@ from osum_echat.dialogue.interleave import ImpossibleInterleave
 from osum_echat.dialogue.layout import audio_positions, flatten
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import OUTPUTS
-from osum_echat.dialogue.tokens import Tokenizer
+from osum_echat.dialogue.tokens import Tokenizer, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
 
 _READ_WHOLE = 1 << 25  # bytes; of longer files only what is asked for is read
@@ -109,16 +109,15 @@ class ExampleBuilder:
         row = flatten(layout.segments, [audio_positions(len(f)) for f in feats], layout.text_softmax)
         if len(row) > self.config.batch.row_positions:
             raise record.error("sequence_too_long", f"{len(row)} positions, a row holds {self.config.batch.row_positions}")
-        return Example(
-            key=record.key,
-            task=processed.task,
-            row=row,
-            feats=feats,
-            transcripts=list(processed.transcripts),
+        info = SampleInfo(
+            record.key,
+            processed.task,
+            own,
+            processed.label,
             tags={name: value for name, value in processed.tags.items() if name in TAGS},
-            text=processed.label,
-            stream=own,
+            transcripts=tuple(encode(self._tokenizer, said) if said else () for said in processed.transcripts),
         )
+        return Example(info, row, feats)
 
     def _recordings(self, processed: Processed, resolve: paths.Resolver) -> list[Samples]:
         """16 kHz samples of each recording. Raises RecordError with ``audio_...`` for one that cannot be used."""

@@ -79,7 +79,7 @@ def read(loader: Loader, batches: int, samples: int) -> None:
     positions = padding = 0.0
     began = time.perf_counter()
     for number, batch in enumerate(loader):
-        tasks.update(batch.tasks)
+        tasks.update(sample.task for sample in batch.samples)
         positions += batch.num_positions
         padding += batch.num_positions * batch.rows.padding_fraction
         if number < batches:
@@ -103,11 +103,9 @@ def show(number: int, batch: Batch, samples: int) -> None:
     frames = [0] * len(batch)
     for recording, sample in enumerate(batch.sample_N.tolist()):
         frames[sample] += lengths[recording]
-    for sample in range(min(samples, len(batch))):
-        mine = rows.documents_BT == sample
+    for number, info in enumerate(batch.samples[:samples]):
+        mine = rows.documents_BT == number
         targets = int((rows.targets_BT[mine] >= 0).sum())
-        print(
-            f"  {batch.keys[sample]}  {batch.tasks[sample]}  {int(mine.sum())} positions, {targets} targets, {frames[sample]} frames"
-        )
-        tags = " ".join(f"{name}={value}" for name, value in batch.tags[sample].items())
-        print(f"      label: {batch.texts[sample]}" + (f"\n      tags:  {tags}" if tags else ""))
+        print(f"  {info.key}  {info.task}  {int(mine.sum())} positions, {targets} targets, {frames[number]} frames")
+        tags = " ".join(f"{name}={value}" for name, value in info.tags.items())
+        print(f"      label: {info.text}" + (f"\n      tags:  {tags}" if tags else ""))

@@ -81,7 +81,7 @@ def make_trainer(
     _set_dtypes(model, config, name)
     model.to(device)
     _add_encoder_cache(model, config)
-    objective = Objective(model, config.loss, tokenizer, run_all_parts=world.size > 1)
+    objective = Objective(model, config.loss, run_all_parts=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:
         log.info("%s", memory.estimate(groups, frozen, config, world.size, engine.shards_weights))

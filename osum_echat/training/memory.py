@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from osum_echat import device as devices
-from osum_echat.data.batch import Batch, Example, collate
+from osum_echat.data.batch import Batch, Example, SampleInfo, collate
 from osum_echat.data.config import DataConfig
 from osum_echat.dialogue.layout import IGNORE, Row, audio_positions
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -42,7 +42,7 @@ def largest_batch(data: DataConfig, vocabulary: Vocabulary, mels: int) -> Batch:
             ids_T[0], ids_T[audio + 1] = vocabulary.audio_begin, vocabulary.audio_end
         row = Row(ids_T, np.arange(length), np.ones(length, dtype=np.bool_), targets_T, False, [(0, 1, audio)] if audio else [])
         feats = [torch.zeros(frames, mels)] if audio else []
-        examples.append(Example(f"largest-{number}", "largest", row, feats, [""] * len(feats)))
+        examples.append(Example(SampleInfo(f"largest-{number}", "largest"), row, feats))
     return collate(examples, mels)
 
 

@@ -10,12 +10,11 @@ D samples, N recordings, M targets, B rows, T positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from osum_echat.data.batch import Batch
+from osum_echat.data.batch import Batch, SampleInfo
 from osum_echat.dialogue.layout import IGNORE
 from osum_echat.dialogue.packing import PackedRows
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -62,17 +61,15 @@ class Objective(nn.Module):
     """Model and loss in one module, which is what engines distribute.
 
     Args:
-        tokenizer: anything with ``encode(text) -> ids``; needed with a CTC head.
         run_all_parts: run every part for every batch, needed or not: ranks that share parameters must make the same calls, and a batch
             of one rank may have no recording or no speech while another's has.
     """
 
-    def __init__(self, model: EChatModel, config: LossConfig, tokenizer: Any = None, run_all_parts: bool = False):
+    def __init__(self, model: EChatModel, config: LossConfig, run_all_parts: bool = False):
         super().__init__()
         self.model = model
         self.config = config
         self.run_all_parts = run_all_parts
-        self._tokenizer = [tokenizer]  # in a list: not a submodule, whatever it is
 
     @property
     def names(self) -> list[str]:
@@ -83,7 +80,7 @@ class Objective(nn.Module):
 
     def prepare(self, batch: Batch, device: torch.device, input_noise: float = 0.0) -> MicroBatch:
         """Labels for the extra heads, weights and counts; tensors go to ``device``."""
-        weights_D = torch.tensor([self.config.stream.get(stream, 1.0) for stream in batch.streams or [""] * len(batch)])
+        weights_D = torch.tensor([self.config.stream.get(sample.stream, 1.0) for sample in batch.samples])
         if input_noise > 0:
             batch = replace(batch, rows=add_input_noise(batch.rows, self.model.vocabulary, input_noise))
         documents_BT, targets_BT = batch.rows.documents_BT, batch.rows.targets_BT
@@ -91,19 +88,13 @@ class Objective(nn.Module):
         counts = {"lm": float(weights_D[documents_BT[supervised_BT]].double().sum())}
         transcripts, tags = None, None
         if "ctc" in self.names:
-            transcripts = [self._ids(text) for text in batch.transcripts]
+            transcripts = batch.transcripts()
             counts["ctc"] = float(sum(len(t) for t in transcripts))
         if self.config.tags > 0 and self.model.config.adapter.tags:
             tags = recording_tags(batch, self.model.config.adapter.tags)
             counts |= {f"tag.{name}": float((labels != IGNORE).sum()) for name, labels in tags.items()}
             tags = {name: labels.to(device) for name, labels in tags.items()}
         return MicroBatch(batch.to(device), weights_D.to(device), transcripts, tags, counts)
-
-    def _ids(self, text: str) -> Tensor:
-        tokenizer = self._tokenizer[0]
-        if tokenizer is None:
-            raise ValueError("a CTC loss needs the tokenizer, to turn transcripts into labels")
-        return torch.tensor(tokenizer.encode(text) if text else [], dtype=torch.long)
 
     def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts of the step."""
@@ -145,14 +136,11 @@ class Objective(nn.Module):
 
 
 def recording_tags(batch: Batch, classes: dict[str, list[str]]) -> dict[str, Tensor]:
-    """Label numbers for each recording [N]: a sample's tags belong to its last recording, earlier turns have none. Case does not matter."""
-    folded = [{name: label.casefold() for name, label in tags.items()} for tags in batch.tags]
-    last_D = (
-        batch.last_recording() if len(batch) else torch.zeros(0, dtype=torch.long)
-    )  # a filler's recording belongs to no sample
+    """Label numbers for each recording [N]: a sample's tags belong to its last recording, earlier turns have none."""
+    last_D = batch.last_recording()
     out = {}
     for name, labels in classes.items():
-        ids_D = replace(batch, tags=folded).tag_ids(name, {label.casefold(): i for i, label in enumerate(labels)})
+        ids_D = batch.tag_ids(name, labels)
         out[name] = torch.full((len(batch.feats_lengths_N),), IGNORE, dtype=torch.long)
         has = last_D >= 0
         out[name][last_D[has]] = ids_D[has]
@@ -184,4 +172,4 @@ def placeholder(num_mels: int) -> Batch:
         audio_index_BT=torch.full((1, 2), -1),
     )
     none = torch.zeros(0, dtype=torch.long)
-    return Batch(rows, torch.zeros(0, 0, num_mels), none, keys=[""], tasks=[""], tags=[{}], sample_N=none, streams=[""])
+    return Batch(rows, torch.zeros(0, 0, num_mels), none, [SampleInfo()])

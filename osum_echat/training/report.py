@@ -29,10 +29,10 @@ class Sums:
 
     def add(self, micro: MicroBatch, outcome: Outcome, finite_only: bool = False) -> None:
         """``finite_only`` leaves out what is not finite: training skips such steps and reports them apart."""
-        for task, nll, targets in zip(micro.batch.tasks, outcome.nll_D.tolist(), outcome.targets_D.tolist(), strict=True):
+        for sample, nll, targets in zip(micro.batch.samples, outcome.nll_D.tolist(), outcome.targets_D.tolist(), strict=True):
             if targets and not (finite_only and not math.isfinite(nll)):
-                self.nll[task] += nll
-                self.targets[task] += targets
+                self.nll[sample.task] += nll
+                self.targets[sample.task] += targets
         for name, value in outcome.parts.items():
             if name != "lm" and not (finite_only and not math.isfinite(float(value))):
                 self.parts[name] += float(value)
