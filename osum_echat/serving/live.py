@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from osum_echat.audio.pauses import is_silent
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn
 from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
@@ -21,6 +22,7 @@ from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelt
 from osum_echat.generation.events import Event as RowEvent
 from osum_echat.generation.request import Request, build_request
 from osum_echat.generation.session import Session
+from osum_echat.pipeline import Ask, parts
 from osum_echat.rates import CODES_PER_SECOND
 from osum_echat.serving.backend import (
     Ended,
@@ -136,6 +138,8 @@ class LiveModel:
         return LiveMemory(self)
 
     async def hear(self, samples: Samples) -> Heard:
+        if is_silent(samples):
+            return Heard(None, len(samples) / RATE)  # answered without the model
         try:
             [features] = await asyncio.wrap_future(self.engine.run(lambda: self.echat.hear([(samples, RATE)])))
         except EngineFull as error:
@@ -143,6 +147,8 @@ class LiveModel:
         return Heard(features, len(samples) / RATE, int(features.lengths_N[0]))
 
     async def transcribe(self, heard: Heard) -> str:
+        if heard.features is None:
+            return ""
         refusal = self.echat.dialect.refusal("<TRANSCRIBE>")
         if refusal is not None:
             raise Refused(refusal, "not_learnt")
@@ -154,8 +160,23 @@ class LiveModel:
 
     def start(self, turn: Turn, memory: Memory | None = None) -> LiveJob:
         assert memory is None or isinstance(memory, LiveMemory), memory
+        if turn.heard is not None and turn.heard.features is None:
+            return self._nothing_heard(turn)
         job = LiveJob(self, turn, memory)
         job.begin(self.request(turn, memory))
+        return job
+
+    def _nothing_heard(self, turn: Turn) -> LiveJob:
+        """Silence is answered as silence, in the checkpoint's language."""
+        [told, _] = parts.silent_events(Ask(wav=b""), self.echat.dialect)
+        assert isinstance(told, TextDelta), told
+        text = told.text
+        job = LiveJob(self, Turn(say=text, voice=turn.voice, seed=turn.seed))
+        job.tell(text)
+        if turn.speak and self.pool is not None:
+            job.begin(self.request(Turn(say=text), None))
+        else:
+            job.end()
         return job
 
     def remember(self, memory: Memory, past: Sequence[Exchange], turn: Turn) -> None:
@@ -201,6 +222,9 @@ class LiveModel:
         """Raises Refused for what this checkpoint cannot do."""
         kind = self.output_type(turn)
         refusal = self.echat.dialect.refusal(kind, think=turn.think)
+        if refusal is None and turn.heard is None:
+            written = Ask(text=turn.say or turn.text, kind="speak" if turn.say else "chat")
+            refusal = parts.refusal(written, self.echat.dialect)
         if refusal is not None:
             raise Refused(refusal, "not_learnt")
         heard = [] if turn.heard is None else [turn.heard.features]
@@ -220,6 +244,7 @@ class LiveModel:
 
     def _past(self, past: Sequence[Exchange]) -> tuple[list[PastTurn], list[tuple[Any, ...]]]:
         tokenizer = self.echat.tokenizer
+        past = [exchange for exchange in past if all(h.features is not None for h in exchange.heard)]
         past = past[-self.past_turns :] if self.past_turns else []
         turns = [
             PastTurn(
@@ -299,6 +324,15 @@ class LiveJob:
         if self._cancelled:
             self._ticket.cancel()
 
+    def tell(self, text: str) -> None:
+        """A text that is known before anything is asked."""
+        self._text += text
+        self._events.put_nowait(Text(text))
+
+    def end(self) -> None:
+        """Nothing is asked."""
+        self._events.put_nowait(Ended("stop"))
+
     def cancel(self) -> None:
         self._cancelled = True
         if self._ticket is not None:
@@ -337,7 +371,7 @@ class LiveJob:
             self._post(Thought(event.text))
         elif isinstance(event, TextDelta):
             self._close_thought()
-            if self._answered is None:  # the text of text to speech is known
+            if self._answered is None and not self._turn.say:  # the text of text to speech is known
                 self._text += event.text
                 self._post(Text(event.text))
         else:

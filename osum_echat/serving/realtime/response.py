@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from osum_echat.serving.backend import Ended, Job, Sound, Text, Thought, ThoughtDone
+from osum_echat.serving.metrics import Metrics
 from osum_echat.serving.realtime.audio import Output
-from osum_echat.serving.realtime.conversation import Item, new_id
+from osum_echat.serving.realtime.conversation import Conversation, Item, new_id
 from osum_echat.serving.realtime.pace import Playback
 
 log = logging.getLogger(__name__)
+Emit = Callable[..., None]
+"""``emit(kind, **fields)`` sends one event."""
 PIECE_S = 0.1
 """Sound of one delta at most; small, so that clients with small buffers take it and a stop wastes little."""
 _NOTHING = np.zeros(0, dtype=np.float32)
@@ -217,3 +220,72 @@ class Speaker:
 
 def new_response(item: Item, asked: list[Item], playback: Playback, **fields: Any) -> Response:
     return Response(new_id("resp"), item, asked, playback, **fields)
+
+
+# ---- what frames a response ----------------------------------------------------------------------------------------------------------
+
+
+def _where(response: Response) -> dict[str, Any]:
+    return {"response_id": response.id, "item_id": response.item.id, "output_index": 0}
+
+
+def announce(response: Response, emit: Emit, conversation: Conversation) -> None:
+    """Announce the answer, once there is something of it."""
+    if response.item_open:
+        return
+    response.item_open = True
+    item = response.item
+    emit("response.output_item.added", response_id=response.id, output_index=0, item=item.as_json(empty=True))
+    if response.in_conversation:
+        conversation.add(item)
+        emit("conversation.item.added", item=item.as_json(empty=True), previous_item_id=conversation.before(item))
+    part = {"type": "audio", "transcript": ""} if response.spoken else {"type": "text", "text": ""}
+    emit("response.content_part.added", part=part, content_index=0, **_where(response))
+
+
+def conclude(response: Response, status: str, emit: Emit, conversation: Conversation) -> None:
+    """The end of what was announced, whatever ended it."""
+    item, where = response.item, _where(response)
+    item.status = "completed" if status == "completed" else "incomplete"
+    item.text = (item.text or "").strip()
+    if response.spoken:
+        emit("response.output_audio.done", content_index=0, **where)
+        emit("response.output_audio_transcript.done", transcript=item.text, content_index=0, **where)
+    else:
+        emit("response.output_text.done", text=item.text, content_index=0, **where)
+    part = {"type": "audio", "transcript": item.text} if response.spoken else {"type": "text", "text": item.text}
+    emit("response.content_part.done", part=part, content_index=0, **where)
+    emit("response.output_item.done", response_id=response.id, output_index=0, item=item.as_json())
+    if response.in_conversation and item in conversation.items:
+        emit("conversation.item.done", item=item.as_json(), previous_item_id=conversation.before(item))
+
+
+def measure(response: Response, status: str, metrics: Metrics) -> None:
+    """Count it."""
+    metrics.responses.labels(status).inc()
+    if response.first_audio is not None:
+        metrics.first_audio.labels("yes" if response.thought_text else "no").observe(response.first_audio)
+    if response.playback.gaps:
+        metrics.gaps.inc(len(response.playback.gaps))
+        metrics.gap_seconds.inc(sum(response.playback.gaps))
+    if response.ended is not None:
+        metrics.thought_tokens.observe(response.ended.tokens.get("thought", 0))
+        for name, count in response.ended.guards.items():
+            metrics.guards.labels(name).inc(count)
+
+
+def after(tasks: Sequence[asyncio.Task[None]], seconds: float, then: Callable[[], None]) -> Callable[[], Awaitable[None]]:
+    """Waits for tasks, but not longer than that."""
+
+    async def wait() -> None:
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        then()
+
+    return wait
+
+
+def report(task: asyncio.Task[None]) -> None:
+    """Nobody waits for this task, so its fault goes to the log."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("an answer could not be begun", exc_info=task.exception())

@@ -13,20 +13,21 @@ import asyncio
 import copy
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
 
-from osum_echat.serving.backend import Backend, Ended, Heard, Refused, Turn
+from osum_echat.serving.backend import Backend, Heard, Refused, Turn
 from osum_echat.serving.metrics import Metrics
 from osum_echat.serving.realtime import events
+from osum_echat.serving.realtime.asking import Asking
 from osum_echat.serving.realtime.audio import HEARD_RATE, Input, Samples, decode_base64
 from osum_echat.serving.realtime.conversation import Conversation, Item, from_client, new_id
 from osum_echat.serving.realtime.events import BadEvent
 from osum_echat.serving.realtime.pace import Playback
-from osum_echat.serving.realtime.response import Response, Speaker, new_response
+from osum_echat.serving.realtime.response import Response, Speaker, after, announce, conclude, measure, new_response, report
 from osum_echat.serving.realtime.settings import SessionLimits, first_session, turn_rules, with_detection_defaults
 from osum_echat.serving.realtime.turns import (
     Dismissed,
@@ -84,7 +85,7 @@ class RealtimeSession:
         self._last: Response | None = None  # the one whose sound may still be playing
         self._answer_next = False
         self._answering = asyncio.Lock()
-        self._samples: dict[str, Samples] = {}  # of items that wait for an answer
+        self._asking = Asking(backend, self.conversation, self._max_turn_s)
         self._transcripts: dict[str, asyncio.Task[None]] = {}
         self._warned: set[str] = set()
         self._handlers = {
@@ -100,6 +101,10 @@ class RealtimeSession:
             "response.create": self._on_response_create,
             "response.cancel": self._on_response_cancel,
         }
+
+    @property
+    def _input_kind(self) -> str:
+        return self.session["audio"]["input"]["format"]["type"]
 
     # ---- life ---------------------------------------------------------------------------------------------------------------------
 
@@ -321,7 +326,7 @@ class RealtimeSession:
                 error={"type": "server_error", "code": code, "message": str(error)},
             )
             return False
-        self._samples[item.id] = samples
+        self._asking.samples[item.id] = samples
         self._add(item, before)
         return True
 
@@ -335,7 +340,7 @@ class RealtimeSession:
         while len(self.conversation) > self.limits.items:
             oldest = self.conversation.items[0]
             self.conversation.remove(oldest)
-            self._samples.pop(oldest.id, None)
+            self._asking.samples.pop(oldest.id, None)
 
     # ---- transcripts --------------------------------------------------------------------------------------------------------------
 
@@ -387,7 +392,7 @@ class RealtimeSession:
         if after not in (None, "root") and self.conversation.find(after) is None:
             raise BadEvent("invalid_value", f"there is no item {after!r} to put it behind", "previous_item_id")
         if item.spoken and item.role == "user":
-            await self._hear_item(item, raw)
+            await self._asking.hear_item(item, raw, self._input_kind)
         self.conversation.add(item, after)
         before = self.conversation.before(item)
         for kind in ("conversation.item.added", "conversation.item.done"):
@@ -395,22 +400,6 @@ class RealtimeSession:
         self._forget_oldest()
         if item.role == "system":
             self._warn("instructions")
-
-    async def _hear_item(self, item: Item, raw: Mapping[str, Any]) -> None:
-        """The recordings of an item that a client made itself, in the session's input format."""
-        stream = Input(self.session["audio"]["input"]["format"]["type"])
-        try:
-            data = b"".join(decode_base64(part["audio"]) for part in raw["content"] if part.get("audio"))
-            samples = np.concatenate([stream.push(data), stream.flush()])
-            if not data:
-                item.text = item.text or ""  # a replayed item of which only the transcript is left
-                return
-            if len(samples) > self._max_turn_s * HEARD_RATE:
-                raise ValueError(f"a recording may have {self._max_turn_s:g} s")
-            item.heard = await self.backend.hear(samples)
-        except ValueError as error:
-            raise BadEvent("invalid_value", str(error), "item.content") from error
-        self._samples[item.id] = samples
 
     def _found(self, event: Mapping[str, Any], code: str) -> Item:
         item = self.conversation.find(event["item_id"])
@@ -428,7 +417,7 @@ class RealtimeSession:
             await self._cancel(self._active)
         if item in self.conversation.items:
             self.conversation.remove(item)
-        self._samples.pop(item.id, None)
+        self._asking.samples.pop(item.id, None)
         self.emit("conversation.item.deleted", item_id=item.id)
 
     async def _on_item_truncate(self, event: dict[str, Any]) -> None:
@@ -502,14 +491,14 @@ class RealtimeSession:
         waiting = [self._transcripts[i.id] for i in response.asked if i.id in self._transcripts]
         if not waiting:
             self._created(response)
-        wait = self._created_after(response, waiting)
-        speaker = Speaker(response, self.emit, self.own, self._open_item, self._close, self._clock, wait)
+        wait = after(waiting, self.limits.transcript_wait, lambda: self._created(response))
+        speaker = Speaker(response, self.emit, self.own, self._announce, self._close, self._clock, wait)
         response.task = asyncio.create_task(speaker.run())
         response.task.add_done_callback(lambda task: self._task_ended(task, response))
 
     async def _prepare(self, params: Mapping[str, Any]) -> tuple[Response, Turn | None]:
         """The response and what the model is asked; None when there is nothing to answer."""
-        conversation = await self._context(params)
+        conversation = await self._asking.context(params, self._input_kind)
         past, asked = conversation.exchanges()
         if not asked and params.get("input") is None:
             asked = conversation.last_asked()
@@ -517,7 +506,7 @@ class RealtimeSession:
         instructions = params.get("instructions") or self.session.get("instructions") or ""
         if params.get("instructions"):
             self._warn("instructions")
-        heard, text = await self._question(asked)
+        heard, text = await self._asking.question(asked)
         if heard is None and not text:
             text = params.get("instructions") or conversation.system_text()  # "greet the user", before anybody spoke
         modalities = params.get("output_modalities") or self.session["output_modalities"]
@@ -555,78 +544,13 @@ class RealtimeSession:
         )
         return response, turn
 
-    async def _context(self, params: Mapping[str, Any]) -> Conversation:
-        """What a response is about: the dialogue, or the items that the client names for it."""
-        given = params.get("input")
-        if given is None:
-            return self.conversation
-        conversation = Conversation()
-        for raw in given:
-            if not isinstance(raw, dict):
-                raise BadEvent("invalid_value", "items of response.input must be objects", "response.input")
-            kind, item_id = raw.get("type"), raw.get("id")
-            known = self.conversation.find(item_id) if isinstance(item_id, str) else None
-            if kind == "item_reference" or (known is not None and not raw.get("content")):
-                if known is None:
-                    raise BadEvent("invalid_value", f"there is no item {item_id!r}", "response.input")
-                conversation.add(known)
-                continue
-            events.check_item(raw, "response.input")
-            try:
-                item = from_client(raw, item_id if isinstance(item_id, str) else new_id("item"))
-            except ValueError as error:
-                raise BadEvent("invalid_value", str(error), "response.input") from error
-            if item.spoken and item.role == "user":
-                await self._hear_item(item, raw)
-            conversation.add(item)
-        return conversation
-
-    async def _question(self, asked: Sequence[Item]) -> tuple[Heard | None, str]:
-        """Items that follow one another as one question. Of speech and text the last decides; recordings are put together."""
-        if not asked:
-            return None, ""
-        if asked[-1].heard is None:
-            return None, "\n".join(item.text for item in asked if item.heard is None and item.text)
-        spoken = [item for item in asked if item.heard is not None]
-        parts = [self._samples[item.id] for item in spoken if item.id in self._samples]
-        whole = sum(map(len, parts))
-        if len(parts) < 2 or len(parts) < len(spoken) or whole > self._max_turn_s * HEARD_RATE:
-            return spoken[-1].heard, ""
-        try:
-            return await self.backend.hear(np.concatenate(parts)), ""
-        except ValueError:
-            return spoken[-1].heard, ""
-
-    def _created_after(self, response: Response, transcripts: Sequence[asyncio.Task[None]]) -> Callable[[], Any]:
-        async def wait() -> None:
-            if transcripts:
-                await asyncio.wait(transcripts, timeout=self.limits.transcript_wait)
-            self._created(response)
-
-        return wait
-
     def _created(self, response: Response) -> None:
         if not response.created:
             response.created = True
             self.emit("response.created", response=response.as_json("in_progress", self.conversation_id))
 
-    def _open_item(self, response: Response) -> None:
-        """Announce the answer, once there is something of it."""
-        if response.item_open:
-            return
-        response.item_open = True
-        item = response.item
-        self.emit("response.output_item.added", response_id=response.id, output_index=0, item=item.as_json(empty=True))
-        if response.in_conversation:
-            self.conversation.add(item)
-            before = self.conversation.before(item)
-            self.emit("conversation.item.added", item=item.as_json(empty=True), previous_item_id=before)
-        part = {"type": "audio", "transcript": ""} if response.spoken else {"type": "text", "text": ""}
-        self.emit("response.content_part.added", part=part, content_index=0, **self._where(response))
-
-    @staticmethod
-    def _where(response: Response) -> dict[str, Any]:
-        return {"response_id": response.id, "item_id": response.item.id, "output_index": 0}
+    def _announce(self, response: Response) -> None:
+        announce(response, self.emit, self.conversation)
 
     def _close(self, response: Response, status: str, details: Mapping[str, Any] | None) -> None:
         """All the events that end a response, whatever ended it."""
@@ -636,36 +560,20 @@ class RealtimeSession:
         response.thought_ready.set()
         self._created(response)
         if response.item_open:
-            self._close_item(response, status)
+            conclude(response, status, self.emit, self.conversation)
         self._findings(response)
         self.emit("response.done", response=response.as_json(status, self.conversation_id, details))
         self._active, self._last = None, response
-        self._measure(response, status)
+        measure(response, status, self.metrics)
         for item in response.asked:
             if status == "completed" or response.item.shown:
-                self._samples.pop(item.id, None)
+                self._asking.samples.pop(item.id, None)
         if response.in_conversation and status != "failed" and response.item_open:
             self._remember()
         if self._answer_next:
             self._answer_next = False
             task = asyncio.create_task(self._answer())
-            task.add_done_callback(_report)
-
-    def _close_item(self, response: Response, status: str) -> None:
-        item, where = response.item, self._where(response)
-        item.status = "completed" if status == "completed" else "incomplete"
-        item.text = (item.text or "").strip()
-        if response.spoken:
-            self.emit("response.output_audio.done", content_index=0, **where)
-            self.emit("response.output_audio_transcript.done", transcript=item.text, content_index=0, **where)
-        else:
-            self.emit("response.output_text.done", text=item.text, content_index=0, **where)
-        part = {"type": "audio", "transcript": item.text} if response.spoken else {"type": "text", "text": item.text}
-        self.emit("response.content_part.done", part=part, content_index=0, **where)
-        self.emit("response.output_item.done", response_id=response.id, output_index=0, item=item.as_json())
-        if response.in_conversation and item in self.conversation.items:
-            before = self.conversation.before(item)
-            self.emit("conversation.item.done", item=item.as_json(), previous_item_id=before)
+            task.add_done_callback(report)
 
     def _findings(self, response: Response) -> None:
         """Tags belong to what was said: they go to the user's item."""
@@ -681,20 +589,6 @@ class RealtimeSession:
             form = think if heard is not None and think in self.backend.thinks else None
             self.backend.remember(self.memory, past, Turn(heard=heard, speak=speak, think=form))
 
-    def _measure(self, response: Response, status: str) -> None:
-        metrics = self.metrics
-        metrics.responses.labels(status).inc()
-        if response.first_audio is not None:
-            metrics.first_audio.labels("yes" if response.thought_text else "no").observe(response.first_audio)
-        if response.playback.gaps:
-            metrics.gaps.inc(len(response.playback.gaps))
-            metrics.gap_seconds.inc(sum(response.playback.gaps))
-        ended: Ended | None = response.ended
-        if ended is not None:
-            metrics.thought_tokens.observe(ended.tokens.get("thought", 0))
-            for name, count in ended.guards.items():
-                metrics.guards.labels(name).inc(count)
-
     def _task_ended(self, task: asyncio.Task[None], response: Response) -> None:
         if task.cancelled() or task.exception() is None:
             return
@@ -702,8 +596,3 @@ class RealtimeSession:
         log.error("response %s failed", response.id, exc_info=error)
         fault = {"type": "server_error", "code": "internal_error", "message": "the server failed in this response; ask again"}
         self._close(response, "failed", {"type": "failed", "error": fault})
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        log.error("an answer could not be begun", exc_info=task.exception())
