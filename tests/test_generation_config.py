@@ -14,6 +14,7 @@ from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig, older_dialect_keys
 from osum_echat.generation.guards import AgeChoice
 from osum_echat.model.config import load_config
+from osum_echat.pipeline.load import read_settings
 
 
 def test_the_written_settings_are_the_defaults(root_dir: Path) -> None:
@@ -52,6 +53,25 @@ def test_what_older_settings_say_of_the_dialect_is_taken_out_with_a_warning(capl
         f"generation.yaml: {old} is an older name; write {new} under dialect: in the checkpoint's config.yaml"
         for old, new in (("profile", "profile"), ("speech_form", "speech_form"), ("only_instructed", "refuse_unlisted"))
     ]
+
+
+def test_an_older_checkpoint_folder_is_asked_as_its_generation_settings_say(tmp_path: Path, caplog) -> None:
+    own = Dialect(instructions={"<AGE>": "how old"})
+    assert read_settings(tmp_path, None, own, None) == (GenerationConfig(), own), "a folder without a file"
+    (tmp_path / "generation.yaml").write_text(
+        "speech_form: word\nonly_instructed: true\ninstructions: {<GENDER>: who}\nmax_codes_per_word: 7\n", encoding="utf-8"
+    )
+    settings, dialect = read_settings(tmp_path, None, own, None)
+    assert settings == GenerationConfig(max_codes_per_word=7)
+    assert dialect == Dialect(speech_form="word", instructions={"<AGE>": "how old", "<GENDER>": "who"}, refuse_unlisted=True)
+    assert sum("under dialect: in the checkpoint's config.yaml" in r.getMessage() for r in caplog.records) == 3
+    (tmp_path / "generation.yaml").write_text("profile: as_released\n", encoding="utf-8")
+    settings, dialect = read_settings(tmp_path, None, own, None)
+    assert settings == GenerationConfig().as_released() and dialect.as_released
+    assert not read_settings(tmp_path, None, own, "as_trained")[1].as_released, "what the caller asks for goes first"
+    (tmp_path / "generation.yaml").write_text("profile: mine\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"unknown prompt profile 'mine'.*dialect\.profile"):
+        read_settings(tmp_path, None, own, None)
 
 
 def test_modes_that_are_not_named_keep_the_published_settings() -> None:
