@@ -30,7 +30,7 @@ from osum_echat.data import paths
 from osum_echat.data.drops import Drop
 from osum_echat.data.members import AUDIO, ONLY_META, audio_fields, audio_member, to_members
 from osum_echat.data.sampling import Share
-from osum_echat.data.sources import CombineSource, Item, RawSource, ShardSource, Source, open_source
+from osum_echat.data.sources import CombineSource, ListItem, RawSource, ShardSource, Source, open_source
 from osum_echat.data.tar import TarWriter
 from osum_echat.dialogue.record import RecordError
 
@@ -166,7 +166,7 @@ class _Run:
         _write(notes, [json.dumps({"written": written, "drops": [asdict(d) for d in drops]}, ensure_ascii=False)])
         return written, 0, drops
 
-    def items(self, job: Job) -> Iterator[Item]:
+    def items(self, job: Job) -> Iterator[ListItem]:
         for line in range(job.first, job.last):
             yield from self.source.read(Share(line))
 
@@ -180,7 +180,7 @@ def _map(run: _Run, jobs: Sequence[Job], workers: int | None) -> Iterator[tuple[
         yield from pool.map(run, jobs)
 
 
-def _usable(run: _Run, job: Job, drops: list[Drop]) -> Iterator[tuple[Item, dict[str, Any], dict[str, tuple[str, bytes]]]]:
+def _usable(run: _Run, job: Job, drops: list[Drop]) -> Iterator[tuple[ListItem, dict[str, Any], dict[str, tuple[str, bytes]]]]:
     """Items of a job with their record and audio; what cannot be used goes to ``drops``."""
     for item in run.items(job):
         try:
@@ -251,7 +251,7 @@ def _file_name(key: str) -> str:
     return re.sub(r"[^\w.-]+", "_", key)[:150].lstrip(".") or "_"
 
 
-def _load(run: _Run, item: Item) -> tuple[dict[str, Any] | None, dict[str, tuple[str, bytes]]]:
+def _load(run: _Run, item: ListItem) -> tuple[dict[str, Any] | None, dict[str, tuple[str, bytes]]]:
     """The record of an item with its recordings as (format, bytes); None for an item that only tells problems."""
     if item.fields is None or item.problems:
         return None, {}
@@ -271,7 +271,7 @@ def _load(run: _Run, item: Item) -> tuple[dict[str, Any] | None, dict[str, tuple
     return record, audio
 
 
-def _read(resolve: paths.Resolver, path: str, record: dict[str, Any], item: Item) -> bytes:
+def _read(resolve: paths.Resolver, path: str, record: dict[str, Any], item: ListItem) -> bytes:
     try:
         return paths.read_bytes(resolve(path))
     except OSError as error:
@@ -345,7 +345,7 @@ def _write(path: Path, lines: Iterable[str]) -> None:
     os.replace(temporary, path)
 
 
-def _drop(error: RecordError | AudioError, item: Item) -> Drop:
+def _drop(error: RecordError | AudioError, item: ListItem) -> Drop:
     if isinstance(error, RecordError):
         return Drop.of(error)
     return Drop(str((item.fields or {}).get("key", "")), item.source, item.number, f"audio_{error.reason}", str(error))

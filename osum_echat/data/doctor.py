@@ -31,7 +31,7 @@ from osum_echat.data.lists import Stream
 from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
 from osum_echat.data.processing import Processed, Processor, check_limits
 from osum_echat.data.sampling import Share
-from osum_echat.data.sources import Item, Source
+from osum_echat.data.sources import ListItem, Source
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tokens import Tokenizer
@@ -127,7 +127,7 @@ class Checker:
                 self._item(item, found)
         return found
 
-    def _item(self, item: Item, found: Findings) -> None:
+    def _item(self, item: ListItem, found: Findings) -> None:
         for problem in item.problems:
             found.faults.append(_fault(problem, item))
         if item.fields is None:
@@ -214,7 +214,7 @@ def _run(check: Checker, jobs: Sequence[range], workers: int) -> Iterator[Findin
         yield from pool.map(check, jobs)
 
 
-def _fault(error: RecordError, item: Item) -> Drop:
+def _fault(error: RecordError, item: ListItem) -> Drop:
     drop = Drop.of(error)
     return Drop(
         drop.key or str((item.fields or {}).get("key", "")), drop.file or item.source, drop.line, drop.reason, drop.detail

@@ -20,7 +20,7 @@ from osum_echat.config import ConfigError, find_path, read_yaml
 from osum_echat.data import paths
 from osum_echat.data.config import ListType, StreamConfig
 from osum_echat.data.sampling import Share, Shares, epoch_order, weighted_lines
-from osum_echat.data.sources import END, Item, Source, open_source
+from osum_echat.data.sources import END, ListItem, Source, open_source
 
 _PASS_STRIDE = 1_000_003  # seeds of the repetitions of a restarted stream lie far from those of the next epochs
 
@@ -110,14 +110,14 @@ class Stream:
     def source(self, line: int) -> Source:
         return self.sources[self._table[line, 0]]
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
-        """Items of a line of the table; ``Item.line`` is the table's."""
+    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
+        """Items of a line of the table; ``ListItem.line`` is the table's."""
         source, line = self._table[share.line]
         for item in self.sources[source].read(Share(int(line), share.part, share.parts), offset, index):
             item.line = share.line
             yield item
 
-    def read_one(self, line: int, offset: int, index: int) -> Item:
+    def read_one(self, line: int, offset: int, index: int) -> ListItem:
         """One item again (see `Source.read_one`)."""
         source, list_line = self._table[line]
         item = self.sources[source].read_one(int(list_line), offset, index)
@@ -143,7 +143,7 @@ class Cursor:
         self._args = (reader, readers, split, shuffle)
         self._epoch = epoch
         self.repetition = self.position = self.offset = self.index = 0
-        self._items: Iterator[Item] | None = None
+        self._items: Iterator[ListItem] | None = None
         self._load()
 
     def _load(self) -> None:
@@ -161,7 +161,7 @@ class Cursor:
         self.position = self.offset = self.index = 0
         self._load()
 
-    def next(self) -> Item | None:
+    def next(self) -> ListItem | None:
         """The next item, None when the stream is dry."""
         while self.position < len(self._shares):
             if self._items is None:

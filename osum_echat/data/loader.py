@@ -25,7 +25,7 @@ from osum_echat.data.config import DataConfig
 from osum_echat.data.drops import DropLog, DropReport
 from osum_echat.data.examples import ExampleBuilder
 from osum_echat.data.lists import Stream
-from osum_echat.data.reader import Builder, Output, Reader
+from osum_echat.data.reader import Builder, Reader, ReaderStep
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -111,7 +111,7 @@ class Loader:
         log.log(level, "epoch %d, rank %d: %d batches, %s", self._epoch, self._rank, self.batches_done, self.report.text())
         self._ended = True
 
-    def _outputs(self) -> Iterator[tuple[int, Output]]:
+    def _outputs(self) -> Iterator[tuple[int, ReaderStep]]:
         """(index of the reader, output) in turns, from the reader whose turn it is; a reader's last output has no batch."""
         count = len(self._readers)
         order = [(self._turn + i) % count for i in range(count) if not self._readers[(self._turn + i) % count].finished]
@@ -119,7 +119,7 @@ class Loader:
             return
         todo = [self._readers[i] for i in order]
         shares = _Shares(self.streams, self._builder, self.config, 0 if self._repeat else self._epoch, todo, self._num_readers)
-        outputs: Iterable[tuple[int, Output]] = shares
+        outputs: Iterable[tuple[int, ReaderStep]] = shares
         if self.config.workers > 0:
             outputs = DataLoader(
                 shares,
@@ -132,7 +132,7 @@ class Loader:
         for at, output in outputs:
             yield order[at], output
 
-    def _next_batch(self, outputs: Iterator[tuple[int, Output]]) -> Batch | None:
+    def _next_batch(self, outputs: Iterator[tuple[int, ReaderStep]]) -> Batch | None:
         """The next batch, None at the end; accounts for what was left out on the way."""
         for at, output in outputs:
             reader = self._readers[at]
@@ -254,7 +254,7 @@ class _ReaderState:
     finished: bool = False
 
 
-class _Shares(IterableDataset[tuple[int, Output]]):
+class _Shares(IterableDataset[tuple[int, ReaderStep]]):
     """Some readers of a rank: each in a worker process of its own, or all in this process, taking turns."""
 
     def __init__(
@@ -269,7 +269,7 @@ class _Shares(IterableDataset[tuple[int, Output]]):
         self._args = (streams, builder, config, epoch)
         self._readers, self._num_readers = list(readers), num_readers
 
-    def __iter__(self) -> Iterator[tuple[int, Output]]:
+    def __iter__(self) -> Iterator[tuple[int, ReaderStep]]:
         info = get_worker_info()
         mine = range(len(self._readers)) if info is None else [info.id]
         running = {at: self._open(self._readers[at]) for at in mine}

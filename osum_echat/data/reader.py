@@ -22,7 +22,7 @@ from osum_echat.data.config import DataConfig
 from osum_echat.data.drops import Drop
 from osum_echat.data.lists import Cursor, Stream
 from osum_echat.data.sampling import draw
-from osum_echat.data.sources import Item
+from osum_echat.data.sources import ListItem
 from osum_echat.dialogue.record import Record, RecordError
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Place:
 
 
 @dataclass
-class Output:
+class ReaderStep:
     """One step of a reader: a batch (None after the last), what was used and left out since the step before, and the state after it."""
 
     batch: Batch | None
@@ -65,8 +65,8 @@ class Output:
     state: dict[str, Any]
     notes: dict[str, int] = field(default_factory=dict)
 
-    def pin_memory(self) -> Output:
-        return Output(self.batch.pin_memory() if self.batch else None, self.used, self.drops, self.state, self.notes)
+    def pin_memory(self) -> ReaderStep:
+        return ReaderStep(self.batch.pin_memory() if self.batch else None, self.used, self.drops, self.state, self.notes)
 
 
 class Reader:
@@ -88,13 +88,13 @@ class Reader:
         self._alive = [w > 0 and not c.empty for w, c in zip(self._weights, self._cursors, strict=True)]
         self._pending = list(self._alive)  # streams that the epoch must still go through once
         self._rng = random.Random(f"mix/{config.seed}/{epoch}/{reader}/{readers}")
-        self._buffer: list[tuple[Place, Item]] = []
+        self._buffer: list[tuple[Place, ListItem]] = []
         self._buffer_places = np.zeros((config.shuffle_buffer + 1, 5), np.int64)  # the same places, kept up to date for the state
         self._pool: list[tuple[Place, int, Example, Cost]] = []
         self._drops: list[Drop] = []
         self._notes: dict[str, int] = {}
 
-    def next(self) -> Output:
+    def next(self) -> ReaderStep:
         """The next batch and the state after it; ``batch`` None at the end of the epoch."""
         config = self._config
         while len(self._pool) < config.batch.pool:
@@ -118,9 +118,9 @@ class Reader:
             used = len(chosen)
         drops, notes = self._drops, self._notes
         self._drops, self._notes = [], {}
-        return Output(batch, used, drops, self.state_dict(), notes)
+        return ReaderStep(batch, used, drops, self.state_dict(), notes)
 
-    def _build(self, place: Place, item: Item) -> list[Example]:
+    def _build(self, place: Place, item: ListItem) -> list[Example]:
         """Examples of an item; a record that gives none is counted."""
         stream = self._streams[place.stream]
         try:
@@ -135,7 +135,7 @@ class Reader:
         self._drops += [_drop(error, item) for error in errors]
         return examples
 
-    def _shuffled(self) -> tuple[Place, Item] | None:
+    def _shuffled(self) -> tuple[Place, ListItem] | None:
         """A random item of the buffer, which is filled up first; None when nothing is left."""
         size = self._config.shuffle_buffer if self._config.shuffle else 0
         while len(self._buffer) <= size:
@@ -151,7 +151,7 @@ class Reader:
         self._buffer_places[at] = self._buffer_places[len(self._buffer) - 1]
         return self._buffer.pop()
 
-    def _mixed(self) -> tuple[Place, Item] | None:
+    def _mixed(self) -> tuple[Place, ListItem] | None:
         """The next item of a stream that is drawn by weight among those that are not dry."""
         while any(self._pending):
             n = draw(self._weights, self._alive, self._rng)
@@ -218,7 +218,7 @@ class Reader:
         self._pool = [(place, n, built[place][n], _cost(built[place][n])) for place, n in pool]
         self._drops, self._notes = [], {}
 
-    def _fetch(self, places: set[Place]) -> dict[Place, Item]:
+    def _fetch(self, places: set[Place]) -> dict[Place, ListItem]:
         """Items of places, read in the order in which they lie on disk."""
         out = {}
         for place in sorted(places, key=lambda p: (p.stream, p.line, p.offset)):
@@ -228,7 +228,7 @@ class Reader:
         return out
 
 
-def _drop(error: RecordError, item: Item) -> Drop:
+def _drop(error: RecordError, item: ListItem) -> Drop:
     drop = Drop.of(error)
     key = drop.key or str((item.fields or {}).get("key", ""))
     return Drop(key, drop.file or item.source, drop.line or item.number, drop.reason, drop.detail)

@@ -34,7 +34,7 @@ _MISSING = -2  # combine: groups are done, keys that the tar lacks are still to 
 
 
 @dataclass(slots=True)
-class Item:
+class ListItem:
     """One sample as it lies on disk, undecoded.
 
     Attributes:
@@ -79,14 +79,14 @@ class Source(ABC):
         """Lines of the list."""
 
     @abstractmethod
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
+    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
         """Items of a line, from the one that starts at ``offset`` and has number ``index``."""
 
-    def read_one(self, line: int, offset: int, index: int) -> Item:
+    def read_one(self, line: int, offset: int, index: int) -> ListItem:
         """The item at a place that `read` told before."""
         return next(self.read(Share(line), offset, index))
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[ListItem]:
         """Everything, in the order of the list."""
         for line in range(len(self)):
             yield from self.read(Share(line))
@@ -161,11 +161,11 @@ class RawSource(Source):
         self._file[1].seek(start)
         return self._file[1].read(end - start)
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
+    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
         if share.part or index:
             return
         number = int(self._numbers[share.line])
-        item = Item(share.line, 0, 0, END, self.name, number)
+        item = ListItem(share.line, 0, 0, END, self.name, number)
         try:
             item.fields = _parse(self._line(share.line), self.name, number)
         except RecordError as error:
@@ -191,22 +191,22 @@ class ShardSource(Source):
         """The tar of a line, as it can be opened. Raises FileNotFoundError."""
         return self.resolve(self._tars[line])
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
+    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
         try:
             path = self.path(share.line)
             stream = paths.open_binary(path)
         except OSError as error:
             if share.part == 0:
                 problem = RecordError("missing_file", str(error), self.name, share.line + 1)
-                yield Item(share.line, index, offset, END, self.name, share.line + 1, problems=[problem])
+                yield ListItem(share.line, index, offset, END, self.name, share.line + 1, problems=[problem])
             return
         with stream:
             for group in tar.groups(stream, offset, index, share.part, share.parts):
                 yield _shard_item(group, share.line, path)
 
 
-def _shard_item(group: tar.Group, line: int, path: str) -> Item:
-    item = Item(line, group.index, group.offset, group.next_offset, path, name=group.key, members=tuple(group.members))
+def _shard_item(group: tar.TarSample, line: int, path: str) -> ListItem:
+    item = ListItem(line, group.index, group.offset, group.next_offset, path, name=group.key, members=tuple(group.members))
     if group.damage is not None:
         item.problems = [RecordError(group.damage.reason, str(group.damage), path, 0, group.key)]
         return item
@@ -260,7 +260,7 @@ class CombineSource(Source):
             self._read_labels = (side, *_read_labels(side))
         return self._read_labels[1], list(self._read_labels[2])
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[Item]:
+    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
         try:
             side, archive = self.pair(share.line)
             labels, faults = self._labels(side)
@@ -268,7 +268,7 @@ class CombineSource(Source):
         except OSError as error:
             if share.part == 0:
                 problem = RecordError("missing_file", str(error), self.name, share.line + 1)
-                yield Item(share.line, index, offset, END, self.name, share.line + 1, problems=[problem])
+                yield ListItem(share.line, index, offset, END, self.name, share.line + 1, problems=[problem])
             return
         tells_missing = share.part == 0 and side is not None
         with stream:
@@ -283,13 +283,13 @@ class CombineSource(Source):
             absent = [key for key in labels if key not in present]
             faults += [RecordError("missing_in_tar", f"{archive} has no such key", side, labels[key][0], key) for key in absent]
             if faults:
-                yield Item(share.line, index, _MISSING, END, side, problems=faults)
+                yield ListItem(share.line, index, _MISSING, END, side, problems=faults)
 
 
 _Labels = dict[str, tuple[int, dict[str, Any]]]  # by key: line number, record
 
 
-def _joined(group: tar.Group, line: int, archive: str, side: str | None, labels: _Labels) -> Item:
+def _joined(group: tar.TarSample, line: int, archive: str, side: str | None, labels: _Labels) -> ListItem:
     """A group of a tar with the fields that the list has for it. What the list says wins; audio is the tar's."""
     item = _shard_item(group, line, archive)
     if side is None or item.problems:

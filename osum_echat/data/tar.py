@@ -37,7 +37,7 @@ class Header:
 
 
 @dataclass(slots=True)
-class Group:
+class TarSample:
     """The members of one key.
 
     Attributes:
@@ -199,7 +199,7 @@ def split_name(name: str) -> tuple[str, str]:
     return key, kind
 
 
-def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[Group]:
+def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[TarSample]:
     """Samples of an archive, in order.
 
     Args:
@@ -211,7 +211,7 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
     on yields one group with an empty key.
     """
     tar = TarStream(stream, offset)
-    group: Group | None = None
+    group: TarSample | None = None
     suspect: TarDamage | None = None  # damage just before the next header
     while True:
         try:
@@ -225,7 +225,7 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
                     group.next_offset, index = (suspect or header).offset, group.index + 1
                     if group.index % parts == part:
                         yield group
-                group = Group(key, index, header.offset, damage=suspect)
+                group = TarSample(key, index, header.offset, damage=suspect)
             suspect = None
             if group.index % parts == part:
                 group.members[name] = tar.data(header)
@@ -234,7 +234,7 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
             if group is not None:
                 group.damage = damage
             if damage.reason == "truncated_tar" or not tar.resync(damage.offset):
-                group = group or Group("", index, damage.offset, damage=damage)
+                group = group or TarSample("", index, damage.offset, damage=damage)
                 break
     if group is not None and group.index % parts == part:
         group.next_offset = -1

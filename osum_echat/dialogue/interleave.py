@@ -27,7 +27,7 @@ class ImpossibleInterleave(ValueError):
 
 
 @dataclass(frozen=True)
-class Run:
+class IdRun:
     """Consecutive ids of one kind. ``supervised`` is False for spelled words, which are given at inference too."""
 
     kind: Literal["text", "speech"]
@@ -35,7 +35,7 @@ class Run:
     supervised: bool = True
 
 
-def interleave_chunks(text: Sequence[int], speech: Sequence[int], lead: int = 0) -> list[Run]:
+def interleave_chunks(text: Sequence[int], speech: Sequence[int], lead: int = 0) -> list[IdRun]:
     """6:18 chunks of ``text`` and ``speech`` (delimiters included in ``speech``).
 
     Args:
@@ -47,14 +47,14 @@ def interleave_chunks(text: Sequence[int], speech: Sequence[int], lead: int = 0)
     ratio = SPEECH_CHUNK // TEXT_CHUNK
     if ratio * len(text) > len(speech):
         raise ImpossibleInterleave(f"{len(text)} text ids need at least {ratio * len(text)} speech ids, found {len(speech)}")
-    runs = [Run("text", tuple(text[:lead]))] if lead else []
+    runs = [IdRun("text", tuple(text[:lead]))] if lead else []
     spoken = 0
     for start in range(lead, len(text), TEXT_CHUNK):
-        runs.append(Run("text", tuple(text[start : start + TEXT_CHUNK])))
-        runs.append(Run("speech", tuple(speech[spoken : spoken + SPEECH_CHUNK])))
+        runs.append(IdRun("text", tuple(text[start : start + TEXT_CHUNK])))
+        runs.append(IdRun("speech", tuple(speech[spoken : spoken + SPEECH_CHUNK])))
         spoken += SPEECH_CHUNK
     if spoken < len(speech):
-        runs.append(Run("speech", tuple(speech[spoken:])))
+        runs.append(IdRun("speech", tuple(speech[spoken:])))
     return [run for run in runs if run.ids]
 
 
@@ -70,7 +70,7 @@ def spell(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def interleave_words(
     words: Sequence[str], lengths: Sequence[int], codes: Sequence[int], delimiter: int, tokenizer: Tokenizer
-) -> list[Run]:
+) -> list[IdRun]:
     """The word form. ``codes``: unified speech ids without delimiters; ``lengths[i]`` of them belong to word i.
 
     Raises:
@@ -80,11 +80,11 @@ def interleave_words(
         raise ImpossibleInterleave(f"{len(words)} words but {len(lengths)} word lengths (extra.word_lengths needs one per word)")
     if any(n < 0 for n in lengths) or sum(lengths) != len(codes):
         raise ImpossibleInterleave(f"word lengths must sum to the {len(codes)} speech codes, they sum to {sum(lengths)}")
-    runs = [Run("speech", (delimiter,)), Run("text", spell(words[0], tokenizer), supervised=False)]
+    runs = [IdRun("speech", (delimiter,)), IdRun("text", spell(words[0], tokenizer), supervised=False)]
     start = 0
     for i, length in enumerate(lengths):
         if i + 1 < len(words):
-            runs.append(Run("text", spell(words[i + 1], tokenizer), supervised=False))
-        runs.append(Run("speech", (*codes[start : start + length], delimiter)))
+            runs.append(IdRun("text", spell(words[i + 1], tokenizer), supervised=False))
+        runs.append(IdRun("speech", (*codes[start : start + length], delimiter)))
         start += length
     return runs

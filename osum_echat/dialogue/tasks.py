@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from osum_echat.dialogue.interleave import Run, interleave_chunks, interleave_words
+from osum_echat.dialogue.interleave import IdRun, interleave_chunks, interleave_words
 from osum_echat.dialogue.layout import Layout, Role, Segment
 from osum_echat.dialogue.prompts import Profile, get_profile
 from osum_echat.dialogue.think import ThinkForm
@@ -299,13 +299,13 @@ class _Builder:
         if output.speech == "none":
             return
         speech = self.delimited(sample.speech)
-        runs = [Run("speech", speech)]
+        runs = [IdRun("speech", speech)]
         if speech_form == "word":
             runs = interleave_words(sample.words, sample.word_lengths, speech[1:-1], self.vocab.speech_delimiter, self.tokenizer)
         elif speech_form != "plain":
             raise ValueError(f"unknown speech form {speech_form!r}: use plain or word")
         if output.spoken_text:  # its first delimiter already stands in the prefix
-            runs[0] = Run("speech", runs[0].ids[1:])
+            runs[0] = IdRun("speech", runs[0].ids[1:])
         for run in runs:
             self.add(run.kind, run.ids, supervised=run.supervised)
 
