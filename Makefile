@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo page test venv venv-dev lint types mini evaluate-mini test-browser clean
+.PHONY: help demo serve page test venv venv-dev lint types mini evaluate-mini test-browser test-clients clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -37,6 +37,9 @@ demo: venv  ## what the mini model makes of eight recordings (WAV=me.wav: and of
 $(VENV)/.installed-ui: $(VENV)/.installed
 	$(INSTALL) -e '.[ui]'
 	@touch $@
+
+serve: $(VENV)/.installed  ## the live server with the mini model: talk to it at http://127.0.0.1:8000/
+	$(BIN)/python -m osum_echat.cli serve
 
 page: $(VENV)/.installed-ui  ## talk to the mini model in the browser
 	$(BIN)/python -m osum_echat.cli page
@@ -71,7 +74,10 @@ $(VENV)-browser/.installed: | $(BIN)/python
 	$(VENV)-browser/bin/python -m pip install --quiet --disable-pip-version-check selenium==4.51.0 pytest==9.2.0
 	@touch $@
 
-test-browser: $(VENV)/.installed-ui $(VENV)-browser/.installed  ## the web page in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
+test-clients: $(VENV)/.installed  ## the live server with the released clients of others (Python and node), each in an environment of its own
+	$(BIN)/python tests/clients/run.py
+
+test-browser: $(VENV)/.installed-ui $(VENV)-browser/.installed  ## the web pages in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
 	OSUM_ECHAT_PYTHON=$(CURDIR)/$(BIN)/python $(VENV)-browser/bin/python -m pytest -q -c /dev/null --rootdir tests/browser --confcutdir tests/browser tests/browser
 
 clean:  ## remove what runs left behind (not .venv, not checkpoints)

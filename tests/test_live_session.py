@@ -426,7 +426,18 @@ async def test_cancelling_nothing_says_so_in_the_words_that_clients_look_for() -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "nonsense", "[]", "3", "null", '{"a": 1}', '{"type": ["a"]}', '{"type": "session.update", "event_id": 3}']
+    "text",
+    [
+        "",
+        "nonsense",
+        '{"type": "no.such.\\ud83d"}',
+        "[]",
+        "3",
+        "null",
+        '{"a": 1}',
+        '{"type": ["a"]}',
+        '{"type": "session.update", "event_id": 3}',
+    ],
 )
 @live
 async def test_what_is_no_event_is_an_error_and_not_the_end(text: str) -> None:

@@ -56,12 +56,21 @@ def server_event_adapter() -> TypeAdapter[Any]:
     return TypeAdapter(RealtimeServerEvent)
 
 
-def parse(text: str) -> dict[str, Any]:
-    """A client's message as plain data. Raises BadEvent for what is no event."""
+def read_json(text: str) -> Any:
+    """Raises BadEvent for what is no JSON, and for half characters, which could not be sent back."""
     try:
         event = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadEvent("invalid_json", f"the message is not JSON: {error}") from error
+        if "\\u" in text:
+            json.dumps(event, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # the error of encoding is a ValueError
+        reason = "half of a surrogate pair" if isinstance(error, UnicodeError) else str(error)
+        raise BadEvent("invalid_json", f"the message is not JSON: {reason}") from error
+    return event
+
+
+def parse(text: str) -> dict[str, Any]:
+    """A client's message as plain data. Raises BadEvent for what is no event."""
+    event = read_json(text)
     if not isinstance(event, dict):
         raise BadEvent("invalid_json", "a message must be a JSON object with a type")
     event_id = event.get("event_id")

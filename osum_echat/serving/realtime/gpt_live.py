@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 from osum_echat.serving.realtime.audio import HEARD_RATE, Resampler, decode_base64, from_pcm16, to_pcm16
 from osum_echat.serving.realtime.conversation import new_id
-from osum_echat.serving.realtime.events import BadEvent, by_type, check
+from osum_echat.serving.realtime.events import BadEvent, by_type, check, read_json
 from osum_echat.serving.realtime.session import RealtimeSession
 
 AHEAD_S = 0.3
@@ -78,10 +78,7 @@ class LiveSession:
     # ---- from the client ----------------------------------------------------------------------------------------------------------
 
     def _parse(self, text: str) -> dict[str, Any]:
-        try:
-            event = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadEvent("invalid_json", f"the message is not JSON: {error}") from error
+        event = read_json(text)
         if not isinstance(event, dict) or not isinstance(event.get("type"), str):
             raise BadEvent("invalid_json", "a message must be a JSON object with a type")
         event_id = event.get("event_id")

@@ -123,6 +123,9 @@ class RealtimeSession:
             self._error(error.code, str(error), error.event_id or event_id, error.param)
         except Refused as error:
             self._error(error.code, str(error), event_id, fault=True)
+        except Exception:
+            log.exception("session %s: a message could not be acted upon", self.id)
+            self._error("internal_error", "the server failed on this event; the session goes on", event_id, fault=True)
 
     async def close(self) -> None:
         """The client has gone: stop everything that works for it."""

@@ -1,0 +1,263 @@
+#!/usr/bin/env python3
+"""The live server with mini, measured from outside: time to first sound, time to stop, gaps, and what a session costs.
+
+    python benchmarks/live.py                    # starts a server of its own; some minutes
+    python benchmarks/live.py --quick --json     # one round of each; one JSON object
+    python benchmarks/live.py --pool             # only the pool of voices, without a server
+
+First sound is counted from the moment the turn is committed (push to talk, so that no silence is in it) to the first delta of sound, by the client's
+clock, for each form of thought, with 1, 4 and 16 sessions that speak at the same moment. Stop time is counted from the message that completes the
+confirmed speech to `response.done`. The time that turn detection takes is shown apart. Numbers of one run belong together; machines differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soxr
+from websockets.asyncio.client import connect
+
+from osum_echat.audio.io import to_mono_16k
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEECH = ROOT / "assets" / "demo" / "1_adult_male_happy.ogg"
+PIECE = 2400  # samples: 100 ms
+
+
+@contextmanager
+def serving(threads: int) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "osum_echat.cli", "serve", "--port", str(port), "--device", "cpu", "--threads", str(threads)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def appends(samples: np.ndarray) -> list[str]:
+    data = (np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes()
+    pieces = [base64.b64encode(data[i : i + PIECE * 2]).decode() for i in range(0, len(data), PIECE * 2)]
+    return [json.dumps({"type": "input_audio_buffer.append", "audio": piece}) for piece in pieces]
+
+
+class Talker:
+    """One client."""
+
+    def __init__(self, address: str, speech: np.ndarray) -> None:
+        self.url, self.speech = f"ws://{address}/v1/realtime", speech
+
+    async def open(self, think: str | None, detection: dict[str, Any] | None) -> None:
+        self.socket = await connect(self.url, max_size=None)
+        session = {
+            "type": "realtime",
+            "audio": {"input": {"turn_detection": detection, "transcription": None}},
+            "x_echat": {"think": think},
+        }
+        await self.socket.send(json.dumps({"type": "session.update", "session": session}))
+        await self.until("session.updated")
+
+    async def until(self, kind: str) -> dict[str, Any]:
+        while True:
+            event = json.loads(await asyncio.wait_for(self.socket.recv(), 120))
+            if event["type"] == "error":
+                raise RuntimeError(event["error"]["message"])
+            if event["type"] == kind:
+                return event
+
+    async def turn(self, start: asyncio.Event) -> float:
+        """A turn by push to talk; seconds from its commit to the first sound. The rest is heard too."""
+        for message in appends(self.speech):
+            await self.socket.send(message)
+        await start.wait()
+        began = time.perf_counter()
+        await self.socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
+        await self.socket.send(json.dumps({"type": "response.create"}))
+        await self.until("response.output_audio.delta")
+        first = time.perf_counter() - began
+        await self.until("response.done")
+        return first
+
+    async def interruption(self) -> float:
+        """Speak over an answer; seconds from the message that completes what confirms it to the end of the response."""
+        for message in appends(self.speech):
+            await self.socket.send(message)
+        await self.socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
+        await self.socket.send(json.dumps({"type": "response.create"}))
+        await self.until("response.output_audio.delta")
+        sent: list[float] = []
+
+        async def speak() -> None:
+            for message in appends(self.speech):
+                sent.append(time.perf_counter())
+                await self.socket.send(message)
+                await asyncio.sleep(PIECE / 24000)
+
+        speaking = asyncio.create_task(speak())
+        started = await self.until("input_audio_buffer.speech_started")
+        done = await self.until("response.done")
+        ended = time.perf_counter()
+        speaking.cancel()
+        assert done["response"]["status"] in ("cancelled", "completed"), started
+        return ended - sent[-1]
+
+    async def close(self) -> None:
+        await self.socket.close()
+
+
+async def first_sounds(address: str, speech: np.ndarray, think: str | None, sessions: int, rounds: int) -> list[float]:
+    talkers = [Talker(address, speech) for _ in range(sessions)]
+    for talker in talkers:
+        await talker.open(think, None)
+    found: list[float] = []
+    for _ in range(rounds):
+        start = asyncio.Event()
+        turns = [asyncio.create_task(talker.turn(start)) for talker in talkers]
+        await asyncio.sleep(0.5)
+        start.set()
+        found += await asyncio.gather(*turns)
+        await asyncio.sleep(0.3)
+    for talker in talkers:
+        await talker.close()
+    return found
+
+
+async def stops(address: str, speech: np.ndarray, count: int) -> list[float]:
+    found = []
+    for _ in range(count):
+        talker = Talker(address, speech)
+        await talker.open(None, {"type": "server_vad", "create_response": False})
+        found.append(await talker.interruption())
+        await talker.close()
+    return found
+
+
+def metric(address: str, name: str) -> float:
+    text = urllib.request.urlopen(f"http://{address}/metrics", timeout=5).read().decode()
+    return sum(float(v) for v in re.findall(rf"^osum_echat_{name}(?:{{[^}}]*}})? (\S+)$", text, re.M))
+
+
+def pool_cost(counts: Sequence[int], seconds: float = 4.0) -> dict[int, float]:
+    """Seconds of work for so many replies of ``seconds`` each, spoken at the same time by one pool."""
+    from osum_echat.pipeline import EChat
+    from osum_echat.token2wav.pool import StreamPool
+
+    echat = EChat.load(ROOT / "checkpoints" / "mini", device="cpu")
+    assert echat.token2wav is not None and echat.voice is not None
+    codes = list(echat.chat(str(SPEECH), speak=True).speech_tokens) * 4
+    found = {}
+    for count in counts:
+        best = float("inf")
+        for _ in range(2):
+            pool = StreamPool(echat.token2wav)
+            voices = [pool.open(echat.voice, seed, lambda _: None) for seed in range(count)]
+            for voice in voices:
+                voice.push(codes[: round(seconds * 25)])
+                voice.finish()
+            began = time.perf_counter()
+            while pool.work():
+                pass
+            best = min(best, time.perf_counter() - began)
+        found[count] = best
+    return found
+
+
+def turn_detection() -> dict[str, float]:
+    """Milliseconds of the two networks: for 32 ms of sound, and for a pause."""
+    from osum_echat.serving.vad import FRAME, TurnModels
+
+    found, speech = TurnModels.load(), to_mono_16k(SPEECH)
+    vad, frames = found.new_vad(), [speech[i : i + FRAME] for i in range(0, len(speech) - FRAME, FRAME)]
+    began = time.perf_counter()
+    for frame in frames:
+        vad(frame)
+    per_frame = (time.perf_counter() - began) / len(frames) * 1000
+    assert found.end_of_turn is not None
+    times = []
+    for _ in range(8):
+        began = time.perf_counter()
+        found.end_of_turn(speech)
+        times.append((time.perf_counter() - began) * 1000)
+    return {"vad_ms_per_32ms": round(per_frame, 3), "end_of_turn_ms": round(statistics.median(times), 1)}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "p50": round(statistics.median(ordered), 3),
+        "p95": round(ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))], 3),
+    }
+
+
+async def measure(address: str, quick: bool) -> dict[str, Any]:
+    speech = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
+    await first_sounds(address, speech, None, 1, 2)  # warm
+    rounds = 1 if quick else 3
+    result: dict[str, Any] = {"first_sound": {}}
+    for think in (None, "tag", "language"):
+        for sessions in (1,) if quick and think else (1, 4, 16):
+            found = await first_sounds(address, speech, think, sessions, rounds * (4 if sessions == 1 else 1))
+            result["first_sound"][f"{think or 'no thought'}, {sessions}"] = spread(found)
+    result["gaps"] = metric(address, "audio_gaps_total")
+    result["stop"] = spread(await stops(address, speech, 5 if quick else 20))
+    result["stop_inside"] = round(
+        metric(address, "barge_in_stop_seconds_sum") / max(metric(address, "barge_in_stop_seconds_count"), 1), 4
+    )
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="of the server's language model (default: 1)")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pool", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    result: dict[str, Any] = {
+        "cpus": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "load": os.getloadavg()[0],
+    }
+    if not args.pool:
+        with serving(args.threads) as address:
+            result |= asyncio.run(measure(address, args.quick))
+    result["turn_detection"] = turn_detection()
+    cost = pool_cost((1, 4, 16))
+    result["voices"] = {str(count): round(seconds, 3) for count, seconds in cost.items()}
+    result["voices_16_to_1"] = round(cost[16] / cost[1], 2)
+    print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
