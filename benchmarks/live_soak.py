@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 import string
+import time
 import urllib.request
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -228,6 +229,7 @@ def main() -> int:
             }
             good = not count.stuck and sentences and ratio <= 1.10
         if not args.url:
+            time.sleep(1.0)  # the last goodbyes
             health = json.loads(urllib.request.urlopen(f"http://{address}/health", timeout=10).read())
             good, result["left_open"] = good and health["sessions"] == 0, health["sessions"]
     print(json.dumps(result))

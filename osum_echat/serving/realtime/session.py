@@ -140,7 +140,6 @@ class RealtimeSession:
 
     @property
     def busy(self) -> bool:
-        """A response is being made."""
         return self._active is not None
 
     # ---- sending ------------------------------------------------------------------------------------------------------------------
