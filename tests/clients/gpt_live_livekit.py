@@ -6,6 +6,7 @@ import asyncio
 
 from dialogue import RATE, Microphone, Report, arguments, until
 from livekit import rtc
+from livekit.agents import llm
 from livekit.plugins import openai
 
 
@@ -15,9 +16,7 @@ async def main() -> None:
     base = url.replace("ws://", "http://").removesuffix("/realtime")
     model = openai.realtime.GPTLiveModel(base_url=base, api_key="sk-test")
     session = model.session()
-    await session._update_session(instructions="Be kind.", chat_ctx=None, tools=None) if hasattr(
-        session, "_update_session"
-    ) else None
+    await session._update_session(instructions="Be kind.", chat_ctx=llm.ChatContext.empty(), tools=[])
     session.on("input_audio_transcription_completed", lambda event: report.transcripts.append(event.transcript))
     session.on("error", lambda event: report.errors.append(str(event.error)))
 
