@@ -129,7 +129,7 @@ def make_samples(count: int, vocabulary: Vocabulary, seed: int, tasks: Sequence[
 
 
 def pack_samples(samples: list[Sample]) -> Batch:
-    """The same samples, packed tightly: longest first, each into the first row that has room."""
+    """The same samples, packed tightly: longest first, each into the first row that it fits into."""
     examples = []
     for number, sample in enumerate(samples):
         segments = [Segment("prompt", sample.prompt)]

@@ -150,6 +150,16 @@ def test_a_rank_that_is_through_says_so_until_the_next_epoch_begins(lists: dict[
     assert all(same(a, b) for a, b in zip(list(restored), list(whole), strict=True)), "the start of an epoch"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_does_not_move_the_random_state_of_the_training(lists: dict[str, str], workers: int):
+    """Else a run that is restored in the middle of an epoch, and opens its lists once more, would draw other noise and dropout."""
+    reader = loader({"raw": lists["raw"]}, workers=workers)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    list(reader)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_rest_of_an_epoch_is_dealt_to_another_number_of_ranks(lists: dict[str, str]):
     old = [loader(lists, rank, 2, workers=0) for rank in range(2)]
     done: list[str] = []

@@ -128,6 +128,7 @@ class Loader:
                 prefetch_factor=self.config.prefetch,
                 pin_memory=self._pin_memory,
                 worker_init_fn=_start_worker,
+                generator=torch.Generator(),  # of its own: the seed that torch draws for workers must not move the training's random state
             )
         for at, output in outputs:
             yield order[at], output

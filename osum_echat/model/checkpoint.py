@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from osum_echat import config as config_io
 from osum_echat.device import Weights
-from osum_echat.model import quantized
+from osum_echat.model import download, quantized
 from osum_echat.model.config import LlmConfig, ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.parts import PARTS, belongs
@@ -119,6 +118,7 @@ def load_tokenizer(path: Path, config: ModelConfig, tokenizer: str | Path | None
         raise ValueError(
             f"no tokenizer for {path}: put one into {TOKENIZER_FOLDER}/ beside the weights, or name it (tokenizer: in the config)"
         )
+    download.check(str(name), "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(str(name))
     except (OSError, ValueError) as error:
@@ -185,16 +185,10 @@ def assign(model: nn.Module, tensors: Mapping[str, tuple[Tensor, str]], device: 
 
 def local_path(path: str | Path) -> Path:
     """A path of this machine; the name of a hub repository is downloaded."""
-    local = Path(path)
-    if local.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(str(path)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{path} is neither here nor on the hub ({str(error).splitlines()[0]})") from error
+        return download.find(path)
+    except download.NotFound as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelConfig:
@@ -258,6 +252,7 @@ def load_llm(model: EChatModel, name: str | Path) -> None:
     """Copy a pretrained LLM (a transformers folder or hub name) into ``model.lm.llm``; sizes must be the config's."""
     from transformers import AutoModelForCausalLM
 
+    download.check(str(name), "llm")
     try:
         donor = AutoModelForCausalLM.from_pretrained(str(name), dtype="auto")
     except (OSError, ValueError) as error:

@@ -4,10 +4,11 @@
     osum-echat convert language_think_final.pt  checkpoints/language           # folder for EChat.load and the hub (shards)
     osum-echat convert checkpoints/language     language_think.pt              # the published form, 888 keys
     osum-echat convert exp/run/step_1250        step_1250.pt                   # DeepSpeed folder (either naming)
-    osum-echat convert out/stage3               checkpoints/stage3 --merge-lora # training run of this project
+    osum-echat convert out/stage3               checkpoints/stage3             # training run of this project, ready to answer
 
 The kind of the target is told by its name: .pt is the published form, .safetensors one file, anything else a checkpoint folder (config.yaml,
-model.safetensors or shards, tokenizer/). Tensors are read one by one from memory-mapped files; nothing is unpickled but tensors.
+model.safetensors or shards, tokenizer/). A folder made of a training run also gets the decoding settings and the token2wav of the checkpoint
+that the run started from, so that it answers as it is, and LoRA is merged. Tensors are read one by one from memory-mapped files; nothing is unpickled but tensors.
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         choices=["keep", "float32", "bfloat16", "float16", "int8"],
         help="data type on disk; int8 keeps a scale a row and is expanded when loaded (not for .pt)",
     )
+    parser.add_argument("--keep-lora", action="store_true", help="of a training run: leave LoRA adapters as they are")
+    parser.add_argument("--generation", type=Path, help="of a training run: decoding settings (default: those of its start)")
+    parser.add_argument("--token2wav", type=Path, help="of a training run: token2wav folder (default: that of its start)")
+    parser.add_argument("--text-only", action="store_true", help="of a training run: without token2wav, for answers in text")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="a folder's files are not larger than this")
     args = parser.parse_args(argv)
     try:
@@ -64,14 +69,25 @@ def convert(args: argparse.Namespace) -> None:
     if args.target.suffix == ".pt" and args.storage == "int8":
         raise ValueError("the published form has no 8-bit storage; take float16 or bfloat16")
     if is_training_folder(args.source):
-        from osum_echat.training.weights import load_run
+        _convert_run(args)
+        return
+    config, tensors = _from_file(args)
+    write(config, tensors, None, args)
 
-        model, tokenizer = load_run(args.source)
-        config, tensors = _in_memory(model, args.merge_lora)
-    else:
-        config, tensors = _from_file(args)
-        tokenizer = None
+
+def _convert_run(args: argparse.Namespace) -> None:
+    from osum_echat.training import companions
+    from osum_echat.training.weights import load_run
+
+    model, tokenizer = load_run(args.source)
+    to_folder = args.target.suffix not in (".pt", ".safetensors")
+    beside = companions.Companions()
+    if to_folder:  # before anything is written
+        beside = companions.find(args.source, model.config, args.generation, args.token2wav, args.text_only)
+    config, tensors = _in_memory(model, not args.keep_lora)
     write(config, tensors, tokenizer, args)
+    if to_folder:
+        beside.copy(args.target)
 
 
 def write(config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer: Any, args: argparse.Namespace) -> None:

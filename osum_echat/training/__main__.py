@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         trainer.resume()
         trainer.fit()
         if not trainer.is_saved:
-            print("the last steps could not be saved (see the log); make room and start again", file=sys.stderr)
+            print("the last steps could not be saved (see the log); free some disk space and start again", file=sys.stderr)
             return 4
     except bad_steps.TooManyBadSteps as error:
         print(error, file=sys.stderr)

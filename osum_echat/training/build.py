@@ -14,7 +14,7 @@ from osum_echat import device as devices
 from osum_echat.data.loader import build_loader
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.encoder_cache import EncoderCache
-from osum_echat.training import distributed, engines, folder, memory, stages
+from osum_echat.training import distributed, engines, folder, memory, preflight, stages
 from osum_echat.training.checkpoint import code_version, fingerprint
 from osum_echat.training.config import ConfigError, Precision, TrainConfig
 from osum_echat.training.distributed import World
@@ -32,6 +32,7 @@ def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = No
     Raises:
         ValueError: for anything in the config that cannot be used, with what to do.
     """
+    preflight.check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     world = join(config)
@@ -67,9 +68,7 @@ def make_trainer(
     if config.threads:
         torch.set_num_threads(config.threads)
     name = engines.resolve_name(config, distributed.launched_by_torchrun())
-    if name != "deepspeed":  # its JSON states the precision a second time
-        precision = devices.training_precision(config.precision, device)
-        config = dataclasses.replace(config, precision=cast(Precision, precision))
+    config = _with_fast_precision(config, name, device)
     engine_class = engines.create(name)
     world = world or join(config)
     groups = stages.assign(model, config)
@@ -109,6 +108,14 @@ def make_trainer(
             on_phase=on_phase,
         )
     )
+
+
+def _with_fast_precision(config: TrainConfig, engine: str, device: torch.device) -> TrainConfig:
+    """The config with a precision that this device does well."""
+    if engine == "deepspeed":  # its JSON states the precision a second time
+        return config
+    precision = devices.training_precision(config.precision, device)
+    return dataclasses.replace(config, precision=cast(Precision, precision))
 
 
 def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from osum_echat import config as config_io
 from osum_echat import device as devices
 from osum_echat.model import checkpoint as model_io
+from osum_echat.model import download
 from osum_echat.model.config import ModelConfig, load_config
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.lora import add_lora
@@ -106,28 +107,14 @@ def _put_part(model: EChatModel, part: str, path: Path) -> int:
     return len(wanted)
 
 
-def local(name: str, files: list[str] | None = None) -> Path:
-    """A path of this machine: ``name`` itself, or the download of a hub repository (of ``files`` only). Raises ConfigError."""
-    path = Path(name)
-    if path.exists() or name.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(f"{name} is neither a path here nor on the hub ({str(error).splitlines()[0]})") from error
-
-
 def put_whisper(model: EChatModel, name: str) -> None:
     """Copy a Whisper encoder (any published form, or a hub name) into the model. Its position table may be shorter than the model's."""
-    sizes, state = read_whisper(local(name, ["config.json", "model.safetensors"]))
+    sizes, state = read_whisper(download.find(name, ["config.json", "model.safetensors"], "init.whisper"))
     ours = model.config.encoder
     wrong = [f for f in ("mels", "dim", "heads", "ffn", "layers") if getattr(sizes, f) != getattr(ours, f)]
     if wrong:
-        told = ", ".join(f"{f} {getattr(sizes, f)} (model: {getattr(ours, f)})" for f in wrong)
-        raise ConfigError(f"init.whisper: {name} does not fit the model's encoder: {told}")
+        sizes_differ = ", ".join(f"{f} {getattr(sizes, f)} (model: {getattr(ours, f)})" for f in wrong)
+        raise ConfigError(f"init.whisper: {name} does not fit the model's encoder: {sizes_differ}")
     own = model.encoder.state_dict()
     with torch.no_grad():
         for key, tensor in state.items():
@@ -146,7 +133,7 @@ def changed(model_config: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
 
 def _from_checkpoint(config: TrainConfig, name: str) -> tuple[EChatModel, Any]:
     """A checkpoint folder's own config goes before ``model``, which is for files that bring none."""
-    path = local(name)
+    path = download.find(name, key="init.checkpoint")
     own = path / model_io.CONFIG_FILE
     file = own if own.is_file() or config.model is None else Path(config.model)
     if not file.is_file():

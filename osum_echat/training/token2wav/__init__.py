@@ -7,5 +7,5 @@
 
 Each command trains, draws its curves and writes its files into the token2wav directory; the same command again resumes. All four share
 one loop (`loop.py`) and one reader (`records.py`): what happens in step k is a function of the seed, k and the weights before it, so a
-run that was interrupted ends in the same weights as one that was not. `docs/token2wav_training.md` tells the order and the costs.
+run that was interrupted ends in the same weights as one that was not. `docs/token2wav_training.md` has the order and the costs.
 """
