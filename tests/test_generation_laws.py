@@ -157,7 +157,7 @@ def test_a_kept_cache_serves_rows_of_a_batch_with_different_pasts() -> None:
     rows.append(request("text", recordings=[2], max_new=10))
     alone = [done(run([replace(row, past=None)])[0]).generated for row in rows]
     with torch.inference_mode():
-        assert min(row.reused for row in DecoderState(model, rows, room=0).rows[:2]) > 0
+        assert min(row.reused for row in DecoderState(model, rows, spare=0).rows[:2]) > 0
     assert [done(events).generated for events in run(rows)] == alone
 
 
@@ -205,7 +205,7 @@ def test_hidden_positions_equal_positions_that_are_not_there() -> None:
 
 
 def test_the_cache_layer_grows_and_selects_without_loss() -> None:
-    layer = GrowingLayer(room=3)
+    layer = GrowingLayer(capacity=3)
     parts = [torch.randn(3, 2, n, 4) for n in (2, 1, 5, 200, 1)]
     for part in parts:
         keys, values = layer.update(part, part + 1)

@@ -55,7 +55,7 @@ def _choose(pool: Sequence[Cost], config: BatchConfig) -> list[int]:
     others = sorted(range(1, len(pool)), key=lambda i: (_distance(pool[i], anchor), i))
     free = [config.row_positions] * config.rows
     free[0] -= anchor.positions
-    room = int(config.rows * config.row_positions * (1 - _FIRST_FILL))
+    space = int(config.rows * config.row_positions * (1 - _FIRST_FILL))
     chosen, longest, recordings = [0], anchor.longest, anchor.recordings
     limit = config.max_samples or len(pool)
 
@@ -74,7 +74,7 @@ def _choose(pool: Sequence[Cost], config: BatchConfig) -> list[int]:
 
     rest = []
     for at, i in enumerate(others):
-        if sum(free) <= room:
+        if sum(free) <= space:
             rest += others[at:]
             break
         if not take(i):

@@ -1,4 +1,4 @@
-"""Keys and values of a batch, in transformers' public cache interface, with room to grow.
+"""Keys and values of a batch, in transformers' public cache interface, that can grow.
 
 transformers' own dynamic cache copies everything at every step. Here a layer owns a buffer with spare columns: a step writes its columns in
 place and returns a view, and the buffer grows by half when it is full. Rows of different lengths end at the same column (the padding is on
@@ -28,13 +28,13 @@ class GrowingLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, capacity: int) -> None:
         super().__init__()
-        self.room = room
+        self.capacity = capacity
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (self._buffer(states, self.room) for states in (key_states, value_states))
+        self.keys, self.values = (self._buffer(states, self.capacity) for states in (key_states, value_states))
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -88,7 +88,7 @@ class GrowingLayer(CacheLayerMixin):
 
     def copy(self) -> GrowingLayer:
         """Another layer on the same buffers; `select` on either leaves the other alone."""
-        new = GrowingLayer(self.room)
+        new = GrowingLayer(self.capacity)
         assert self.keys is not None and self.values is not None
         new.keys, new.values, new.length = self.keys, self.values, self.length
         new.dtype, new.device, new.is_initialized = self.dtype, self.device, True
@@ -153,8 +153,8 @@ class BatchCache:
         visible_BK: columns that hold something a row may attend.
     """
 
-    def __init__(self, layers: int, room: int) -> None:
-        self.layers = [GrowingLayer(room) for _ in range(layers)]
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.layers = [GrowingLayer(capacity) for _ in range(layers)]
         self.cache = Cache(layers=list(self.layers))
         self.visible_BK = torch.zeros(0, 0, dtype=torch.bool)
 

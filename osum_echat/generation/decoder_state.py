@@ -80,11 +80,11 @@ class DecoderState:
         self,
         model: EChatModel,
         requests: Sequence[Request],
-        room: int,
+        spare: int,
         read: bool = True,
         audio: AudioFeatures | None = None,
     ) -> None:
-        """``room``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`. ``audio``: the recordings of
+        """``spare``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`. ``audio``: the recordings of
         all requests, joined; None: each request has its own in `Request.heard`."""
         self.model = model
         packed = pack([request.prompt for request in requests]).to(model.device)
@@ -111,7 +111,7 @@ class DecoderState:
             visible_BT[b, first:] = inputs.visible_BT[b, start:length]
 
         layers = model.lm.llm.config.get_text_config().num_hidden_layers
-        self._cache = BatchCache(layers, room=max(past) + width + room)
+        self._cache = BatchCache(layers, capacity=max(past) + width + spare)
         self._cache.load([r.past for r in requests], past)
         self._plain = False
         self._bias_B11C = embeds_BTD.new_zeros(len(requests), 1, 1, 0)
@@ -226,8 +226,8 @@ class DecoderState:
         visible_BK = self._cache.visible_BK
         self._plain = bool(visible_BK.all())
         if not self._plain:
-            room = visible_BK.new_ones(visible_BK.shape[0], max(64, visible_BK.shape[1] // 2))
-            self._bias_B11C = self._bias(torch.cat([visible_BK, room], dim=1))[:, None, None]
+            later = visible_BK.new_ones(visible_BK.shape[0], max(64, visible_BK.shape[1] // 2))
+            self._bias_B11C = self._bias(torch.cat([visible_BK, later], dim=1))[:, None, None]
 
     def _bias(self, allowed: Tensor) -> Tensor:
         dtype = self.model.dtype

@@ -198,7 +198,7 @@ class Engine:
         return future
 
     def remember(self, session: Session) -> None:
-        """The session holds a cache now, which may be dropped to make room. Call it on the model's thread, after each turn."""
+        """The session holds a cache now, which may be dropped to make place. Call it on the model's thread, after each turn."""
         self._sessions.pop(id(session), None)
         if session.kept is not None:
             self._sessions[id(session)] = session
@@ -323,14 +323,14 @@ class Engine:
             self._tickets[ticket.number] = ticket
             try:
                 row = self.generator.begin(ticket.number, ticket.request, ticket.submitted)
-                room = 0 if ticket.read_only else min(ticket.request.mode.max_new, 512)
-                self._reading.append((ticket, row, self._open(ticket.request, room)))
+                spare = 0 if ticket.read_only else min(ticket.request.mode.max_new, 512)
+                self._reading.append((ticket, row, self._open(ticket.request, spare)))
             except Exception as error:
                 log.exception("request %d cannot be read", ticket.number)
                 self._give_up(ticket, error)
 
-    def _open(self, request: Request, room: int) -> Slots:
-        return DecoderState(self.generator.model, [request], room, read=False)
+    def _open(self, request: Request, spare: int) -> Slots:
+        return DecoderState(self.generator.model, [request], spare, read=False)
 
     def _read_piece(self) -> None:
         """One piece of one prompt. Newcomers take turns, so that a short prompt does not wait for a long one."""

@@ -116,9 +116,9 @@ class Generator:
             return
         started = time.perf_counter()
         live = [self.begin(i, request, started) for i, request in enumerate(requests)]
-        room = min(max(r.mode.max_new for r in requests), 512)
+        spare = min(max(r.mode.max_new for r in requests), 512)
         with torch.inference_mode():
-            batch = DecoderState(self.model, requests, room, audio=audio)
+            batch = DecoderState(self.model, requests, spare, audio=audio)
         events = [told for row in live for told in self.was_read(row)]
         while True:
             with torch.inference_mode():

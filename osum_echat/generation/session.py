@@ -25,7 +25,7 @@ from osum_echat.model.echat import AudioFeatures
 
 
 class Session:
-    """Past turns and their cache ``kept``, which may be set to None to make room: the past is read anew then.
+    """Past turns and their cache ``kept``, which may be set to None to make place: the past is read anew then.
 
     Args:
         max_turns: past turns that are kept (the published code keeps 5).
@@ -100,7 +100,7 @@ class Session:
         reading = self.record(request, events, heard, text)
         if reading is not None:
             with torch.inference_mode():
-                self.kept = DecoderState(self.generator.model, [reading], room=0).keep(0)
+                self.kept = DecoderState(self.generator.model, [reading], spare=0).keep(0)
 
     def record(
         self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = ""

@@ -189,9 +189,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ModelConfig:
     return config_io.from_dict(ModelConfig, config_io.merge(data, config_io.parse_overrides(overrides)), where=str(path))
 
 
-def _check_heads(room: str, dim: int, heads: int) -> None:
+def _check_heads(part: str, dim: int, heads: int) -> None:
     if dim < 1 or heads < 1 or dim % heads:
-        raise ValueError(f"{room}.dim={dim} must be a multiple of {room}.heads={heads}")
+        raise ValueError(f"{part}.dim={dim} must be a multiple of {part}.heads={heads}")
 
 
 # ---- the training YAML of the published code -------------------------------------------------------------------------------------
