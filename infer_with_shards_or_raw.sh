@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# A whole test list through the model: raw, shard or combine in, hypotheses and WER out.
+# A whole test list through the model: raw, shard or combine in; answers, spoken replies and scores out.
 #
-#   bash infer_with_shards_or_raw.sh LIST RESULT_DIR [DEVICES] [raw|shard] [CHECKPOINT] [TOKEN2WAV] [more arguments of `osum-echat batch`]
+#   bash infer_with_shards_or_raw.sh LIST RESULT_DIR [DEVICES] [auto|raw|shard|combine] [CHECKPOINT] [TOKEN2WAV] [more arguments of `osum-echat batch`]
 #
 # DEVICES: cpu (default), or accelerators by number, for example 0,1,2,3 (ACCELERATOR=npu for Ascend): the list is shared out and the results are joined.
+# The same command goes on where it was stopped. An argument may be "" (its default). Example: ... out/test cpu "" mini "" --task s2s_think
+
 set -euo pipefail
-cd "$(dirname "$0")"
 if [ $# -lt 2 ]; then
-  sed -n '2,7p' "$0" | sed 's/^# \{0,1\}//'
+  sed -n '2,/^$/p' "$0" | sed -n 's/^# \{0,1\}//p'
   exit 2
 fi
-list=$1 result=$2 devices=${3:-cpu} data_type=${4:-raw} checkpoint=${5:-mini} token2wav=${6:-}
+here=$(cd "$(dirname "$0")" && pwd)
+list=$1 result=$2 devices=${3:-cpu} data_type=${4:-auto} checkpoint=${5:-mini} token2wav=${6:-}
 shift $(($# < 6 ? $# : 6))
-python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+python=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/python" || echo python3)}
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 arguments=(--list "$list" --out "$result" --data-type "$data_type" --checkpoint "$checkpoint")
 [ -n "$token2wav" ] && arguments+=(--token2wav "$token2wav")
 IFS=, read -r -a names <<<"$devices"
@@ -23,7 +26,8 @@ for i in "${!names[@]}"; do
   "$python" -m osum_echat.cli batch "${arguments[@]}" --device "$device" --part "$i/${#names[@]}" "$@" &
   pids+=($!)
 done
+trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 failed=0
 for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-[ $failed -eq 0 ] || { echo "a part failed; run the same command again: it goes on where it stopped" >&2; exit 1; }
+[ $failed -eq 0 ] || { echo "a part failed (see above); if it was stopped, run the same command again: it goes on" >&2; exit 1; }
 "$python" -m osum_echat.cli batch --join "$result" --parts "${#names[@]}"

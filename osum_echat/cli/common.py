@@ -104,6 +104,8 @@ def readable(reply: Reply, indent: str = "  ") -> str:
         lines.append(f"text      {reply.text}")
     if reply.speech_tokens:
         lines.append(f"speech    {len(reply.speech_tokens)} tokens, {len(reply.speech_tokens) / CODES_PER_SECOND:.1f} s")
+    if reply.finish_reason == "silence":
+        lines.append("heard     nothing: the recording is silent, so the model was not asked")
     lines.append(f"finished  {reply.finish_reason}, {reply.timings.total:.2f} s")
     return "\n".join(indent + line for line in lines)
 

@@ -80,12 +80,15 @@ def answer(echat: EChat, recording: Recording, thought: str, seed: int) -> Resul
 def thoughts(echat: EChat, inputs: Sequence[Recording], seed: int) -> list[str]:
     """The thought about each recording in natural language."""
     mode = MODES["s2t_chat_think"]
+    if echat.refusal(mode.ask(b"", think="language")) is not None:
+        return [""] * len(inputs)
     replies = echat.batch([mode.ask(recording.path, think="language", seed=seed) for recording in inputs])
     return ["" if reply.think is None else reply.think.raw for reply in replies]
 
 
 def other_modes(echat: EChat, recording: Recording, seed: int) -> list[Shown]:
-    modes = [(MODES[name], think) for name, think in OTHERS]
+    asked = [(MODES[name], think) for name, think in OTHERS]
+    modes = [(mode, think) for mode, think in asked if echat.refusal(mode.ask(b"", TEXTS.get(mode.name), think=think)) is None]
     asks = [mode.ask(recording.path, TEXTS.get(mode.name), think=think, seed=seed) for mode, think in modes]
     given = [TEXTS.get(mode.name, recording.path.name) for mode, _ in modes]
     return [Shown(mode, what, reply) for (mode, _), what, reply in zip(modes, given, echat.batch(asks), strict=True)]
@@ -172,6 +175,9 @@ def demo(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     echat = load_echat(args)
     loaded = time.perf_counter() - start
+    why = echat.refusal(MODE.ask(b"", think="tag"))
+    if why is not None:
+        raise UserError(f"the demo needs speech out and a thought in tags: {why}")
     thought = thoughts(echat, inputs, args.seed)
     pairs = tqdm(list(zip(inputs, thought, strict=True)), desc="recordings", unit="", leave=False, disable=None)
     results = [answer(echat, recording, text, args.seed) for recording, text in pairs]

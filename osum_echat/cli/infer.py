@@ -78,7 +78,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
     def command() -> int:
         ask = make_ask(args)
-        reply = load_echat(args, speech=ask.mode.speaks).batch([ask])[0]
+        echat = load_echat(args, speech=ask.mode.speaks)
+        if args.out and echat.token2wav is None:
+            raise UserError(
+                "this checkpoint has no token2wav, so there is no sound to write: give --token2wav FOLDER, or leave --out"
+            )
+        reply = echat.batch([ask])[0]
         wav = save_speech(reply, args.out or DEFAULT_OUT)
         if args.json:
             print_json({"task": args.task, **reply.as_json(), "wav": str(wav) if wav else None})
@@ -87,6 +92,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             print(readable(reply))
             if wav:
                 print(f"  written   {wav}")
+        if args.out and wav is None:
+            raise UserError(f"{args.out} was not written: the reply has no speech (it ended by {reply.finish_reason})")
         return 0
 
     return run(command)

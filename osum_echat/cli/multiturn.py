@@ -6,7 +6,18 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from osum_echat.cli.common import add_model_arguments, check_output, load_echat, print_json, readable, recording, run, save_speech
+from osum_echat.cli.common import (
+    UserError,
+    add_model_arguments,
+    check_output,
+    load_echat,
+    print_json,
+    readable,
+    recording,
+    run,
+    save_speech,
+)
+from osum_echat.pipeline.ask import Ask, AskOptions
 
 EXAMPLES = """examples:
   infer_multiturn.py first.wav second.wav third.wav --out out/dialogue
@@ -23,7 +34,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         "--think", choices=["none", "tag", "language"], default="none", help="think before answering (default: none)"
     )
     parser.add_argument("--text-only", action="store_true", help="answer in text, without speech")
-    parser.add_argument("--turns", type=int, default=5, help="past turns that are kept (default: 5)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=5,
+        help="past turns that are kept (default: 5, or as many as the checkpoint has learnt); 0: each recording by itself",
+    )
     parser.add_argument("--out", type=Path, default=Path("out") / "dialogue", help="folder for round_1.wav, round_2.wav ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object a round and nothing else")
@@ -36,9 +52,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             check_output(args.out / "round_1.wav")
         echat = load_echat(args, speech=not args.text_only)
         session = echat.session(max_turns=args.turns)
+        options: AskOptions = {
+            "think": None if args.think == "none" else args.think,
+            "speak": not args.text_only,
+            "seed": args.seed,
+        }
+        past = min(len(wavs) - 1, session.max_turns)
+        why = echat.refusal(Ask(wavs[0], **options), past)
+        if why is not None:
+            raise UserError(f"{why}; --turns 0 answers each recording by itself" if past else why)
         for number, (name, wav) in enumerate(zip(args.wavs, wavs, strict=True), start=1):
-            think = None if args.think == "none" else args.think
-            reply = session.chat(wav, think=think, speak=not args.text_only, seed=args.seed)
+            reply = session.chat(wav, **options)
             path = save_speech(reply, args.out / f"round_{number}.wav")
             if args.json:
                 print_json({"round": number, "heard": name, **reply.as_json(), "wav": str(path) if path else None})

@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import quote
 
 from osum_echat import device as devices
-from osum_echat.audio import io as audio_io
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS, canonical, read_label
 from osum_echat.evaluation.results import FILE, Lines, Result
@@ -103,8 +102,7 @@ class _Writer:
         wav = None
         if reply.audio is not None and len(reply.audio):
             wav = f"wav/{quote(self.part, safe='')}/{quote(item.id, safe='')[:150]}.wav"
-            (self.out / wav).parent.mkdir(parents=True, exist_ok=True)
-            audio_io.write(self.out / wav, reply.audio, reply.sample_rate)
+            reply.save(self.out / wav)
         think = {} if reply.think is None else {k: v for k, v in asdict(reply.think).items() if v is not None}
         return Result(
             item.id,

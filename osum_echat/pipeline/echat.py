@@ -149,6 +149,10 @@ class EChat:
         streams = (self.sound.stream((e for _, e in self._events([part])), ask.seed, voice) for part in asks)
         return next(streams) if len(asks) == 1 else parts.joined_stream(streams)
 
+    def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
+        """Why this checkpoint cannot do what is asked behind so many past turns, in a sentence; None when it can. Nothing is computed."""
+        return parts.refusal(ask, self.dialect, past_turns)
+
     def parts(self, ask: Ask) -> list[Ask]:
         """The ask as the model can take it (see `pipeline.parts`). Raises ValueError for what it cannot do or use."""
         return parts.parts(ask, self.dialect, self.max_seconds)
@@ -252,7 +256,7 @@ class EChat:
 
     def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
         """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording, from `hear`."""
-        why = parts.refusal(ask, self.dialect)
+        why = self.refusal(ask)
         if why is not None:
             raise ValueError(why)
         request = self._request(ask, [int(recording.lengths_N[0]) for recording in heard])
@@ -289,6 +293,11 @@ class Dialogue:
         """Past turns that are remembered."""
         return len(self.memory)
 
+    @property
+    def max_turns(self) -> int:
+        """Past turns that are kept at most."""
+        return self.memory.max_turns
+
     def clear(self) -> None:
         """Forget everything."""
         self.memory.clear()
@@ -320,7 +329,7 @@ class Dialogue:
 
     def _check(self, ask: Ask) -> None:
         """Raises ValueError for what the checkpoint has not learnt."""
-        why = parts.refusal(ask, self.echat.dialect, min(len(self.memory), self.memory.max_turns))
+        why = self.echat.refusal(ask, min(len(self.memory), self.memory.max_turns))
         if why is not None:
             raise ValueError(why)
 
