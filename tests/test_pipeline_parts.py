@@ -232,4 +232,7 @@ def test_past_turns_that_were_not_learnt_are_refused_before_anything_is_computed
 def test_an_ask_that_cannot_be_used_stops_a_batch_before_it_computes(echat: EChat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(echat.generator, "generate", lambda *a, **k: pytest.fail("the model was asked"))
     with pytest.raises(AudioError):
-        echat.batch([Ask(text="hello"), Ask(b"no audio")], size=1)
+        echat.batch([Ask(text="hello"), Ask(b"no audio")])
+    learnt(echat, monkeypatch, says=("en",))
+    with pytest.raises(ValueError, match="says English"):
+        echat.batch([Ask(text="hello"), Ask(text="你好", kind="speak")], size=1)

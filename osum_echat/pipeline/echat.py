@@ -171,20 +171,26 @@ class EChat:
         """Answer many at once, of any kinds, ``size`` at a time. Each reply is what it would be alone.
 
         Raises:
-            ValueError: one of them cannot be asked or used; nothing is computed then.
+            ValueError: one of them has not been learnt (nothing is computed then), or its recording cannot be used (recordings are read
+                ``size`` at a time).
         """
+        for ask in asks:
+            why = self.refusal(ask)
+            if why is not None:
+                raise ValueError(why)
+        return [reply for start in range(0, len(asks), size) for reply in self._answer(asks[start : start + size], size)]
+
+    def _answer(self, asks: Sequence[Ask], size: int) -> list[Reply]:
+        """Replies to asks that are read together; ``size`` parts of them are computed at a time."""
         started = time.perf_counter()
         split = [self.parts(ask) for ask in asks]
         flat = [part for some in split for part in some]
-        replies: list[Reply] = []
-        for start in range(0, len(flat), size):
-            replies += self._batch(flat[start : start + size])
-        found, total = iter(replies), time.perf_counter() - started
+        found = iter([reply for start in range(0, len(flat), size) for reply in self._batch(flat[start : start + size])])
+        replies = [[next(found) for _ in some] for some in split]
+        total = time.perf_counter() - started
         return [
-            parts.joined_reply(ask, [next(found) for _ in some], total)
-            if some
-            else self.reply(parts.silent_events(ask, self.dialect), ask)
-            for ask, some in zip(asks, split, strict=True)
+            parts.joined_reply(ask, some, total) if some else self.reply(parts.silent_events(ask, self.dialect), ask)
+            for ask, some in zip(asks, replies, strict=True)
         ]
 
     def _batch(self, asks: Sequence[Ask]) -> list[Reply]:
