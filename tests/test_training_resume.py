@@ -81,6 +81,16 @@ def test_another_number_of_ranks_reshards_and_says_what_happens_to_the_data(
     assert f"written by {before} ranks" in tc.logs(more) and "begins again" in tc.logs(more)
 
 
+def test_a_run_that_ended_with_an_epoch_is_prolonged_by_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = tc.run(make(tmp_path / "whole", "single", max_steps=None, max_epochs=2))
+    first = make(tmp_path, "single", max_steps=None, max_epochs=1)
+    assert tc.run(first).state.epoch == 1
+    prolonged = tc.run({**first, "config": {**first["config"], "max_epochs": 2}})
+    assert (prolonged.state.epoch, prolonged.state.step) == (2, whole.state.step) == (2, 10)
+    assert all(a.equal(b) for a, b in zip(prolonged.objective.parameters(), whole.objective.parameters(), strict=True))
+
+
 def test_a_signal_saves_and_stops_and_the_rest_is_exact(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = finish(make(tmp_path / "whole", "ddp"), 2)
