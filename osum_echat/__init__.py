@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from osum_echat.pipeline import Ask, EChat, Reply
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Ask", "EChat", "Reply", "__version__"]
 
 
