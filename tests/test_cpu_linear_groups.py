@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,3 +221,25 @@ def test_the_command_writes_a_folder_and_refuses_to_write_over_its_source(
     assert "MB of weights in int4" in capsys.readouterr().out
     assert main([str(tmp_path / "four"), str(tmp_path / "four")]) == 1
     assert "itself" in capsys.readouterr().err
+
+
+def test_other_sessions_open_after_the_common_pool(tmp_path):
+    """In a process of its own: onnxruntime's pool is the process's, and refuses sessions that want threads of their own."""
+    code = (
+        "import sys, torch\n"
+        "from osum_echat.device import onnx\n"
+        "from osum_echat.serving.vad import _session\n"
+        "first = onnx.session_options(threads=1)\n"
+        "assert first.use_per_session_threads\n"
+        "assert onnx.has_nbits(8)\n"
+        "assert not onnx.session_options(threads=1).use_per_session_threads\n"
+        "import onnx as format\n"
+        "from onnx import TensorProto as T, helper as h\n"
+        "ends = [h.make_tensor_value_info(n, T.FLOAT, [1]) for n in 'xy']\n"
+        "graph = h.make_graph([h.make_node('Neg', ['x'], ['y'])], 'g', ends[:1], ends[1:])\n"
+        "model = h.make_model(graph, opset_imports=[h.make_opsetid('', 21)], ir_version=10)\n"
+        "print(_session(model.SerializeToString()).run(None, {'x': torch.ones(1).numpy()})[0][0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "-1.0\n"

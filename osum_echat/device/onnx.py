@@ -38,17 +38,31 @@ def _common_pool() -> bool:
     return True
 
 
-def session(model: bytes | Path, arena: bool = True) -> onnxruntime.InferenceSession:
-    """Open a model (serialized, or a file) on the CPU. ``arena``: keep memory between calls, for models with many operators."""
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """Options of a session with ``threads`` (default: PyTorch's number) of its own, quiet but for errors.
+
+    Where this process has a common pool, the session uses that: onnxruntime refuses others then. Every session is opened with these options.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
-    options.enable_cpu_mem_arena = arena
-    if _common_pool():
+    if _common_pool.cache_info().currsize and _common_pool():
         options.use_per_session_threads = False
     else:
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        options.inter_op_num_threads = 1
+    return options
+
+
+def session(model: bytes | Path, arena: bool = True) -> onnxruntime.InferenceSession:
+    """Open a model (serialized, or a file) on the CPU. ``arena``: keep memory between calls, for models with many operators."""
+    import onnxruntime
+
+    common = _common_pool()
+    options = session_options()
+    options.enable_cpu_mem_arena = arena
+    if not common:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from osum_echat.device.onnx import session_options
 from osum_echat.evaluation import ScorerUnavailable
 from osum_echat.evaluation.recogniser import RATE, Samples
 
@@ -32,8 +33,7 @@ class Dnsmos:
         package = importlib.util.find_spec("speechmos")
         if package is None or package.origin is None:
             raise ScorerUnavailable("DNSMOS needs the package speechmos: pip install 'osum-echat[evaluation]'")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options = session_options(threads=1)
         path = Path(package.origin).parent / "dnsmos_models" / "sig_bak_ovr.onnx"
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from osum_echat.audio import features
 from osum_echat.audio.io import Samples
+from osum_echat.device.onnx import session_options
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,7 @@ class OnnxNet:
 
         if not path.is_file():
             raise ValueError(f"speaker network not found: {path}")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options = session_options()
         self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def vector(self, samples: Samples) -> Tensor:

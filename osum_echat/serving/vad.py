@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osum_echat.audio.features import LogMel
+from osum_echat.device.onnx import session_options
 from osum_echat.serving import models
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,7 @@ class EndOfTurn(Protocol):
 def _session(data: bytes) -> Any:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
+    options = session_options(threads=1)
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from osum_echat.audio import features
 from osum_echat.audio.io import Source, read
 from osum_echat.audio.resample import resample_sinc
+from osum_echat.device.onnx import session_options
 from osum_echat.token2wav.config import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -132,9 +133,7 @@ class Frontend:
                 raise ValueError(
                     f"{path} is not there; it is needed to read a prompt recording (a saved speaker file works without it)"
                 )
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = torch.get_num_threads()
-            options.log_severity_level = 3
+            options = session_options()
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             if len(session.get_inputs()) != inputs:
                 names = [i.name for i in session.get_inputs()]

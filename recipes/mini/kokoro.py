@@ -32,6 +32,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from osum_echat.device.onnx import session_options
 from recipes.mini import engines, texts
 from recipes.mini.packages import Package
 
@@ -111,8 +112,7 @@ class Kokoro:
     def __init__(self, folder: Path) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options = session_options(threads=1)
         self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         self._ids: dict[str, int] = vocabulary.get("vocab", vocabulary)

@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from osum_echat.device.onnx import session_options
 from osum_echat.run.files import write_atomically
 from osum_echat.training.token2wav.tokenizer_model import Encoder
 
@@ -88,8 +89,7 @@ def _export(
 
 def session(path: Path) -> onnxruntime.InferenceSession:
     """One-thread CPU session."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options = session_options(threads=1)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
