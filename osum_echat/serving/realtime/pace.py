@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
+_HEARD = 0.02
+"""Seconds of silence inside an answer that are noticed at all; players hold that much back."""
+
+
 class Playback:
     """Seconds of sound of one reply: sent, and played by now.
 
@@ -27,7 +31,7 @@ class Playback:
     def send(self, seconds: float) -> None:
         """So much more sound goes out now."""
         now = self._clock()
-        if self.sent and now > self._ends:
+        if self.sent and now - self._ends > _HEARD:
             self.gaps.append(now - self._ends)
         self._ends = max(self._ends, now) + seconds if self.sent else now + seconds
         self.sent += seconds
