@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-
 _HEARD = 0.02
 """Seconds of silence inside an answer that are noticed at all; players hold that much back."""
 
