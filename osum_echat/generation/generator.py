@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from osum_echat.generation.events import Done, Event, SpeechToken, Timings
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.request import Request
-from osum_echat.generation.sampling import Dice, choose, penalise, sampling_rows
+from osum_echat.generation.sampling import Dice, SamplingRows, choose, penalise, sampling_rows
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
 OnLogits = Callable[[int, Tensor], None]
@@ -223,55 +224,56 @@ class Generator:
         return events
 
     def _pick(self, rows: list[LiveRow], logits_RV: Tensor, in_speech: bool) -> list[int]:
-        """Penalty, guards, sampling: a class of this head for every row."""
+        """Penalty, guards, sampling: a class of this head for every row. Everything that the host knows goes to the device in one copy, and
+        comes back in one: on an accelerator each is a wait."""
         settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
+        known = self._known(rows, in_speech, settings, logits_RV.device)
         if settings.any_penalty:
-            ids_RG = self._generated(rows, in_speech, logits_RV.device)
-            logits_RV = penalise(logits_RV, ids_RG, ids_RG >= 0, settings.penalty_R)
-        logits_RV = self._guard_speech(rows, logits_RV) if in_speech else self._guard_text(rows, logits_RV)
-        uniform_R = None
-        if not settings.all_greedy:
-            uniform_R = torch.tensor([row.dice.roll() for row in rows], device=logits_RV.device)
-        return choose(logits_RV, settings, uniform_R).tolist()
+            logits_RV = penalise(logits_RV, known.generated_RG, known.generated_RG >= 0, settings.penalty_R)
+        acted: dict[str, Tensor] = {}
+        guard = self._guard_speech if in_speech else self._guard_text
+        chosen_R = choose(guard(rows, logits_RV, known, acted), settings, known.uniform_R)
+        read = torch.stack([chosen_R, *acted.values()], dim=1).tolist()
+        for row, (_, *flags) in zip(rows, read, strict=True):
+            for name in (name for name, flag in zip(acted, flags, strict=True) if flag):
+                row.state.acted[name] += 1
+                row.age_armed &= name != "age"
+        return [values[0] for values in read]
 
-    def _guard_text(self, rows: list[LiveRow], logits_RV: Tensor) -> Tensor:
+    def _guard_text(self, rows: list[LiveRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
         if self._age is not None and any(row.age_armed for row in rows):
-            armed_R = torch.tensor([row.age_armed for row in rows], device=logits_RV.device)
-            logits_RV, acted_R = self._age(logits_RV, self._recent(rows, 0, logits_RV.device), armed_R)
-            for row, acted in zip(rows, acted_R.tolist(), strict=True):
-                row.age_armed &= not acted
-            _count(rows, "age", acted_R)
-        thinking = [row.state.thinking for row in rows]
-        if self.config.guards.think is not None and any(thinking):
-            logits_RV, acted_R = ban_id(logits_RV, self.vocab.eos_id, thinking)
-            _count(rows, "think", acted_R)
+            logits_RV, acted["age"] = self._age(logits_RV, known.recent_RW, known.armed_R)
+        if self.config.guards.think is not None and any(row.state.thinking for row in rows):
+            logits_RV, acted["think"] = ban_id(logits_RV, self.vocab.eos_id, known.thinking_R)
         return logits_RV
 
-    def _guard_speech(self, rows: list[LiveRow], logits_RV: Tensor) -> Tensor:
-        if self._speech_guards:
-            recent_RW = self._recent(rows, self.vocab.text_size, logits_RV.device)
-            for guard in self._speech_guards:
-                logits_RV, acted_R = guard(logits_RV, recent_RW)
-                _count(rows, guard.name, acted_R)
-        unfinished = [not row.state.may_end_speech for row in rows]
-        if any(unfinished):
-            logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, unfinished)
+    def _guard_speech(self, rows: list[LiveRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
+        for guard in self._speech_guards:
+            logits_RV, acted[guard.name] = guard(logits_RV, known.recent_RW)
+        if not all(row.state.may_end_speech for row in rows):
+            logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, known.unfinished_R)
         return logits_RV
 
-    def _recent(self, rows: list[LiveRow], offset: int, device: torch.device) -> Tensor:
-        """The last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids."""
+    def _known(self, rows: list[LiveRow], in_speech: bool, settings: SamplingRows, device: torch.device) -> _Known:
+        """One table of float32 for all: ids are far below 2^24, where float32 would round them."""
         size = self._memory
-        last = [row.state.generated[-size:] for row in rows]
-        ids_RW = torch.tensor([[-1] * (size - len(ids)) + ids for ids in last], device=device) - offset
-        return ids_RW if offset else ids_RW.masked_fill(ids_RW >= self.vocab.text_size, -1)
-
-    def _generated(self, rows: list[LiveRow], in_speech: bool, device: torch.device) -> Tensor:
-        """All text ids, or all codes, that each row has generated, -1 padded."""
-        kinds = [row.state.codes if in_speech else row.state.text_ids for row in rows]
-        longest = max(map(len, kinds))
-        return torch.tensor([ids + [-1] * (longest - len(ids)) for ids in kinds], dtype=torch.long, device=device).view(
-            len(rows), longest
+        kinds = (
+            [row.state.codes if in_speech else row.state.text_ids for row in rows] if settings.any_penalty else [[] for _ in rows]
         )
+        longest = max(map(len, kinds))
+        table = []
+        for row, generated in zip(rows, kinds, strict=True):
+            state, last = row.state, row.state.generated[-size:]
+            flags = [row.age_armed, state.thinking, not state.may_end_speech, 0.0 if settings.all_greedy else row.dice.roll()]
+            table.append([-1] * (size - len(last)) + last + generated + [-1] * (longest - len(generated)) + flags)
+        table_RX = torch.tensor(table, dtype=torch.float32, device=device)
+        recent_RW = table_RX[:, :size].long()
+        if in_speech:
+            recent_RW = recent_RW - self.vocab.text_size
+        else:
+            recent_RW = recent_RW.masked_fill(recent_RW >= self.vocab.text_size, -1)
+        flags_RF = table_RX[:, -4:-1] > 0
+        return _Known(recent_RW, table_RX[:, size : size + longest].long(), *flags_RF.unbind(1), table_RX[:, -1])
 
     def _reported(self, row: LiveRow, events: list[Event]) -> list[Event]:
         """Note the time of what is about to be told."""
@@ -283,7 +285,19 @@ class Generator:
         return events
 
 
-def _count(rows: list[LiveRow], name: str, acted_R: Tensor) -> None:
-    for row, acted in zip(rows, acted_R.tolist(), strict=True):
-        if acted:
-            row.state.acted[name] += 1
+class _Known(NamedTuple):
+    """What the host knows of the rows that choose.
+
+    Attributes:
+        recent_RW: the last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids.
+        generated_RG: all text ids, or all codes, that each row has generated, -1 padded; [R, 0] where nobody needs them.
+        armed_R, thinking_R, unfinished_R: the age guard may still act; the row thinks; its speech may not end yet.
+        uniform_R: a random number in [0, 1), where somebody samples.
+    """
+
+    recent_RW: Tensor
+    generated_RG: Tensor
+    armed_R: Tensor
+    thinking_R: Tensor
+    unfinished_R: Tensor
+    uniform_R: Tensor

@@ -9,6 +9,7 @@ R rows, V classes of the head (text or speech), W last ids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Silence:
     name = "silence"
 
     def __init__(self, guard: SilenceGuard) -> None:
-        self.codes = guard.codes
+        self.codes = tuple(guard.codes)
         self.memory = guard.longest
 
     def __call__(self, logits_RV: Tensor, recent_RW: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,8 +80,9 @@ class Silence:
         for code in self.codes:
             silent_RW |= recent_RW == code
         acted_R = silent_RW[:, -self.memory :].all(1)
-        codes_C = torch.tensor(self.codes, device=logits_RV.device)
-        return logits_RV.index_put((acted_R.nonzero(), codes_C), torch.tensor(BANNED).to(logits_RV)), acted_R
+        codes_C = on_device(self.codes, logits_RV.device)
+        left_RC = logits_RV[:, codes_C].masked_fill(acted_R[:, None], BANNED)
+        return logits_RV.index_copy(1, codes_C, left_RC), acted_R
 
 
 class AgeChoice:
@@ -95,9 +97,9 @@ class AgeChoice:
 
     def __call__(self, logits_RV: Tensor, recent_RW: Tensor, armed_R: Tensor) -> tuple[Tensor, Tensor]:
         """Text logits, last text ids (negative: none) and which rows are armed; returns logits and whether it acted."""
-        trigger_W = torch.tensor(self.trigger_ids, device=logits_RV.device)
+        trigger_W = on_device(self.trigger_ids, logits_RV.device)
         acted_R = (recent_RW[:, -self.memory :] == trigger_W).all(1) & armed_R
-        choices_C = torch.tensor(self.choice_ids, device=logits_RV.device)
+        choices_C = on_device(self.choice_ids, logits_RV.device)
         only_RV = torch.full_like(logits_RV, BANNED).index_copy(1, choices_C, logits_RV[:, choices_C])
         return torch.where(acted_R[:, None], only_RV, logits_RV), acted_R
 
@@ -119,10 +121,15 @@ class AgeChoice:
         return cls(trigger, sorted(set(first)))
 
 
-def ban_id(logits_RV: Tensor, index: int, rows: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Ban one id on some rows; acted where it would have been the most likely one."""
-    rows_R = torch.tensor(rows, device=logits_RV.device)
+def ban_id(logits_RV: Tensor, index: int, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Ban one id on some rows (bool); acted where it would have been the most likely one."""
     acted_R = rows_R & (logits_RV.argmax(1) == index)
     logits_RV = logits_RV.clone()
     logits_RV[:, index] = torch.where(rows_R, BANNED, logits_RV[:, index])
     return logits_RV, acted_R
+
+
+@lru_cache(maxsize=64)
+def on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Ids that never change, copied once. Not to be written to."""
+    return torch.tensor(ids, device=device)
