@@ -272,8 +272,9 @@ class Generator:
             recent_RW = recent_RW - self.vocab.text_size
         else:
             recent_RW = recent_RW.masked_fill(recent_RW >= self.vocab.text_size, -1)
-        flags_RF = table_RX[:, -4:-1] > 0
-        return _Known(recent_RW, table_RX[:, size : size + longest].long(), *flags_RF.unbind(1), table_RX[:, -1])
+        armed_R, thinking_R, unfinished_R = (table_RX[:, -4:-1] > 0).unbind(1)
+        generated_RG = table_RX[:, size : size + longest].long()
+        return _Known(recent_RW, generated_RG, armed_R, thinking_R, unfinished_R, table_RX[:, -1])
 
     def _reported(self, row: LiveRow, events: list[Event]) -> list[Event]:
         """Note the time of what is about to be told."""
