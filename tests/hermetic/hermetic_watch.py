@@ -53,6 +53,9 @@ PROGRAMS = (
     "fc-list",  # matplotlib lists the machine's fonts, once
     "numactl",  # DeepSpeed counts NUMA nodes
     "gcc",  # DeepSpeed looks whether it could compile its reader of files
+    "ldconfig",  # ctypes.util.find_library asks where shared libraries are; so do the next two
+    "cc",
+    "ld",
 )
 LIBRARY_FOLDERS = ("/lib", "/usr/lib", "/usr/local/lib", "/opt/")  # of these only shared libraries: x.so, x.so.1, x.dylib
 
