@@ -67,6 +67,11 @@ class Recording:
         """When events of these types came."""
         return [event["t"] for event in self.events if event["from"] == "server" and event["type"] in kinds]
 
+    def cancelled(self) -> set[str]:
+        """Responses that the server did not bring to their end."""
+        done = [event.get("response", {}) for event in self.events if event["type"] == "response.done"]
+        return {str(response.get("id")) for response in done if response.get("status") in ("cancelled", "incomplete")}
+
 
 class Conversation:
     """One conversation on one connection."""
@@ -144,8 +149,11 @@ class Conversation:
             return False
         if self.now > end + self.settings.patience:
             return True
-        last = max(end, self.recording.timeline.playhead, *(self.recording.times("response.done")[-1:] or [0.0]))
-        return not self._open_responses and self.now > last + self.settings.tail
+        times = self.recording.times
+        last = max(end, self.recording.timeline.playhead, *(times("response.done")[-1:] or [0.0]))
+        heard = times("input_audio_buffer.speech_started", "input_audio_buffer.committed")[-1:] or [-1.0]
+        is_answered = heard[0] <= (times("response.created")[-1:] or [0.0])[0]  # what it has heard, it may be about to answer
+        return is_answered and not self._open_responses and self.now > last + self.settings.tail
 
     async def _listen(self, socket: ClientConnection) -> None:
         async for message in socket:
@@ -175,9 +183,9 @@ class Conversation:
 
     async def _interrupt(self, socket: ClientConnection) -> None:
         now = self.now
-        if not self.recording.timeline.stop(now):
-            return
         response, item = self._playing
+        if not self.recording.timeline.stop(now) and response not in self._open_responses:
+            return
         self._ignored.add(response)
         heard = max(0, round(1000 * (now - self._item_started.get(item, now))))
         await self._send(

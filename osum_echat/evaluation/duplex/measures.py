@@ -105,7 +105,8 @@ def turns(spoken: Sequence[Segment], recording: Recording) -> list[Turn]:
         if speaking is not None:
             turn.interrupts = True
             stopped = speaking.end - segment.start
-            cut = any(abs(speaking.end - t) < 0.05 for t in recording.times("input_audio_buffer.speech_started"))
+            started = recording.times("input_audio_buffer.speech_started")
+            cut = speaking.response in recording.cancelled() or any(abs(speaking.end - t) < 0.05 for t in started)
             turn.stop = stopped if cut else None
         first = next((s.start for s in sounds if segment.end - 0.05 <= s.start < until and s is not speaking), None)
         if segment.kind == "reject":
