@@ -36,10 +36,6 @@ class SharedEChat:
     def close(self) -> None:
         self.engine.close()
 
-    def speaker(self, voice: str) -> Speaker:
-        """`EChat.speaker` on the model's thread."""
-        return self.engine.run(lambda: self.echat.speaker(voice)).result()
-
     def dialogue(self, max_turns: int = 5) -> Dialogue:
         """Past turns of one person, for `stream`."""
         return self.echat.session(max_turns)

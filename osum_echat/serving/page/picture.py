@@ -15,13 +15,13 @@ import numpy.typing as npt
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import to_mono_16k
 from osum_echat.dialogue.think import Think
+from osum_echat.rates import POSITIONS_PER_SECOND
 from osum_echat.serving.page.messages import TAGS, value_text
 from osum_echat.serving.page.texts import text
 
 if TYPE_CHECKING:
     from osum_echat.pipeline import EChat
 
-POSITIONS_PER_SECOND = 12.5
 WIDTH, HEIGHT, WORDS = 900, 150, 46
 
 
