@@ -1,14 +1,17 @@
-"""A frozen encoder's outputs from disk are those that it would give."""
+"""A frozen encoder's outputs from disk are those that it would give; masks on them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from osum_echat.model.config import EncoderConfig
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.encoder_cache import EncoderCache
+from osum_echat.model.encoder_masks import EncoderMasks
+from tests import training_case
 
 CONFIG = EncoderConfig(mels=8, dim=16, heads=2, ffn=32, layers=2, max_positions=64, dropout=0.0)
 LENGTHS = torch.tensor([21, 40, 33])
@@ -67,3 +70,34 @@ def test_another_encoder_or_other_features_find_nothing(tmp_path: Path):
     changed = EncoderCache(tmp_path, first, (2,))
     changed(first, recordings() + 0.1, LENGTHS)
     assert changed.found == 0
+
+
+def test_masks_hide_spans_and_channels_of_all_layers_alike():
+    torch.manual_seed(0)
+    lengths = torch.tensor([500, 250])
+    layers = [torch.ones(2, 500, 40), 2 * torch.ones(2, 500, 40)]
+    first, second = EncoderMasks(spans_per_second=2.0, longest_span=10, channels=0.2)(layers, lengths)
+    assert torch.equal(2 * first, second)
+    hidden_frames = (first.sum(dim=2) == 0).float().mean(dim=1)
+    assert 0.05 < float(hidden_frames[0]) < 0.4 and 0 < float(hidden_frames[1]) < float(hidden_frames[0])
+    hidden_channels = (first.sum(dim=1) == 0).float().mean(dim=1)
+    assert bool((hidden_channels > 0.05).all()) and bool((hidden_channels < 0.5).all())
+
+
+def test_no_masks_change_nothing():
+    layers = [torch.randn(2, 30, 8)]
+    assert torch.equal(EncoderMasks(spans_per_second=0, channels=0)(layers, torch.tensor([30, 20]))[0], layers[0])
+
+
+def test_only_training_sees_masks():
+    tiny_model = training_case.tiny_model()
+    feats, lengths = torch.randn(1, 80, tiny_model.config.encoder.mels), torch.tensor([80])
+    plain = tiny_model.eval().encode_audio(feats, lengths).embeds_PD
+    tiny_model.encoder_masks = EncoderMasks(spans_per_second=5.0, channels=0.5)
+    assert torch.equal(tiny_model.encode_audio(feats, lengths).embeds_PD, plain)
+    assert not torch.equal(tiny_model.train().encode_audio(feats, lengths).embeds_PD, plain)
+
+
+def test_masks_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="channels in"):
+        EncoderMasks(channels=1.0)

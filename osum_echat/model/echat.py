@@ -26,6 +26,7 @@ from osum_echat.model.config import ModelConfig
 from osum_echat.model.ctc import CtcBridge
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.encoder_cache import EncoderCache
+from osum_echat.model.encoder_masks import EncoderMasks
 from osum_echat.model.loss import linear_nll
 from osum_echat.model.speech_lm import SpeechLM
 from osum_echat.model.tags import TagHeads
@@ -110,6 +111,7 @@ class EChatModel(nn.Module):
         scale = getattr(self.lm.llm.config, "initializer_range", 0.02)
         self.tags = TagHeads(tags, config.adapter.dim, self.lm.width, scale) if tags else None
         self.encoder_cache: EncoderCache | None = None  # for training with a frozen encoder; set from outside
+        self.encoder_masks: EncoderMasks | None = None  # for training; set from outside
         if config.lora is not None:
             from osum_echat.model.lora import add_lora
 
@@ -133,6 +135,8 @@ class EChatModel(nn.Module):
 
     def adapt(self, layers: list[Tensor], lengths_N: Tensor) -> AudioFeatures:
         """From what `encode` returned to what the LLM hears."""
+        if self.encoder_masks is not None and self.training:
+            layers = self.encoder_masks(layers, lengths_N)
         adapted_NPA, down_NPA, lengths_N = self.adapter(layers, lengths_N)
         embeds_NPD = self.projection(adapted_NPA)
         valid_NP = valid_frames(lengths_N, embeds_NPD.shape[1])

@@ -80,6 +80,7 @@ def make_trainer(
     _set_dtypes(model, config, name)
     model.to(device)
     _add_encoder_cache(model, config)
+    model.encoder_masks = config.encoder_masks
     objective = Objective(model, config.loss, run_all_parts=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:

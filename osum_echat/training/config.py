@@ -14,6 +14,7 @@ from osum_echat import config as config_io
 from osum_echat.config import ConfigError, InputPath
 from osum_echat.data.config import DataConfig, older_model_keys
 from osum_echat.model.config import LoraConfig, ModelConfig
+from osum_echat.model.encoder_masks import EncoderMasks
 from osum_echat.run import config as run_config
 from osum_echat.run.config import OptimConfig
 
@@ -148,6 +149,7 @@ class TrainConfig(run_config.RunConfig):
         save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by fingerprint.
         encoder_cache: folder in which the outputs of a frozen encoder are kept, by content (`model.encoder_cache`); only without augmentation
             is anything found there again.
+        encoder_masks: spans and channels of the encoder's outputs that the adapter is not shown (`model.encoder_masks`); None: all is shown.
         input_noise: share of speech codes in the *inputs* replaced by random codes (targets stay).
     """
 
@@ -174,6 +176,7 @@ class TrainConfig(run_config.RunConfig):
     save_frozen: bool = False
     validate_batches: int | None = None
     encoder_cache: str | None = None
+    encoder_masks: EncoderMasks | None = None
     input_noise: float = 0.0
 
     @classmethod
