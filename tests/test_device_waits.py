@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from osum_echat.device.waits import Waits
+from osum_echat.device.waits import Waits, a_step
 from osum_echat.generation.config import GenerationConfig, Guards
 from osum_echat.generation.events import Done
 from osum_echat.generation.generator import Generator
@@ -32,6 +32,38 @@ def test_the_counter_sees_every_kind_of_wait_and_nothing_else() -> None:
         x.cpu()
         x.numpy()
     assert waits.total == 9, str(waits)
+
+
+def test_kernels_are_operators_that_compute_or_copy() -> None:
+    x = torch.ones(2, 3)
+    with Waits() as waits:
+        y = x.view(3, 2).T[None].expand(4, -1, -1)  # views
+        torch.empty(5)
+        y = y.contiguous()  # clone
+        y.add_(1)
+        (y @ y.mT).sum().item()  # bmm, sum
+    assert dict(waits.kernels) == {"clone": 1, "add_": 1, "bmm": 1, "sum": 1}
+    assert waits.total == 1
+
+
+def test_backward_is_counted_with_forward() -> None:
+    weight = torch.ones(4, 4, requires_grad=True)
+    with Waits() as waits:
+        torch.mm(torch.ones(2, 4), weight).sum().backward()
+    assert waits.kernels["mm"] == 2 and waits.kernels["sum"] == 1
+
+
+def test_the_cost_of_a_step_leaves_start_and_end_out() -> None:
+    x = torch.ones(3)
+
+    def run(steps: int) -> None:
+        x.exp()
+        for _ in range(steps):
+            x.sin().cos()
+            x.tolist()
+        x.tolist()
+
+    assert a_step(run, 2, 5) == (2, 1)
 
 
 def waits_of(kind: str, new: int, guards: bool) -> Waits:

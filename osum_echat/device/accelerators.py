@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from osum_echat.device import cpu
 
@@ -193,6 +194,15 @@ def synchronize(device: torch.device) -> None:
     module = _accelerator(device.type)
     if module is not None:
         module.synchronize(device)
+
+
+def send(values: Tensor | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host on ``device``, without waiting for it: a copy from memory that the device reads by itself. A tensor of the host is not to be
+    written to afterwards."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def overlaps(device: torch.device) -> bool:

@@ -1,21 +1,26 @@
-"""Counting, on a CPU, where a program would wait for an accelerator: numbers that go to the host, and lists that go to the device.
+"""Counting, on a CPU, what a program would ask of an accelerator: kernels, and places where the host waits for the device.
 
     with Waits() as waits:
         step()
-    waits.total, waits.by_place
+    waits.total, waits.by_place, waits.kernels.total()
+    a_step(run, 20, 40)     # what one more step costs in steady state
 
-On an accelerator each of these stops the queue of kernels until it is empty: reading a value (`item`, `tolist`, `bool`, `int`, `float`, `numpy`), a result
+A kernel is an operator that computes or copies: views, new memory without content and reads of a value are none.
+
+On an accelerator a wait stops the queue of kernels until it is empty: reading a value (`item`, `tolist`, `bool`, `int`, `float`, `numpy`), a result
 whose size depends on values (`nonzero`, boolean indexing, `unique`), and a tensor made from a Python list on the device (a blocking copy). On a CPU they
-cost nothing, so a count is the only way to see them there. Tensors that live on the host by design are counted too: the count is an upper bound.
+cost nothing, so a count is the only way to see them there. Tensors that live on the host by design are counted too: the count is an upper bound. What a
+CPU cannot show is `tensor.to(device)` of a tensor of the host; `device.send` is the way that does not wait.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,17 +39,33 @@ _OPERATORS = {
     "unique_dim",
     "equal",
 }
+_NO_KERNEL = {
+    "_local_scalar_dense",
+    "_unsafe_view",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "lift_fresh",
+    "new_empty",
+    "new_empty_strided",
+    "resize_",
+    "set_",
+}
 
 
 class Waits:
-    """A context in which waits are counted.
+    """A context in which waits and kernels are counted.
 
     Attributes:
-        by_place: (file:line that called, what) to how often.
+        by_place: waits: (file:line that called, what) to how often.
+        kernels: name of the operator to how often it ran.
     """
 
     def __init__(self) -> None:
         self.by_place: Counter[tuple[str, str]] = Counter()
+        self.kernels: Counter[str] = Counter()
         self._functions, self._operators = _Functions(self), _Operators(self)
 
     @property
@@ -101,4 +122,31 @@ class _Operators(TorchDispatchMode):
         )
         if name in _OPERATORS or masked:
             self._waits.add(f"{name} by a mask" if masked else name)
+        if name not in _NO_KERNEL and not _is_view(func):
+            self._waits.kernels[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_view(func: Any) -> bool:
+    """Whether the operator returns memory of its input without writing to it."""
+    return any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+
+
+class Cost(NamedTuple):
+    """What a step costs: kernels that are launched, and how often the host waits."""
+
+    kernels: float
+    waits: float
+
+
+def a_step(run: Callable[[int], object], few: int, many: int) -> Cost:
+    """The cost of one more step in steady state, so that start and end fall out. ``run(n)`` does n steps."""
+    run(few)  # what is made once
+    counts = []
+    for steps in (few, many):
+        with Waits() as waits:
+            run(steps)
+        counts.append((waits.kernels.total(), waits.total))
+    (kernels, waited), (more_kernels, more_waited) = counts
+    return Cost((more_kernels - kernels) / (many - few), (more_waited - waited) / (many - few))
