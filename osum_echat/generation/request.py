@@ -18,6 +18,7 @@ from osum_echat.dialogue.tokens import Tokenizer, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.config import GenerationConfig, Mode
+from osum_echat.generation.phases import RowState
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
 
@@ -57,6 +58,11 @@ class Request:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+    def state(self, config: GenerationConfig, tokenizer: Tokenizer, vocab: Vocabulary, dialect: Dialect) -> RowState:
+        """Where its row begins."""
+        form = dialect.speech_form
+        return RowState(self.output_type, self.mode.max_new, config, tokenizer, vocab, self.text_ids, self.words, form)
 
 
 def listen(model: EChatModel, feats: Sequence[Tensor]) -> list[AudioFeatures]:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from osum_echat.dialogue.layout import flatten
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn, Sample
 from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
-from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, Event, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request
@@ -99,8 +96,7 @@ class Session:
         """
         reading = self.record(request, events, heard, text)
         if reading is not None:
-            with torch.inference_mode():
-                self.kept = DecoderState(self.generator.model, [reading], spare=0).keep(0)
+            self.kept = self.generator.read(reading)
 
     def record(
         self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = ""

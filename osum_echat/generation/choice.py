@@ -1,0 +1,148 @@
+"""Penalty, guards and sampling: from the logits of one head to an id for every row that chooses from it.
+
+These are the rules of every way of decoding: the generator applies them to the logits of our own model, `vllm_rules` to those that vLLM
+computed. A row's choice depends on its own ids, settings and seed alone, never on the rows beside it.
+
+R rows, V classes of the head (text or speech), W last ids, G generated ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from osum_echat.dialogue.tokens import Tokenizer
+from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.generation.config import GenerationConfig, Mode, Sampling
+from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
+from osum_echat.generation.phases import RowState
+from osum_echat.generation.sampling import Dice, SamplingRows, choose, penalise, sampling_rows
+
+
+class ChoosingRow:
+    """What choosing needs of a row: its state, its settings, its random numbers.
+
+    Attributes:
+        age_armed: the age guard may still act.
+    """
+
+    def __init__(self, state: RowState, mode: Mode, seed: int, age_armed: bool = True) -> None:
+        self.state, self.mode, self.age_armed = state, mode, age_armed
+        self._dice = Dice(seed)
+        self._rolled = (-1, 0.0)
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.mode.speech if self.state.in_speech else self.mode.text
+
+    def uniform(self) -> float:
+        """The random number of this step, the same however often it is asked for; 0 where the most likely id is taken."""
+        if self.sampling.greedy:
+            return 0.0
+        step = len(self.state.generated)
+        if self._rolled[0] != step:
+            self._rolled = (step, self._dice.roll())
+        return self._rolled[1]
+
+    def acted(self, guards: Iterable[str]) -> None:
+        """Count the guards that acted on an id that the row takes now."""
+        for name in guards:
+            self.state.acted[name] += 1
+            self.age_armed &= name != AgeChoice.name
+
+
+class Picked(NamedTuple):
+    """A class of the head, and the guards that acted on its choice."""
+
+    chosen: int
+    acted: tuple[str, ...]
+
+
+class Choice:
+    """The rules that a `GenerationConfig` comes to with a tokenizer. It holds no state of rows."""
+
+    def __init__(self, config: GenerationConfig, tokenizer: Tokenizer, vocab: Vocabulary) -> None:
+        self.config, self.vocab = config, vocab
+        guards = config.guards
+        self.age = AgeChoice.compile(guards.age, tokenizer, vocab) if guards.age is not None else None
+        self._speech_guards: list[Repetition | Silence] = []
+        if guards.repetition is not None:
+            self._speech_guards.append(Repetition(guards.repetition))
+        if guards.silence is not None and guards.silence.codes:
+            self._speech_guards.append(Silence(guards.silence))
+        self._memory = max([guard.memory for guard in self._speech_guards] + [self.age.memory if self.age else 0, 1])
+
+    def age_armed(self, state: RowState) -> bool:
+        """Whether the age guard may act on a row that begins."""
+        guard = self.config.guards.age
+        return guard is None or not guard.spoken_only or state.form != "none"
+
+    def pick(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, in_speech: bool) -> list[Picked]:
+        """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one: on an accelerator each
+        is a wait. The rows are not changed; see `ChoosingRow.acted`."""
+        settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
+        known = self._known(rows, in_speech, settings, logits_RV.device)
+        if settings.any_penalty:
+            logits_RV = penalise(logits_RV, known.generated_RG, known.generated_RG >= 0, settings.penalty_R)
+        acted: dict[str, Tensor] = {}
+        guard = self._guard_speech if in_speech else self._guard_text
+        chosen_R = choose(guard(rows, logits_RV, known, acted), settings, known.uniform_R)
+        read = torch.stack([chosen_R, *acted.values()], dim=1).tolist()
+        return [Picked(chosen, tuple(name for name, flag in zip(acted, flags, strict=True) if flag)) for chosen, *flags in read]
+
+    def _guard_text(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
+        if self.age is not None and any(row.age_armed for row in rows):
+            logits_RV, acted[self.age.name] = self.age(logits_RV, known.recent_RW, known.armed_R)
+        if self.config.guards.think is not None and any(row.state.thinking for row in rows):
+            logits_RV, acted["think"] = ban_id(logits_RV, self.vocab.eos_id, known.thinking_R)
+        return logits_RV
+
+    def _guard_speech(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
+        for guard in self._speech_guards:
+            logits_RV, acted[guard.name] = guard(logits_RV, known.recent_RW)
+        if not all(row.state.may_end_speech for row in rows):
+            logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, known.unfinished_R)
+        return logits_RV
+
+    def _known(self, rows: Sequence[ChoosingRow], in_speech: bool, settings: SamplingRows, device: torch.device) -> _Known:
+        """One table of float32 for all: ids are far below 2^24, where float32 would round them."""
+        size = self._memory
+        kinds = (
+            [row.state.codes if in_speech else row.state.text_ids for row in rows] if settings.any_penalty else [[] for _ in rows]
+        )
+        longest = max(map(len, kinds))
+        table = []
+        for row, generated in zip(rows, kinds, strict=True):
+            state, last = row.state, row.state.generated[-size:]
+            flags = [row.age_armed, state.thinking, not state.may_end_speech, row.uniform()]
+            table.append([-1] * (size - len(last)) + last + generated + [-1] * (longest - len(generated)) + flags)
+        table_RX = torch.tensor(table, dtype=torch.float32, device=device)
+        recent_RW = table_RX[:, :size].long()
+        if in_speech:
+            recent_RW = recent_RW - self.vocab.text_size
+        else:
+            recent_RW = recent_RW.masked_fill(recent_RW >= self.vocab.text_size, -1)
+        armed_R, thinking_R, unfinished_R = (table_RX[:, -4:-1] > 0).unbind(1)
+        generated_RG = table_RX[:, size : size + longest].long()
+        return _Known(recent_RW, generated_RG, armed_R, thinking_R, unfinished_R, table_RX[:, -1])
+
+
+class _Known(NamedTuple):
+    """What the host knows of the rows that choose.
+
+    Attributes:
+        recent_RW: the last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids.
+        generated_RG: all text ids, or all codes, that each row has generated, -1 padded; [R, 0] where nobody needs them.
+        armed_R, thinking_R, unfinished_R: the age guard may still act; the row thinks; its speech may not end yet.
+        uniform_R: a random number in [0, 1), 0 for rows that take the most likely id.
+    """
+
+    recent_RW: Tensor
+    generated_RG: Tensor
+    armed_R: Tensor
+    thinking_R: Tensor
+    unfinished_R: Tensor
+    uniform_R: Tensor
