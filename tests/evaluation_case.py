@@ -90,6 +90,25 @@ class Parrot:
         return out
 
 
+class Talker(Parrot):
+    """The same with sessions: ``past_turns`` before a turn at most, more are refused."""
+
+    def __init__(self, answer: Callable[[Ask, int], Reply] | Sequence[Reply], past_turns: int = 5) -> None:
+        super().__init__(answer)
+        self.past_turns, self.sessions = past_turns, list[list[Ask]]()
+
+    def session(self) -> Talker:
+        self.sessions.append([])
+        return self
+
+    def chat(self, **options: Any) -> Reply:
+        past = self.sessions[-1]
+        if len(past) > self.past_turns:
+            raise ValueError(f"this checkpoint has not learnt dialogues with {len(past)} past turns")
+        past.append(Ask(**options))
+        return self.batch([past[-1]])[0]
+
+
 class Listener:
     """A recogniser that hears one sentence in whatever has sound."""
 

@@ -13,7 +13,7 @@ import pytest
 
 from osum_echat.config import ConfigError
 from osum_echat.evaluation import results
-from osum_echat.evaluation.generate import ask_of
+from osum_echat.evaluation.generate import ask_of, generate
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.report import Report
 from osum_echat.evaluation.results import Lines, Result, read_results
@@ -24,7 +24,7 @@ from osum_echat.evaluation.suite import Bar, Part, Suite, known_suites, load_sui
 from osum_echat.evaluation.summary import Summary, find, summarise
 from osum_echat.pipeline import Ask, Reply
 from recipes.mini.evaluation import SUITE as MINI
-from tests.evaluation_case import Parrot, item, result, think, thinking, write_list, write_wav
+from tests.evaluation_case import Parrot, Talker, item, result, think, thinking, write_list, write_wav
 
 
 def summaries(suite: Suite, out: Path, pairs: list[tuple[Item, Result]]) -> list[Summary]:
@@ -89,6 +89,73 @@ def test_items_that_ask_the_same_are_asked_once_and_heard_emotions_are_kept(tmp_
     assert {a.heard_emotion for a in answers} == {"angry"} and len({a.wav for a in answers}) == 2
 
 
+# ---- conversations -------------------------------------------------------------------------------------------------------------------
+
+
+def write_turns(path: Path, wav: Path, dialogues: int = 2, turns: int = 3) -> Path:
+    rows = [
+        {"id": f"d{d}/{t}", "wav": str(wav), "text": f"turn {t}", "dialogue_id": f"d{d}", "turn": t, "answer": f"{d} {t}"}
+        for t in range(turns, 0, -1)
+        for d in range(dialogues)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_turns_of_a_conversation_are_asked_in_their_order_with_the_past_in_front(tmp_path: Path):
+    data = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav"))
+    talker = Talker(lambda ask, n: Reply(f"{n // 3} {n % 3 + 1}", think()))
+    report = run_suite(Plan(plain("contains", ask={"think": "tag", "speak": True}), str(data), tmp_path / "out"), talker)
+    assert [len(session) for session in talker.sessions] == [3, 3]
+    assert all(ask.speak and ask.think == "tag" for ask in talker.asked)
+    assert report.headline["p.contains"].value == 100 and report.reached == 6
+
+
+def test_a_checkpoint_that_takes_no_past_turns_answers_the_first_and_the_others_are_holes_with_the_reason(tmp_path: Path):
+    data = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav"))
+    report = run_suite(Plan(plain("contains"), str(data), tmp_path / "out"), Talker(lambda ask, n: Reply("0 1"), past_turns=0))
+    assert report.reached == 2 and report.headline["p.contains"].value == 50
+    holes = {hole["id"]: hole["message"] for hole in report.holes()}
+    assert len(holes) == 4 and "not learnt dialogues with 1 past turns" in holes["d0/2"]
+    assert "turn 2 of conversation 'd0' was not answered: this checkpoint" in holes["d0/3"]
+
+
+def test_a_conversation_that_was_stopped_goes_on_with_its_own_answers(tmp_path: Path):
+    data, out = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav")), tmp_path / "out"
+
+    def answer(ask: Ask, n: int) -> Reply:
+        if n == 4:
+            raise KeyboardInterrupt
+        return Reply(f"{n}")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(Plan(plain("contains"), str(data), out), Talker(answer))
+    talker = Talker(lambda ask, n: Reply(f"again {n}"))
+    run_suite(Plan(plain("contains"), str(data), out), talker)
+    answers, _ = read_results(out / results.FILE)
+    assert [(a.id, a.text) for a in answers] == [
+        ("d0/1", "0"), ("d0/2", "1"), ("d0/3", "2"), ("d1/1", "3"), ("d1/2", "again 1"), ("d1/3", "again 2"),
+    ]  # fmt: skip
+    assert [len(session) for session in talker.sessions] == [3]
+
+
+def test_a_turn_that_is_missing_fails_those_behind_it_and_shares_keep_conversations_whole(tmp_path: Path):
+    data = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav"), dialogues=3)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(line for line in lines if '"d1/2"' not in line))
+    suite = plain("contains")
+    sets = read_sets(suite, str(data))
+    talker = Talker(lambda ask, n: Reply("x"))
+    for number in range(2):
+        generate(talker, suite, sets.items, tmp_path / "out", share=(number, 2))
+    shares = [read_results(tmp_path / "out" / f"results.{n}of2.jsonl")[0] for n in range(2)]
+    assert [[a.id for a in share] for share in shares] == [["d0/1", "d0/2", "d0/3", "d2/1", "d2/2", "d2/3"], ["d1/1", "d1/3"]]
+    assert "turn 2 of conversation 'd1' is not among the items" in shares[1][1].error
+    data.write_text(json.dumps({"id": "x", "text": "hi", "dialogue_id": "d", "turn": "second"}) + "\n" + lines[0])
+    (fault,) = read_sets(suite, str(data)).faults
+    assert fault.line == 1 and "field 'turn' must be a number from 1 on, found 'second'" in str(fault)
+
+
 # ---- what is counted -----------------------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +187,7 @@ def test_a_part_can_score_the_answers_of_another(tmp_path: Path):
     report = run_suite(Plan(suite, str(data), tmp_path / "out"), parrot)
     assert len(parrot.asked) == 3
     assert find(report.summaries, "one.reply_fit").count == 3 and find(report.summaries, "two.wer").count == 1
-    with pytest.raises(ValueError, match="there is no part nowhere"):
+    with pytest.raises(ValueError, match="there is no part nowhere before it"):
         Suite("try", parts={"one": Part(same_as="nowhere")})
 
 
@@ -315,7 +382,8 @@ def test_a_suite_is_changed_on_the_command_line_and_a_wrong_key_is_an_error():
 
 def test_bars_name_every_number_that_the_model_card_shows():
     wanted = "wer wer_handwritten wer_new_voices gender age emotion event gender_new_voices age_new_voices emotion_new_voices "
-    wanted += "event_new_voices think_parsed reply_fit spoken_reply_wer tts_wer dnsmos"
+    wanted += "event_new_voices think_parsed reply_fit reply_fit_handwritten reply_fit_turns spoken_reply_wer tts_wer dnsmos "
+    wanted += "people_read_wer people_order_recall people_gender people_neutral people_unsure people_unparsed"
     suite = load_suite(MINI)
     assert set(wanted.split()) == set(suite.bars) == set(suite.headline)
 

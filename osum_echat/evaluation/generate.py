@@ -6,9 +6,10 @@ audio) is asked alone and becomes a result with ``error``; the rest goes on.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,18 +31,18 @@ def quiet(_: str) -> None:
 
 def ask_of(item: Item, part: Part, suite: Suite) -> Ask:
     """What is asked about an item. Raises ItemError when it lacks what the question needs."""
-    fields = dict(part.ask)
-    if isinstance(fields.get("prompt"), str):
-        fields["prompt"] = fields["prompt"].replace("{text}", item.text)
-    says = fields.get("kind") == "speak"
-    if says or part.written or (item.wav is None and fields.get("kind", "chat") == "chat"):
-        fields["text"] = item.text
-        fields.pop("think", None)
+    asked = dict(part.ask)
+    if isinstance(asked.get("prompt"), str):
+        asked["prompt"] = asked["prompt"].replace("{text}", item.text)
+    says = asked.get("kind") == "speak"
+    if says or part.written or (item.wav is None and asked.get("kind", "chat") == "chat"):
+        asked["text"] = item.text
+        asked.pop("think", None)
     else:
-        fields["wav"] = item.recording()
+        asked["wav"] = item.recording()
     if item.prompt_wav is not None:
-        fields["speaker"] = item.prompt_wav
-    return Ask(**fields, seed=suite.seed, greedy=suite.greedy)
+        asked["speaker"] = item.prompt_wav
+    return Ask(**asked, seed=suite.seed, greedy=suite.greedy)
 
 
 def generate(
@@ -66,16 +67,26 @@ def generate(
         for name, part in suite.parts.items():
             if part.same_as:
                 continue
-            mine = [item for at, item in enumerate(sets.get(name, ())) if at % of == number]
+            mine = _share(sets.get(name, ()), number, of)
             todo = [item for item in mine if (name, item.id) not in done]
-            alike = _alike(todo)
+            alike = _alike([item for item in todo if not _in_conversation(item, part)])
             count = len(mine) - len(todo)
-            for result in _answers(echat, suite, part, [items[0] for items in alike.values()], _Writer(out, suite.name, name)):
-                for item in alike[result.id]:
-                    lines.write({**result.to_dict(), "id": item.id})
+            writer = _Writer(out, suite.name, name)
+            for result in itertools.chain(
+                _answers(echat, suite, part, [items[0] for items in alike.values()], writer),
+                _conversations(echat, suite, part, mine, {item.id for item in todo}, writer),
+            ):
+                for id in [item.id for item in alike.get(result.id, ())] or [result.id]:
+                    lines.write({**result.to_dict(), "id": id})
                     count += 1
                 progress(f"{suite.name}, {name}: {count}/{len(mine)}")
     return path
+
+
+def _share(items: Sequence[Item], number: int, of: int) -> list[Item]:
+    """Every n-th item; the turns of a conversation stay together."""
+    places: dict[str, int] = {}
+    return [item for item in items if places.setdefault(item.dialogue_id or f"/{item.id}", len(places)) % of == number]
 
 
 def _alike(items: Sequence[Item]) -> dict[str, list[Item]]:
@@ -126,9 +137,7 @@ def _answers(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], writ
         return
     for start in range(0, len(items), suite.batch_size):
         for result, reply in _batch(echat, suite, part, items[start : start + suite.batch_size], writer):
-            if part.listen and reply is not None and reply.audio is not None and len(reply.audio):
-                result.heard_emotion = _emotion(echat, part.listen, reply)
-            yield result
+            yield _listened(echat, part, result, reply)
 
 
 def _batch(
@@ -162,6 +171,54 @@ def _alone(echat: EChat, ask: Ask) -> Reply | ValueError:
         return echat.batch([ask], size=1)[0]
     except ValueError as error:
         return error
+
+
+def _in_conversation(item: Item, part: Part) -> bool:
+    return bool(item.dialogue_id) and part.ask.get("kind", "chat") == "chat" and not part.stream
+
+
+def _conversations(
+    echat: EChat, suite: Suite, part: Part, items: Sequence[Item], wanted: set[str], writer: _Writer
+) -> Iterator[Result]:
+    """Each conversation turn after turn, in a session that remembers the system's own answers. Of one that was stopped in the middle the answered turns
+    are asked again (the same seed gives the same answers), so that the next ones find them, and not written again.
+
+    A turn that fails (a checkpoint that takes no past turns refuses the second) fails those behind it, each with the reason.
+    """
+    turns: dict[str, list[Item]] = {}
+    for item in items:
+        if _in_conversation(item, part):
+            turns.setdefault(item.dialogue_id, []).append(item)
+    for some in turns.values():
+        some.sort(key=lambda item: item.turn)
+        while some and some[-1].id not in wanted:
+            some.pop()
+        if not some:
+            continue
+        session, broken = echat.session(), ""
+        for place, item in enumerate(some, start=1):
+            began = time.perf_counter()
+            try:
+                if broken or item.turn != place:
+                    raise ValueError(broken or f"turn {place} of conversation {item.dialogue_id!r} is not among the items")
+                ask = ask_of(item, part, suite)
+                reply = session.chat(**{field.name: getattr(ask, field.name) for field in fields(ask) if field.init})
+            except ValueError as error:
+                broken = broken or f"turn {item.turn} of conversation {item.dialogue_id!r} was not answered: {error}"
+                result = writer.failed(item, error)
+            else:
+                if item.id not in wanted:
+                    continue
+                result = _listened(echat, part, writer.result(item, reply, time.perf_counter() - began), reply)
+            if item.id in wanted:
+                yield result
+
+
+def _listened(echat: EChat, part: Part, result: Result, reply: Reply | None) -> Result:
+    """The result with the emotion that the system hears in its own reply, where the part wants it."""
+    if part.listen and reply is not None and reply.audio is not None and len(reply.audio):
+        result.heard_emotion = _emotion(echat, part.listen, reply)
+    return result
 
 
 def _emotion(echat: EChat, task: str, reply: Reply) -> str | None:

@@ -39,6 +39,8 @@ class Item:
         prompt_wav, prompt_text: the voice to copy (speech suites).
         extra: further fields, as they were written. source, line: where it was read.
         start, end: the part of ``wav`` to hear, seconds.
+        dialogue_id, turn: which conversation it belongs to, and its place there, counted from 1; the turns before it stand in front when it is
+            asked. An empty ``dialogue_id``: it stands by itself.
     """
 
     id: str
@@ -53,6 +55,8 @@ class Item:
     extra: Mapping[str, Any] = field(default_factory=dict)
     start: float | None = None
     end: float | None = None
+    dialogue_id: str = ""
+    turn: int = 1
     source: str = ""
     line: int = 0
 
@@ -88,6 +92,8 @@ class Item:
         for name in ("labels", "extra"):
             if getattr(self, name):
                 out[name] = dict(getattr(self, name))
+        if self.dialogue_id:
+            out |= {"dialogue_id": self.dialogue_id, "turn": self.turn}
         return out | ({"replies": list(self.replies)} if self.replies else {})
 
 
@@ -101,6 +107,18 @@ def labels_of(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 _FIELDS = ("id", "text", "wav", "labels", "group", "replies", "answer", "prompt_wav", "prompt_text", "extra", "start", "end")
+_FIELDS += ("dialogue_id", "turn")
+
+
+def place_in_dialogue(values: Mapping[str, Any]) -> tuple[str, int]:
+    """``dialogue_id`` and ``turn`` of an entry. Raises ValueError for a turn that is no number from 1 on."""
+    named = values.get("dialogue_id")
+    if named in (None, ""):
+        return "", 1
+    turn = values.get("turn", 1)
+    if isinstance(turn, bool) or not str(turn).isdecimal() or int(turn) < 1:
+        raise ValueError(f"field 'turn' must be a number from 1 on, found {turn!r}")
+    return str(named), int(turn)
 
 
 def item_from(data: Any, source: str = "", line: int = 0) -> Item:
@@ -116,6 +134,10 @@ def item_from(data: Any, source: str = "", line: int = 0) -> Item:
                 "bad_field", f"field {name!r} must be {kind.__name__}, found {data[name]!r:.60}", source, line, str(id)
             )
     unknown = {name: value for name, value in data.items() if name not in _FIELDS}
+    try:
+        dialogue_id, turn = place_in_dialogue(data)
+    except ValueError as error:
+        raise ItemError("bad_field", str(error), source, line, str(id)) from error
     return Item(
         id=str(id),
         text=data.get("text") or "",
@@ -129,6 +151,8 @@ def item_from(data: Any, source: str = "", line: int = 0) -> Item:
         extra={**(data.get("extra") or {}), **unknown},
         start=data.get("start"),
         end=data.get("end"),
+        dialogue_id=dialogue_id,
+        turn=turn,
         source=source,
         line=line,
     )

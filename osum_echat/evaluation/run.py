@@ -88,11 +88,21 @@ def read_sets(suite: Suite, data: str, limit: int | None = None) -> Sets:
     told: set[tuple[str, int, str, str]] = set()
     for name, part in suite.parts.items():
         place, form = str(Path(data) / part.data) if part.data else data, part.format or suite.format
+        if part.same_as in found.skipped:
+            found.skipped[name] = f"it scores the answers of part {part.same_as!r}, which is left out"
+            continue
+        if part.optional and not Path(place).exists():
+            found.skipped[name] = f"{place} is not there"
+            continue
         if (place, form) not in read:
             entries: list[Entry] = readers.open_items(place, form)
             read[place, form] = list(maker.by_label(entries)) if suite.items == "labels" else entries
         good, bad = readers.usable(read[place, form], tuple(part.needs))
-        chosen = [item for item in good if not part.groups or item.group in part.groups][: part.take][:limit]
+        chosen = [item for item in good if not part.groups or item.group in part.groups]
+        if part.same_as:
+            asked = {item.id for item in found.items[part.same_as]}
+            chosen = [item for item in chosen if item.id in asked]
+        chosen = chosen[: part.take][: None if part.same_as else limit]
         if chosen:
             found.items[name] = chosen
         else:

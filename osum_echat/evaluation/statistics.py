@@ -6,6 +6,7 @@ replacement, add up, divide.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -125,6 +126,12 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
         either = sum(true == label for true, _ in pairs) + sum(predicted == label for _, predicted in pairs)
         scores.append(2 * both / either)
     return float(np.mean(scores))
+
+
+def macro_recall(pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean share of right ones over the true labels (balanced accuracy); 0.0 for no pairs."""
+    every, right = Counter(true for true, _ in pairs), Counter(true for true, predicted in pairs if true == predicted)
+    return float(np.mean([right[label] / count for label, count in every.items()])) if every else 0.0
 
 
 def weighted_kappa(a: Sequence[int], b: Sequence[int], low: int = 1, high: int = 5) -> float:

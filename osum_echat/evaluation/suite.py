@@ -54,7 +54,8 @@ class Part:
         take: only the first so many items.
         stream: ask one after the other and take the time of what comes (latency).
         listen: the task by which the system then hears its own spoken reply (empathy: ``<EMOTION>``); its answer goes to the judge.
-        same_as: results are those of another part, so that the question is put once and scored twice.
+        same_as: results are those of another part, so that the question is put once and scored twice; only items of that part are taken.
+        optional: the part is left out, with a sentence, when its data are not there.
     """
 
     about: str = ""
@@ -70,6 +71,7 @@ class Part:
     stream: bool = False
     listen: str = ""
     same_as: str = ""
+    optional: bool = False
 
     def __post_init__(self) -> None:
         known = {"kind", "task", "prompt", "think", "speak", "interleaved", "temperature", "max_tokens"}
@@ -118,9 +120,11 @@ class Suite:
             raise ValueError("batch_size must be at least 1")
         if len(self.price_per_million) not in (0, 2):
             raise ValueError("price_per_million is two numbers: for tokens in and out")
+        before: list[str] = []
         for name, part in self.parts.items():
-            if part.same_as and part.same_as not in self.parts:
-                raise ValueError(f"parts.{name}.same_as: there is no part {part.same_as}")
+            if part.same_as and part.same_as not in before:
+                raise ValueError(f"parts.{name}.same_as: there is no part {part.same_as} before it")
+            before.append(name)
 
 
 def known_suites() -> list[str]:

@@ -14,7 +14,7 @@ from osum_echat import metrics
 from osum_echat.evaluation.score import Row, Scored
 from osum_echat.evaluation.scorers import Measure
 from osum_echat.evaluation.scorers.words import NONE
-from osum_echat.evaluation.statistics import Estimate, macro_f1, ratio_interval, statistic_interval, weighted_kappa
+from osum_echat.evaluation.statistics import Estimate, macro_f1, macro_recall, ratio_interval, statistic_interval, weighted_kappa
 from osum_echat.evaluation.statistics import spearman as rank_correlation
 
 JUDGE = Measure("", 1.0, "higher")
@@ -99,9 +99,9 @@ def _labels(summary: Summary, kind: str, pairs: Sequence[tuple[str, str]]) -> No
     summary.confusions[kind] = table
     right = [(float(true == said), 1.0) for true, said in pairs]
     summary.numbers[kind] = number(right, Measure())
-    f1 = statistic_interval(len(pairs), lambda index: macro_f1([pairs[i] for i in index]))
-    summary.numbers[f"{kind}_f1"] = _scaled(f1, Measure())
-    summary.numbers[f"{kind}_recall"] = Number(100 * table.macro_recall, None, None, len(pairs), "%", "higher")
+    for name, statistic in (("f1", macro_f1), ("recall", macro_recall)):
+        found = statistic_interval(len(pairs), lambda index, of=statistic: of([pairs[i] for i in index]))
+        summary.numbers[f"{kind}_{name}"] = _scaled(found, Measure())
 
 
 def _judged(summary: Summary, rows: Sequence[Row]) -> None:

@@ -9,6 +9,7 @@ machine; so they travel as Ogg Opus, some 25 kbit a second. A recogniser hears n
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -18,7 +19,7 @@ import soundfile
 
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.readers.lists import write_tar
-from recipes.mini import texts
+from recipes.mini import dialogues, texts
 from recipes.mini.prepare import labels_of, read_list
 
 SETS = ("grammar", "handwritten", "new_voices")
@@ -43,6 +44,31 @@ def item(record: dict[str, Any]) -> Item:
     return Item(record["key"], record["txt"], ogg(record["wav"]), extra=kept)
 
 
+def turns_of(record: dict[str, Any], dialogue: dialogues.Dialogue) -> list[Item]:
+    """A held-out conversation, an item a turn; the last one knows the fact that its answer must use, and those that it must not."""
+    out = []
+    for number, turn in enumerate(record["turns"], start=1):
+        said = Item(f"{record['key']}_{number}", turn["txt"], ogg(turn["wav"]), dialogue_id=record["key"], turn=number)
+        out.append(said)
+    others = [value for value in dialogues.facts()[dialogue.fact]["values"] if value != dialogue.value]
+    out[-1] = dataclasses.replace(out[-1], answer=dialogue.value, extra={"wrong_answers": others})
+    return out
+
+
+def pack_dialogues(data: Path, out: Path) -> None:
+    """Raises ValueError when the recordings are those of other conversations than `dialogues.held_out_dialogues` draws now."""
+    items: list[Item] = []
+    for record, dialogue in zip(read_list(data / "heldout" / "dialogues.jsonl"), dialogues.held_out_dialogues(), strict=True):
+        if [turn["txt"] for turn in record["turns"]] != [turn.said for turn in dialogue.turns]:
+            raise ValueError(
+                f"{record['key']} holds another conversation than the one that is drawn now; make the recordings anew"
+            )
+        items += turns_of(record, dialogue)
+    path = out / "evaluation" / "dialogues.tar.gz"
+    write_tar(path, items)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
 def pack(data: Path, out: Path) -> None:
     for name in SETS:
         path = out / "evaluation" / f"{name}.tar.gz"
@@ -50,6 +76,7 @@ def pack(data: Path, out: Path) -> None:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     speech = [Item(f"speech_{n:03d}", sentence) for n, (sentence, _) in enumerate(texts.hand_written("speech"))]
     write_tar(out / "evaluation" / "speech.tar.gz", speech)
+    pack_dialogues(data, out)
 
 
 def demo(data: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import json
@@ -14,7 +15,7 @@ from osum_echat.data import paths
 from osum_echat.data.sources import open_source
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import find_task
-from osum_echat.evaluation.items import Entry, Item, ItemError, item_from, labels_of, read_lines
+from osum_echat.evaluation.items import Entry, Item, ItemError, item_from, labels_of, place_in_dialogue, read_lines
 
 _MARKS = {"<EMOTION>": "emotion", "<AGE>": "age", "<GENDER>": "gender", "<CAPTION>": "event"}
 _WRITTEN_AS = {"emotion": ("emotion", "q_emotion"), "age": ("age",), "gender": ("gender",), "event": ("event", "caption")}
@@ -23,18 +24,27 @@ _WRITTEN_AS = {"emotion": ("emotion", "q_emotion"), "age": ("age",), "gender": (
 def read_list(path: str) -> Iterator[Entry]:
     """Items of a raw, shard or combine list, or of one tar."""
     for record in open_source(path).records():
-        yield _fault(record) if isinstance(record, RecordError) else item_of(record)
+        yield _fault(record) if isinstance(record, RecordError) else _in_dialogue(item_of(record))
 
 
 def _fault(error: RecordError) -> ItemError:
     return ItemError(error.reason, error.detail, error.source, error.line, error.key)
 
 
+def _in_dialogue(item: Item) -> Entry:
+    """The item with its place in a conversation, which its ``extra`` names."""
+    try:
+        dialogue_id, turn = place_in_dialogue(item.extra)
+    except ValueError as error:
+        return item.error("bad_field", str(error))
+    return dataclasses.replace(item, dialogue_id=dialogue_id, turn=turn)
+
+
 def item_of(record: Record) -> Item:
     """A record as an item: what is said, how, and which replies fit.
 
     In records of dialogue ``txt`` is the reply, what is said stands in ``extra`` (``q_txt``, ``question``). In those of understanding ``txt``
-    is the words and the tags that the task asks for.
+    is the words and the tags that the task asks for. An ``answer`` in ``extra`` is the item's.
     """
     extra: dict[str, Any] = dict(record.extra)
     known: dict[str, Any] = {"emotion": record.emotion, "gender": record.gender}
@@ -48,12 +58,14 @@ def item_of(record: Record) -> Item:
         said = said or words
     elif output.reply_text and (output.audio or output.instruction) and said:
         extra.setdefault("reference_reply", record.txt)
+    answer = extra.pop("answer", None)
     return Item(
         id=record.key,
         text=str(said or record.txt),
         wav=record.wav,
         labels=labels_of(known),
         replies=tuple(map(str, extra.get("replies", ()))),
+        answer=None if answer is None else str(answer),
         extra={**extra, **({"lang": record.lang} if record.lang else {})},
         start=record.start,
         end=record.end,
@@ -101,7 +113,7 @@ def write_tar(path: Path, items: Sequence[Item]) -> None:
         tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive,
     ):
         for item in items:
-            extra = json.dumps(dict(item.extra), ensure_ascii=False).encode()
+            extra = json.dumps(_extra(item), ensure_ascii=False).encode()
             members = [(f"{item.id}.txt", item.text.encode()), (f"{item.id}.extra", extra)]
             if isinstance(item.wav, bytes):
                 members.append((f"{item.id}.ogg", item.wav))
@@ -109,3 +121,9 @@ def write_tar(path: Path, items: Sequence[Item]) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
+
+
+def _extra(item: Item) -> dict[str, Any]:
+    """What `read_list` reads out of ``extra`` again."""
+    out = dict(item.extra) | ({"answer": item.answer} if item.answer is not None else {})
+    return out | ({"dialogue_id": item.dialogue_id, "turn": item.turn} if item.dialogue_id else {})

@@ -108,6 +108,8 @@ SCORERS = {
     "think_words": "think:ThinkWords",
     "think_tags": "think:ThinkTags",
     "think_parsed": "think:ThinkParsed",
+    "think_recall": "think:ThinkRecall",
+    "think_unsure": "think:ThinkUnsure",
     "think_closed": "think:ThinkClosed",
     "think_text": "think:ThinkText",
     "tag": "words:Tag",

@@ -35,7 +35,7 @@ class AllowedReplies:
 
 
 class Contains:
-    """Whether the answer stands in the reply, as words (a rule in place of a judge for short factual answers)."""
+    """Whether the answer stands in the reply, as words (a rule in place of a judge for short factual answers), and none of the item's ``wrong_answers``."""
 
     measures: Mapping[str, Measure] = {"contains": PERCENT}
 
@@ -43,11 +43,16 @@ class Contains:
         pass
 
     def score(self, item: Item, result: Result) -> Score | None:
-        if not item.answer:
+        if not item.answer or not metrics.units(metrics.normalize(item.answer)):
             return None
-        wanted, said = metrics.units(metrics.normalize(item.answer)), metrics.units(metrics.normalize(result.text))
-        found = any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
-        return Score({"contains": (found, 1)}) if wanted else None
+        found = _stands_in(item.answer, result.text)
+        wrong = any(_stands_in(str(other), result.text) for other in item.extra.get("wrong_answers") or ())
+        return Score({"contains": (found and not wrong, 1)})
+
+
+def _stands_in(answer: str, reply: str) -> bool:
+    wanted, said = metrics.units(metrics.normalize(answer)), metrics.units(metrics.normalize(reply))
+    return bool(wanted) and any(said[at : at + len(wanted)] == wanted for at in range(len(said) - len(wanted) + 1))
 
 
 _LETTER = r"[\(\[\*\"'‘“\\{]*\s*(?:option|choice|选项)?\s*[\(\[\*\"'‘“\\{]*\s*(?P<letter>[A-D])(?![A-Za-z0-9'’])"

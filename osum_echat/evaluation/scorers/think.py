@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from osum_echat import metrics
+from osum_echat.config import ConfigError
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS, canonical
 from osum_echat.evaluation.results import Result
 from osum_echat.evaluation.scorers import ERRORS, PERCENT, Measure, Score, Tools
 from osum_echat.evaluation.scorers.words import NONE, word_errors
+
+OPEN = ("unsure", "unknown")
+"""What a think says for a label that it leaves open."""
 
 
 class ThinkWords:
@@ -61,16 +66,53 @@ class ThinkParsed:
         return Score({"think_parsed": (found.complete, found.total)})
 
 
-class ThinkClosed:
-    """Thinks (of any form) that came to their end."""
+class ThinkRecall:
+    """Share of the words that must be heard (the item's ``slots``: the words of an order that matter) that stand in the think's transcript; a word counts as
+    often as it is wanted."""
 
-    measures: Mapping[str, Measure] = {"think_closed": PERCENT}
+    measures: Mapping[str, Measure] = {"recall": PERCENT}
+
+    def __init__(self, tools: Tools, _: str = "") -> None:
+        self.normal = tools.normalizer
+
+    def score(self, item: Item, result: Result) -> Score | None:
+        wanted = Counter(metrics.units(self.normal(str(item.extra.get("slots") or ""), item)))
+        if not wanted:
+            return None
+        words = str(result.think.get("transcript") or "")
+        found = wanted & Counter(metrics.units(self.normal(words, item)))
+        return Score({"recall": (found.total(), wanted.total())}, notes={"heard": words})
+
+
+class ThinkUnsure:
+    """Thinks that leave a label open (``think_unsure:emotion``): they say *unsure* or *unknown*, or nothing."""
+
+    def __init__(self, tools: Tools, kind: str = "") -> None:
+        if kind not in KINDS:
+            raise ConfigError(f"scorer think_unsure:{kind}: use one of {', '.join(f'think_unsure:{name}' for name in KINDS)}")
+        self.kind = kind
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        return {f"{self.kind}_unsure": Measure(better="lower")}
+
+    def score(self, item: Item, result: Result) -> Score | None:
+        said = result.think.get(self.kind)
+        is_open = not said or metrics.bare_tag(str(said)) in OPEN
+        return Score({f"{self.kind}_unsure": (is_open, 1)})
+
+
+class ThinkClosed:
+    """Thinks (of any form) that came to their end, and answers that have none."""
+
+    measures: Mapping[str, Measure] = {"think_closed": PERCENT, "think_missing": Measure(better="lower")}
 
     def __init__(self, tools: Tools, _: str = "") -> None:
         pass
 
     def score(self, item: Item, result: Result) -> Score | None:
-        return Score({"think_closed": (bool(result.think.get("raw")), 1)})
+        closed = bool(result.think.get("raw"))
+        return Score({"think_closed": (closed, 1), "think_missing": (not closed, 1)})
 
 
 class ThinkText:
