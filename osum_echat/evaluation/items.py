@@ -106,8 +106,7 @@ def labels_of(values: Mapping[str, Any]) -> dict[str, str]:
     return {kind: canonical(kind, values[kind]) for kind in KINDS if values.get(kind) not in (None, "", "<&&>")}
 
 
-_FIELDS = ("id", "text", "wav", "labels", "group", "replies", "answer", "prompt_wav", "prompt_text", "extra", "start", "end")
-_FIELDS += ("dialogue_id", "turn")
+_FIELDS = frozenset(Item.__dataclass_fields__) - {"source", "line"}
 
 
 def place_in_dialogue(values: Mapping[str, Any]) -> tuple[str, int]:

@@ -99,9 +99,9 @@ def _labels(summary: Summary, kind: str, pairs: Sequence[tuple[str, str]]) -> No
     summary.confusions[kind] = table
     right = [(float(true == said), 1.0) for true, said in pairs]
     summary.numbers[kind] = number(right, Measure())
-    for name, statistic in (("f1", macro_f1), ("recall", macro_recall)):
-        found = statistic_interval(len(pairs), lambda index, of=statistic: of([pairs[i] for i in index]))
-        summary.numbers[f"{kind}_{name}"] = _scaled(found, Measure())
+    f1 = statistic_interval(len(pairs), lambda index: macro_f1([pairs[i] for i in index]))
+    recall = statistic_interval(len(pairs), lambda index: macro_recall([pairs[i] for i in index]))
+    summary.numbers |= {f"{kind}_f1": _scaled(f1, Measure()), f"{kind}_recall": _scaled(recall, Measure())}
 
 
 def _judged(summary: Summary, rows: Sequence[Row]) -> None:
