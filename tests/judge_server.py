@@ -22,7 +22,7 @@ Answer = tuple[int, dict[str, str], Any]
 def by_rule(body: dict[str, Any]) -> Answer:
     """5 for a reply that says sorry, 1 for an empty one, else 2; the reason repeats the labels."""
     prompt = body["messages"][-1]["content"]
-    reply = re.search(r"reply: (.*)", prompt)
+    reply = re.search(r"^(?:The assistant's reply|Reply, written down|Answer to check): (.*)", prompt, re.MULTILINE)
     labels = re.search(r"beside the words: (.*)", prompt)
     text = reply.group(1) if reply else ""
     score = 5 if "sorry" in text else 1 if text == "(no words)" else 2

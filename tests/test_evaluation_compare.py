@@ -122,6 +122,16 @@ def test_voicebench_gets_its_columns_and_the_response(tmp_path: Path):
     assert line == {"prompt": "Which one? A. B. C. D.", "key": 3, "response": "It is B.", "reference": "B", "id": "q7"}
 
 
+def test_conversations_of_mtbench_are_one_line_with_a_response_a_turn(tmp_path: Path):
+    extra = {"question_id": 81, "category": "math", "written_id": "81"}
+    said = [
+        Item(f"m/{n}", f"q{n}", answer=f"{n}", extra=extra, dialogue_id="m", turn=n, group=f"mtbench turn {n}") for n in (2, 1)
+    ]
+    (path,) = export([Row("turns", one, result(one.id, f"a{one.turn}")) for one in said], tmp_path, ["voicebench"], "mini")
+    wanted = {"question_id": 81, "category": "math", "turns": ["q1", "q2"], "reference": ["1", "2"], "response": ["a1", "a2"]}
+    assert path.name == "mini-mtbench-test-audio.jsonl" and lines(path) == [wanted]
+
+
 def test_kimi_audio_evalkit_gets_its_fields(tmp_path: Path):
     made = {path.name: path for path in export(rows(tmp_path), tmp_path, ["kimi"], "mini")}
     (line,) = lines(made["mini_mmsu.jsonl"])

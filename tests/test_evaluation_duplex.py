@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import soundfile
 
 from osum_echat.audio import io as audio_io
 from osum_echat.cli import main as command
+from osum_echat.evaluation.duplex import run as duplex
 from osum_echat.evaluation.duplex.client import RATE, Conversation, LiveError, Recording, Settings, hold
 from osum_echat.evaluation.duplex.measures import Segment, read_segments, segments, turns
 from osum_echat.evaluation.duplex.run import cases
 from osum_echat.evaluation.duplex.timeline import Timeline
 from osum_echat.evaluation.results import Result
+from tests import virtual_time
 from tests.evaluation_case import item, score
 from tests.realtime_server import Server
 
@@ -116,58 +120,74 @@ def test_segments_are_counted_by_what_they_are_about():
     assert score("live", item(), Result("a")) is None
 
 
-# ---- against a server ------------------------------------------------------------------------------------------------------------------
+# ---- against a server: in virtual time, so that every time is exact on any machine -----------------------------------------------------
+
+EXACT = 0.001
+
+
+def held(server: Server, sound: np.ndarray, **settings: Any) -> Recording:
+    async def talk() -> Recording:
+        async with server.serving():
+            return await Conversation(Settings(server.url, **settings)).hold(sound)
+
+    return virtual_time.run(talk())
 
 
 def test_a_turn_is_answered_and_the_delays_are_the_servers_own():
     sound = spoken((0.3, False), (0.7, True), (0.6, False))
-    with Server(latency=0.2, answer=0.5) as server:
-        recording = hold(Settings(server.url, key="secret", tail=0.3), sound)
+    server = Server(latency=0.2, answer=0.5)
+    recording = held(server, sound, key="secret", tail=0.3)
     (turn,) = turns(segments(sound, RATE), recording)
-    assert turn.answered and turn.after_commit == pytest.approx(server.after_commit[0], abs=0.05)
-    (commit,) = recording.times("input_audio_buffer.committed")
-    assert turn.delay == pytest.approx(commit - turn.end + turn.after_commit, abs=0.01)
-    assert turn.delay > 0.3 + 0.2 - 0.06  # what the server waits for silence, and its latency
+    assert server.after_commit == [pytest.approx(0.2)]
+    assert turn.answered and turn.after_commit == pytest.approx(0.2, abs=EXACT)
+    assert recording.times("input_audio_buffer.committed") == [pytest.approx(1.3, abs=EXACT)]  # 0.3 s of silence
+    assert turn.delay == pytest.approx(0.5, abs=EXACT)
     assert recording.text == "la la la la la" and server.headers == ["Bearer secret"]
     out = recording.timeline.samples()
-    first = np.flatnonzero(np.abs(out) > 0.05)[0] / RATE
-    assert first == pytest.approx(1.0 + turn.delay, abs=0.03)
-    assert recording.seconds > first + 0.5 + 0.3 - 0.05  # not left before the answer was played and the tail was over
+    assert np.flatnonzero(np.abs(out) > 0.05)[0] / RATE == pytest.approx(1.5, abs=EXACT)
+    assert recording.seconds == pytest.approx(1.5 + 0.5 + 0.3, abs=0.02 + EXACT)  # the answer and the tail, to the chunk
     update = server.received[0]["session"]
     assert update["type"] == "realtime" and update["audio"]["input"]["format"] == {"type": "audio/pcm", "rate": 24000}
 
 
+def test_a_person_is_heard_at_the_speed_of_life():
+    sound = spoken((0.5, True), (0.5, False))
+    server = Server(silence=99.0)
+    recording = held(server, sound, patience=0.5, tail=0.2)
+    assert recording.times("input_audio_buffer.speech_started") == [
+        pytest.approx(0.02, abs=EXACT)
+    ]  # the first chunk has been spoken
+    assert recording.seconds == pytest.approx(1.5, abs=0.02 + EXACT) and not recording.timeline.stretches  # patience is over
+
+
 @pytest.mark.parametrize("paced", [True, False])
 def test_an_interrupted_answer_is_stopped_and_the_server_is_told_what_was_heard(paced: bool):
-    """Times are held against each other, not against the clock: this machine may be busy."""
     sound = spoken((0.6, True), (1.5, False), (0.6, True), (0.5, False))
-    with Server(latency=0.1, answer=5.0, paced=paced) as server:
-        recording = hold(Settings(server.url, tail=0.3, patience=12.0), sound)
+    server = Server(latency=0.1, answer=5.0, paced=paced)
+    recording = held(server, sound, tail=0.3, patience=12.0)
     first, second = turns(segments(sound, RATE), recording)
-    noticed = recording.times("input_audio_buffer.speech_started")[1]
-    assert first.answered and second.interrupts and second.answered
-    # It stops the moment the server has noticed; sound that comes piece by piece may have run out a little before.
-    assert noticed - second.start - (0.15 if paced else 0.02) <= second.stop <= noticed - second.start + 0.02
+    assert first.answered and first.delay == pytest.approx(0.4, abs=EXACT) and second.interrupts and second.answered
+    noticed = 2.1 + 0.02  # the chunk in which the person begins again
+    assert recording.times("input_audio_buffer.speech_started")[1] == pytest.approx(noticed, abs=EXACT)
+    assert second.stop == pytest.approx(0.02, abs=EXACT) and second.delay == pytest.approx(0.4, abs=EXACT)
     truncate = next(event for event in server.received if event["type"] == "conversation.item.truncate")
-    heard = noticed - (first.end + first.delay)
-    assert truncate["item_id"] == "i0" and truncate["audio_end_ms"] == pytest.approx(1000 * heard, abs=20)
-    out = recording.timeline.samples()
-    again = second.end + second.delay
-    assert np.abs(out[int((noticed + 0.02) * RATE) : int((again - 0.02) * RATE)]).max() == 0  # silent until the next answer
-    assert np.abs(out[int((noticed - 0.3) * RATE) : int((noticed - 0.02) * RATE)]).max() > 0.1
+    assert truncate["item_id"] == "i0" and truncate["audio_end_ms"] == pytest.approx(1000 * (noticed - 1.0), abs=1)
+    out = np.abs(recording.timeline.samples())
+    assert out[int((noticed + EXACT) * RATE) : int((3.1 - EXACT) * RATE)].max() == 0  # silent until the next answer
+    assert out[int((noticed - 0.1) * RATE) : int((noticed - EXACT) * RATE)].max() > 0.1
+
+
+def test_sound_that_comes_too_late_is_a_gap():
+    server = Server(latency=0.1, answer=0.5, paced=True, pace=1.5)
+    recording = held(server, spoken((0.4, True), (0.4, False)), tail=0.3)
+    assert recording.timeline.gaps() == pytest.approx(4 * 0.05, abs=EXACT)  # five pieces of 0.1 s, 0.15 s apart
 
 
 def test_a_server_that_refuses_or_is_not_there_is_an_error_with_its_words():
-    with Server(refuse="no such voice") as server, pytest.raises(LiveError, match="no such voice"):
-        hold(Settings(server.url), spoken((0.1, True)))
+    with pytest.raises(LiveError, match="no such voice"):
+        held(Server(refuse="no such voice"), spoken((0.1, True)))
     with pytest.raises(LiveError, match="ws://127"):
         hold(Settings("ws://127.0.0.1:9/v1/realtime"), spoken((0.1, True)))
-
-
-def test_a_silent_server_is_left_after_the_patience_is_over():
-    with Server(silence=99.0) as server:
-        recording = hold(Settings(server.url, patience=0.5, tail=0.2), spoken((0.3, True)))
-    assert 0.8 <= recording.seconds < 10 and not recording.timeline.stretches
 
 
 def test_cases_of_both_forms(tmp_path: Path):
@@ -183,23 +203,26 @@ def test_cases_of_both_forms(tmp_path: Path):
         cases(tmp_path / "none")
 
 
-def test_the_command_writes_files_in_step_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_writes_files_in_step_and_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     source, out = tmp_path / "in", tmp_path / "out"
     for name in ("one", "two", "broken"):
         (source / name).mkdir(parents=True)
         audio_io.write(source / name / "input.wav", spoken((0.2, False), (0.5, True), (0.5, False))[::3], 8000)
     (source / "broken" / "input.wav").write_bytes(b"no audio")
     (source / "two" / "turns.json").write_text(json.dumps([{"start": 0.2, "end": 0.7, "kind": "reject"}]))
-    arguments: list[Any] = []
-    with Server(latency=0.1, answer=0.4) as server:
-        arguments = ["duplex", "--url", server.url, "--in", str(source), "--out", str(out), "--tail", "0.3"]
-        assert command(arguments) == 0
-        held = len(server.headers)
-        assert command(arguments) == 0  # nothing is held again
-        assert len(server.headers) == held == 2
+    server = Server(latency=0.1, answer=0.4)
+    monkeypatch.setattr(duplex, "hold", lambda settings, samples: held(server, samples, tail=settings.tail))
+    arguments = ["duplex", "--url", server.url, "--in", str(source), "--out", str(out), "--tail", "0.3"]
+    assert command(arguments) == 0
+    assert command(arguments) == 0  # nothing is held again
+    assert len(server.headers) == 2
     values = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert values["scored"] == 2 and values["holes"] == 1 and values["answered"] == 100 and values["rejected"] == 0
-    assert values["delay"] > 0.3  # silence that the server waits for, and its latency
+    assert values["delay"] == pytest.approx(
+        0.4, abs=0.03
+    )  # 0.3 s of silence and the latency; where speech ends is heard in frames of 20 ms
     heard, said = (soundfile.info(str(out / "one" / name)) for name in ("output.wav", "input.wav"))
     assert heard.frames == said.frames and heard.samplerate == 24000
     events = [json.loads(line) for line in (out / "one" / "events.jsonl").read_text().splitlines()]
@@ -209,11 +232,28 @@ def test_the_command_writes_files_in_step_and_a_report(tmp_path: Path, capsys: p
     assert (out / "report.html").is_file()
 
 
+def test_a_conversation_runs_by_the_clock_of_this_machine_too():
+    """The one test in real time: how long it takes at least, and the order of what happens."""
+
+    async def talk() -> Recording:
+        async with server.serving():
+            return await Conversation(Settings(server.url, tail=0.1)).hold(spoken((0.4, True), (0.4, False)))
+
+    server = Server(latency=0.05, answer=0.2)
+    began = time.perf_counter()
+    recording = asyncio.run(talk())
+    assert time.perf_counter() - began >= recording.seconds >= 0.7 + 0.05 + 0.2 + 0.1
+    (started,), (committed,) = (recording.times(f"input_audio_buffer.{kind}") for kind in ("speech_started", "committed"))
+    (answer,) = recording.timeline.answers()
+    assert started < committed < answer.start and committed >= 0.7 and answer.start - committed >= server.after_commit[0] - 0.01
+
+
 # ---- against this project's own server -------------------------------------------------------------------------------------------------
 
 
-def test_delays_are_those_of_the_live_servers_own_metrics():
+def test_delays_are_those_of_the_live_servers_own_metrics(monkeypatch: pytest.MonkeyPatch):
     """The whole server with a model that is a script: it thinks 0.25 s before the first sound."""
+    from osum_echat.serving import app
     from tests.live_case import FakeBackend, answer
     from tests.test_live_server import serving
 
@@ -226,9 +266,11 @@ def test_delays_are_those_of_the_live_servers_own_metrics():
         return recording, *found
 
     sound = spoken((0.4, False), (1.2, True), (1.6, False), (1.0, True), (1.2, False))
-    recording, total, count = asyncio.run(talk())
+    in_the_loops_time = functools.partial(app.RealtimeSession, clock=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr(app, "RealtimeSession", in_the_loops_time)
+    recording, total, count = virtual_time.run(talk())
     found = turns(segments(sound, RATE), recording)
     assert [turn.answered for turn in found] == [True, True] and count == 2
-    ours = sum(turn.after_commit or 0.0 for turn in found) / 2
-    assert ours == pytest.approx(total / count, abs=0.05)
+    assert [turn.after_commit for turn in found] == [pytest.approx(total / count, abs=0.01)] * 2
+    assert total / count == pytest.approx(0.25, abs=0.01)
     assert "Hello there, friend." in recording.text

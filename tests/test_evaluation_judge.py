@@ -91,6 +91,20 @@ def test_a_judge_sees_transcript_labels_reply_and_the_emotion_of_its_voice():
     assert "Question: who?" in qa and "Reference answer: Bell" in qa and "{transcript}" not in qa and "{reference}" not in qa
 
 
+def test_a_later_turn_is_judged_with_the_conversation_in_view(tmp_path: Path):
+    said = [Item(f"d/{n}", f"question {n}", dialogue_id="d", turn=n, group=f"turn {n}") for n in (1, 2)]
+    data, path = tmp_path / "items.jsonl", tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(one.to_dict()) + "\n" for one in reversed(said)))
+    path.write_text("".join(json.dumps({"id": one.id, "text": f"sorry {one.turn}"}) + "\n" for one in said))
+    suite = Suite("talk", normalizer="own", parts={"p": Part(judge="turns")})
+    with Server() as server:
+        report = run_suite(Plan(suite, str(data), tmp_path / "out", results=path, judges=[quick(server.url)]))
+    asked = sorted(body["messages"][-1]["content"] for body in server.asked)
+    assert "Conversation so far: (nothing)" in asked[1] and "Request, as it was spoken: question 1" in asked[1]
+    assert "Conversation so far: \n  Person: question 1\n  Assistant: sorry 1\nRequest, as it was spoken: question 2" in asked[0]
+    assert {s.name: s.numbers["judge"].value for s in report.summaries} == {"p": 5, "p/turn 1": 5, "p/turn 2": 5}
+
+
 def test_a_changed_prompt_has_another_key_even_with_the_same_version(tmp_path: Path):
     prompt = load_prompt("empathy")
     other = dataclasses.replace(prompt, user=prompt.user + " Be kind.")
@@ -105,7 +119,7 @@ def test_a_changed_prompt_has_another_key_even_with_the_same_version(tmp_path: P
 def test_only_chat_completions_is_asked_at_temperature_zero(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OSUM_ECHAT_JUDGE_KEY", "secret")
     with Server() as server:
-        answer = quick(server.url, model="m").ask([{"role": "user", "content": "reply: sorry"}])
+        answer = quick(server.url, model="m").ask([{"role": "user", "content": "Reply, written down: sorry"}])
         assert read_score(answer)[0] == 5
         assert server.paths == ["/v1/chat/completions"]
         assert server.asked[0]["model"] == "m" and server.asked[0]["temperature"] == 0
@@ -247,11 +261,11 @@ def test_a_run_that_was_killed_in_the_middle_goes_on_and_comes_to_the_same_score
     calls = tmp_path / "calls.txt"
     calls.touch()
     server = subprocess.Popen([sys.executable, "-m", "tests.judge_server", str(port), "--calls", str(calls), "--pause", "0.1"])
-    texts = [f"{'sorry' if n % 3 else 'well'} {n}" for n in range(40)]
+    texts = [f"{'sorry' if n % 3 else 'well'} {n}" for n in range(10)]  # four items each: three labels and all of them
     data, path = answers(tmp_path, texts)
 
     def command(out: str) -> list[str]:
-        known = ["--suite", "dialogue", "--data", str(data), "--from", str(path), "--judge", f"http://127.0.0.1:{port}/v1"]
+        known = ["--suite", "empathy", "--data", str(data), "--from", str(path), "--judge", f"http://127.0.0.1:{port}/v1"]
         return [
             sys.executable,
             "-m",
@@ -285,6 +299,7 @@ def test_a_run_that_was_killed_in_the_middle_goes_on_and_comes_to_the_same_score
     one, two = (json.loads((tmp_path / out / "report.json").read_text()) for out in ("killed", "whole"))
     assert one["summaries"] == two["summaries"] and one["holes"]["count"] == 0
     assert one["summaries"][0]["numbers"]["judge"]["count"] == 40
+    assert one["summaries"][0]["numbers"]["judge"]["value"] == pytest.approx((6 * 5 + 4 * 2) / 10)
     assert count(calls) <= 80 + judging.run.__globals__["WORKERS"]  # only what was on its way at the kill was paid for twice
 
 

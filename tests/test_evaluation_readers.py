@@ -300,6 +300,30 @@ def test_all_eleven_voicebench_subsets_are_told_apart_by_name_and_keep_their_col
     assert [item.group for item in readers.open_items(tmp_path / "bbh.jsonl")] == ["bbh"]
 
 
+def test_both_turns_of_mtbench_become_items_of_one_conversation(tmp_path: Path, wav: Path):
+    """Columns of hlt-lab/voicebench, config mtbench."""
+    talk = {"question_id": 81, "category": "writing", "turns": ["Write it.", "Again, with every word in a."], "reference": None}
+    sums = {"question_id": 111, "category": "math", "turns": ["One and one?", "Twice that?"], "reference": ["2", "4"]}
+    path = jsonl(
+        tmp_path / "mtbench.jsonl",
+        {**talk, "audio1": {"path": "sound.wav"}, "audio2": {"path": "sound.wav"}},
+        {**sums, "audio1": "sound.wav", "audio2": "gone.wav"},
+        {"question_id": 112, "audio1": "sound.wav"},
+    )
+    items, faults = split(readers.open_items(path))
+    assert [(item.id, item.group, item.text) for item in items] == [
+        ("mtbench/81/1", "mtbench turn 1", "Write it."),
+        ("mtbench/81/2", "mtbench turn 2", "Again, with every word in a."),
+        ("mtbench/111/1", "mtbench turn 1", "One and one?"),
+    ]
+    assert {(item.dialogue_id, item.turn) for item in items[:2]} == {("mtbench/81", 1), ("mtbench/81", 2)}
+    assert [item.answer for item in items] == [None, None, "2"] and items[0].extra["category"] == "writing"
+    assert [(fault.reason, fault.line, fault.id) for fault in faults] == [
+        ("missing_file", 2, "mtbench/111/2"),
+        ("no_text", 3, "mtbench/112"),
+    ]
+
+
 def test_a_folder_of_no_known_form_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match="no known form"):
         readers.open_items(tmp_path)

@@ -2,7 +2,7 @@
 
 | name | file | read by |
 |---|---|---|
-| voicebench | ``SUBSET.jsonl``: the item's columns and ``response`` | VoiceBench's evaluate.py (MatthewCYM/VoiceBench 5338154, main.py) |
+| voicebench | ``SUBSET.jsonl``: the item's columns and ``response`` (mtbench: a list, one a turn) | VoiceBench's evaluate.py (MatthewCYM/VoiceBench 5338154, main.py) |
 | kimi | ``SUBSET.jsonl``: ``index, audio_path, question, answer, subset, audio_content, prediction, real_prompt`` | Kimi-Audio-Evalkit (4080c49, datasets/base.py, run_audio.py) |
 | eibench | ``task3.jsonl``: ``dialogue_id, turns[{input_emotion, input_text, response_text, response_audio}]`` | HumDial-EIBench (eval/eval_task3.py) |
 | mtalk | ``mtalk.json``: ``{information: [[{question, dialogue, question_transcription, dialogue_transcription}]]}`` | MTalk-Bench (eff34a2, data/sample.json) |
@@ -52,21 +52,36 @@ def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def _voicebench(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
-    def line(row: Row) -> dict[str, Any]:
-        assert row.result is not None
-        extra = {name: value for name, value in row.item.extra.items() if name not in ("written_id", "subset")}
-        out: dict[str, Any] = {"prompt": row.item.text, **extra, "response": row.result.text}
-        if row.item.answer is not None:
-            out["reference"] = row.item.answer
-        if row.item.extra.get("written_id"):
-            out["id"] = row.item.extra["written_id"]
-        return out
-
     name = quote(system, safe="")
-    return [
-        _write_lines(folder / f"{name}-{quote(subset, safe='')}-test-audio.jsonl", map(line, found))
-        for subset, found in _subsets(rows).items()
-    ]
+    alone = [row for row in rows if not row.item.dialogue_id]
+    made = {subset: list(map(_voicebench_line, found)) for subset, found in _subsets(alone).items()}
+    talks = [row for row in rows if row.item.dialogue_id]
+    if talks:
+        made["mtbench"] = [_voicebench_turns(turns) for turns in _dialogues(talks).values()]
+    return [_write_lines(folder / f"{name}-{quote(subset, safe='')}-test-audio.jsonl", lines) for subset, lines in made.items()]
+
+
+def _voicebench_line(row: Row) -> dict[str, Any]:
+    assert row.result is not None
+    extra = {name: value for name, value in row.item.extra.items() if name not in ("written_id", "subset")}
+    out: dict[str, Any] = {"prompt": row.item.text, **extra, "response": row.result.text}
+    if row.item.answer is not None:
+        out["reference"] = row.item.answer
+    if row.item.extra.get("written_id"):
+        out["id"] = row.item.extra["written_id"]
+    return out
+
+
+def _voicebench_turns(turns: Sequence[Row]) -> dict[str, Any]:
+    """A conversation of mtbench: its columns, and the answers as a list beside ``turns``."""
+    extra = {name: value for name, value in turns[0].item.extra.items() if name not in ("written_id", "subset")}
+    references = [row.item.answer for row in turns]
+    return {
+        **extra,
+        "turns": [row.item.text for row in turns],
+        "reference": references if any(references) else None,
+        "response": [row.result.text for row in turns if row.result is not None],
+    }
 
 
 def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
@@ -94,9 +109,8 @@ def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
 
 def turn_of(row: Row) -> tuple[str, int]:
     """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para``; else a dialogue of one turn."""
-    extra = row.item.extra
-    if "dialogue_id" in extra:
-        return str(extra["dialogue_id"]), int(extra.get("turn", 1))
+    if row.item.dialogue_id:
+        return row.item.dialogue_id, row.item.turn
     match = _TURN.match(row.item.id)
     return (match.group("dialogue"), int(match.group("turn"))) if match else (row.item.id, 1)
 

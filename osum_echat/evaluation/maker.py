@@ -16,6 +16,8 @@ from urllib.parse import quote
 from osum_echat.evaluation.items import Entry, Item
 
 MULTI = "multi"
+MADE_OF = "made_of"
+"""Field in ``extra``: id of the recording that an item was made of; an answer with that id is an answer to all of its items."""
 NOTHING = {"emotion": {"neutral", "other"}, "event": {"none"}}
 
 
@@ -30,9 +32,15 @@ def by_label(entries: Iterable[Entry]) -> Iterator[Entry]:
             yield entry.error("no_label", "no label that could shape an answer (emotion, age, gender, event)")
             continue
         for kind, label in telling.items():
-            yield dataclasses.replace(entry, id=f"{entry.id}/{kind}", labels={kind: label}, group=kind)
+            yield _of(entry, kind, {kind: label})
         if len(telling) > 1:
-            yield dataclasses.replace(entry, id=f"{entry.id}/{MULTI}", labels=telling, group=MULTI)
+            yield _of(entry, MULTI, telling)
+
+
+def _of(entry: Item, group: str, labels: dict[str, str]) -> Item:
+    return dataclasses.replace(
+        entry, id=f"{entry.id}/{group}", labels=labels, group=group, extra={**entry.extra, MADE_OF: entry.id}
+    )
 
 
 def write_items(path: Path, entries: Sequence[Entry]) -> tuple[int, int]:

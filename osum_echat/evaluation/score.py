@@ -16,6 +16,7 @@ from typing import Any
 
 from osum_echat.evaluation import ScorerUnavailable
 from osum_echat.evaluation.items import Item, ItemError
+from osum_echat.evaluation.maker import MADE_OF
 from osum_echat.evaluation.results import Lines, Result
 from osum_echat.evaluation.scorers import Measure, Score, Scorer, Tools, make
 from osum_echat.evaluation.suite import Suite
@@ -50,13 +51,15 @@ class Scored:
 def join(
     suite: Suite, sets: Mapping[str, Sequence[Item]], results: Sequence[Result], source: Path
 ) -> tuple[list[Row], list[ItemError]]:
-    """Items with their answers. An answer without a part belongs to every part that has its id; one that fits nowhere is a fault."""
+    """Items with their answers. An answer without a part belongs to every part that has its id, one to a recording to every item that was made of it
+    (`maker.by_label`); one that fits nowhere is a fault."""
     by_part: dict[tuple[str, str], Result] = {(result.part, result.id): result for result in results}
     rows, used = [], set[tuple[str, str]]()
     for name, part in suite.parts.items():
         asked = part.same_as or name
         for item in sets.get(name, ()):
-            key = next((key for key in ((asked, item.id), ("", item.id)) if key in by_part), None)
+            ids = (item.id, str(item.extra.get(MADE_OF) or item.id))
+            key = next((key for id in ids for key in ((asked, id), ("", id)) if key in by_part), None)
             if key is None:
                 rows.append(Row(name, item, hole="no result"))
                 continue

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +55,7 @@ class Settings:
 
 @dataclass
 class Recording:
-    """What came of a conversation: times are seconds since the first chunk was sent."""
+    """What came of a conversation: times are seconds since it began."""
 
     timeline: Timeline
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -88,7 +87,8 @@ class Conversation:
 
     @property
     def now(self) -> float:
-        return 0.0 if self._began is None else time.perf_counter() - self._began
+        """Seconds since the recording began, by the clock of the event loop."""
+        return 0.0 if self._began is None else asyncio.get_running_loop().time() - self._began
 
     async def hold(self, samples: Samples) -> Recording:
         """Play ``samples`` [n] at 24 kHz to the server. Raises LiveError."""
@@ -127,15 +127,15 @@ class Conversation:
                 return
 
     async def _speak(self, socket: ClientConnection, samples: Samples) -> None:
-        """Chunk after chunk, each when it is due; then silence until the answer has been played."""
+        """Chunk after chunk, each when its last sample has been spoken; then silence until the answer has been played."""
         size = round(self.settings.chunk * RATE)
         pcm = (np.clip(samples, -1, 1) * 32767).astype("<i2")
         quiet = np.zeros(size, "<i2")
         end = len(pcm) / RATE
-        self._began = time.perf_counter()
+        self._began = asyncio.get_running_loop().time()
         number = 0
         while not self._is_over(end):
-            await asyncio.sleep(max(0.0, number * self.settings.chunk - self.now))
+            await asyncio.sleep(max(0.0, (number + 1) * self.settings.chunk - self.now))
             piece = pcm[number * size : (number + 1) * size]
             piece = quiet if not len(piece) else piece
             await socket.send(

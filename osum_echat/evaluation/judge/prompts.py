@@ -1,13 +1,14 @@
 """What a judge is told, as versioned data (``prompts/*.yaml``): name, version, system, user.
 
-``{transcript}``, ``{labels}``, ``{reply}``, ``{reply_emotion}`` and ``{reference}`` in the user's text are filled in for each answer. A prompt
-that is changed must get another version; its text is part of the cache's key all the same, so an edited prompt never meets old answers.
+``{transcript}``, ``{labels}``, ``{reply}``, ``{reply_emotion}``, ``{reference}`` and ``{past}`` (earlier turns of a conversation, with the system's own
+answers) in the user's text are filled in for each answer. A prompt that is changed must get another version; its text is part of the cache's key all the same, so an edited prompt never meets old answers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.results import Result
 
 FOLDER = Path(__file__).with_name("prompts")
-_SLOT = re.compile(r"\{(transcript|labels|reply|reply_emotion|reference)\}")
+_SLOT = re.compile(r"\{(transcript|labels|reply|reply_emotion|reference|past)\}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,12 @@ class Prompt:
     def digest(self) -> str:
         return hashlib.sha256(f"{self.name}\n{self.version}\n{self.system}\n{self.user}".encode()).hexdigest()[:12]
 
-    def messages(self, item: Item, result: Result) -> list[dict[str, str]]:
-        """Messages of one answer. What an answer itself says is put in once, so braces in it stay as they are."""
+    def messages(self, item: Item, result: Result, past: Sequence[tuple[str, str]] = ()) -> list[dict[str, str]]:
+        """Messages of one answer. What an answer itself says is put in once, so braces in it stay as they are.
+
+        Args:
+            past: what was said and answered before, oldest first.
+        """
         reference = item.answer or item.extra.get("reference_reply") or item.extra.get("reference") or ""
         values = {
             "transcript": item.text or "(not known)",
@@ -43,6 +48,7 @@ class Prompt:
             "reply": result.text or "(no words)",
             "reply_emotion": result.heard_emotion or "(not measured)",
             "reference": str(reference) or "(none)",
+            "past": "".join(f"\n  Person: {said}\n  Assistant: {reply}" for said, reply in past) or "(nothing)",
         }
         user = _SLOT.sub(lambda match: values[match.group(1)], self.user)
         system = [{"role": "system", "content": self.system.strip()}] if self.system.strip() else []

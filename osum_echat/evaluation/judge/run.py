@@ -87,13 +87,28 @@ def run(
 
 def _questions(suite: Suite, rows: Sequence[Row], judges: Sequence[Judge]) -> Iterator[Question]:
     prompts = {name: load_prompt(part.judge) for name, part in suite.parts.items() if part.judge}
+    past = _past(rows)
     for name, judge in zip(names(judges), judges, strict=True):
         for row in rows:
             prompt = prompts.get(row.part)
             if prompt is None or row.hole or row.result is None:
                 continue
-            messages = prompt.messages(row.item, row.result)
+            messages = prompt.messages(row.item, row.result, past.get((row.part, row.item.id), ()))
             yield Question(row, name, prompt, messages, judge.key(prompt.digest, messages))
+
+
+def _past(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """What was said and answered before each turn of a conversation, by part and id."""
+    turns: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.item.dialogue_id:
+            turns.setdefault((row.part, row.item.dialogue_id), []).append(row)
+    out = {}
+    for some in turns.values():
+        some.sort(key=lambda row: row.item.turn)
+        told = [(row.item.text, row.result.text if row.result is not None and not row.hole else "(no answer)") for row in some]
+        out.update({(row.part, row.item.id): told[:before] for before, row in enumerate(some)})
+    return out
 
 
 def _read(answer: str) -> tuple[float | None, str, str]:

@@ -99,6 +99,8 @@ def _by_first_line(place: Path) -> str:
         return "list"
     if "prompt" in first and ({"audio", "reference", "instruction_id_list", "response", "output"} & first.keys()):
         return "voicebench"
+    if {"turns", "audio1"} <= first.keys():
+        return "voicebench"
     return "items" if "id" in first else "list"
 
 

@@ -7,6 +7,9 @@ relative to the file.
 VoiceBench (MatthewCYM/VoiceBench 5338154, README, main.py, evaluate.py): columns ``prompt`` and ``audio``, by subset also ``reference`` (sd-qa,
 openbookqa, mmsu, bbh), ``id`` (bbh), ``key, instruction_id_list, kwargs`` (ifeval); results are the same with ``response``. Exported to
 jsonl, ``audio`` is a path (or an object with ``path`` and, in base64, ``bytes``).
+
+Its ``mtbench`` (hlt-lab/voicebench, config mtbench; VoiceBench's own code does not ask it, MatthewCYM/VoiceBench#3) has ``question_id, category, turns,
+reference, audio1, audio2``: two questions of one conversation, with answers to both or none. It becomes two items, in groups of their own.
 """
 
 from __future__ import annotations
@@ -92,6 +95,9 @@ def _read_subset(listing: Path) -> Iterator[Entry]:
             yield value
             continue
         subset = str(value.get("subset") or subset or subset_of(listing))
+        if subset == MULTI_TURN:
+            yield from _turns(value, listing, number, resolve)
+            continue
         id = f"{subset}/{value.get('id', value.get('key', number - 1))}"
         try:
             wav = _audio(value.get("audio"), resolve)
@@ -111,6 +117,41 @@ def _read_subset(listing: Path) -> Iterator[Entry]:
             answer=None if reference is None else str(reference),
             extra={**rest, "written_id": str(value.get("id", ""))},
             source=named,
+            line=number,
+        )
+
+
+MULTI_TURN = "mtbench"
+
+
+def _turns(value: dict[str, Any], listing: Path, number: int, resolve: Resolver) -> Iterator[Entry]:
+    """The turns of a line of mtbench; a fault for each that cannot be used."""
+    named = str(value.get("question_id", value.get("id", number - 1)))
+    said, references = value.get("turns"), value.get("reference")
+    if not isinstance(said, list) or not said or not all(isinstance(turn, str) for turn in said):
+        yield ItemError("no_text", "no column 'turns' with a list of questions", str(listing), number, f"{MULTI_TURN}/{named}")
+        return
+    rest = {
+        name: v for name, v in value.items() if name not in ("turns", "reference", "response", "score") and name[:5] != "audio"
+    }
+    for turn, text in enumerate(said, start=1):
+        id = f"{MULTI_TURN}/{named}/{turn}"
+        try:
+            wav = _audio(value.get(f"audio{turn}"), resolve)
+        except (FileNotFoundError, ValueError) as error:
+            yield ItemError("missing_file", str(error), str(listing), number, id)
+            continue
+        answers = references if isinstance(references, list) else []
+        yield Item(
+            id,
+            text,
+            wav,
+            group=f"{MULTI_TURN} turn {turn}",
+            answer=str(answers[turn - 1]) if len(answers) >= turn and answers[turn - 1] else None,
+            extra={**rest, "written_id": named},
+            dialogue_id=f"{MULTI_TURN}/{named}",
+            turn=turn,
+            source=str(listing),
             line=number,
         )
 

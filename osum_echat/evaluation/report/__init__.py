@@ -16,6 +16,7 @@ from osum_echat.evaluation.summary import Number, Summary, find, plain
 
 HOLES_SHOWN = 50
 EXAMPLES = 20
+"""The worst answers that are shown, and as many of the best."""
 
 
 @dataclass
@@ -112,7 +113,7 @@ def goodness(row: Row) -> float | None:
     return sum(parts) / len(parts) if parts else None
 
 
-def chosen_examples(rows: Sequence[Row], each: int = EXAMPLES // 2) -> list[Row]:
+def chosen_examples(rows: Sequence[Row], each: int = EXAMPLES) -> list[Row]:
     """The worst and the best answers of the run, as many of each; of equal ones those that come first."""
     known = [(value, at) for at, row in enumerate(rows) if not row.hole and (value := goodness(row)) is not None]
     worst = sorted(known)[:each]
