@@ -74,6 +74,7 @@ class Server:
                     await self._send(client, "input_audio_buffer.speech_started", audio_start_ms=0, item_id="u")
                     if answering is not None and not answering.done():
                         answering.cancel()
+                        await self._send_piece(client, self._tone()[: RATE // 10])  # it was on its way
                         await self._send(client, "response.done", response={"id": self._response, "status": "cancelled"})
                 elif speaking and quiet >= self.silence:
                     speaking = False
@@ -83,18 +84,29 @@ class Server:
 
     async def _answer(self, client: ServerConnection, committed: float) -> None:
         self._response = f"r{len(self.after_commit)}"
-        where = {"response_id": self._response, "item_id": f"i{len(self.after_commit)}", "output_index": 0, "content_index": 0}
+        self._where = {
+            "response_id": self._response,
+            "item_id": f"i{len(self.after_commit)}",
+            "output_index": 0,
+            "content_index": 0,
+        }
         await self._send(client, "response.created", response={"id": self._response})
         await asyncio.sleep(self.latency)
-        tone = (8000 * np.sin(2 * np.pi * 440 * np.arange(int(self.answer * RATE)) / RATE)).astype("<i2")
+        tone = self._tone()
         self.after_commit.append(_now() - committed)
         for start in range(0, len(tone), RATE // 10):
-            piece = tone[start : start + RATE // 10]
-            await self._send(client, "response.output_audio.delta", delta=base64.b64encode(piece.tobytes()).decode(), **where)
-            await self._send(client, "response.output_audio_transcript.delta", delta="la ", **where)
+            await self._send_piece(client, tone[start : start + RATE // 10])
             await asyncio.sleep(self.pause)
-        await self._send(client, "response.output_audio.done", **where)
+        await self._send(client, "response.output_audio.done", **self._where)
         await self._send(client, "response.done", response={"id": self._response, "status": "completed"})
+
+    def _tone(self) -> np.ndarray:
+        return (8000 * np.sin(2 * np.pi * 440 * np.arange(int(self.answer * RATE)) / RATE)).astype("<i2")
+
+    async def _send_piece(self, client: ServerConnection, piece: np.ndarray) -> None:
+        sound = base64.b64encode(piece.tobytes()).decode()
+        await self._send(client, "response.output_audio.delta", delta=sound, **self._where)
+        await self._send(client, "response.output_audio_transcript.delta", delta="la ", **self._where)
 
     async def _send(self, client: ServerConnection, kind: str, **fields: Any) -> None:
         await client.send(json.dumps({"type": kind, "event_id": "e", **fields}))
