@@ -16,6 +16,7 @@ from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, speech_codes
 from osum_echat.generation.request import Request
+from osum_echat.generation.rows import UsualRows
 from osum_echat.generation.session import Session
 from tests.generation_case import done, every_kind, generator, request, run, tiny
 
@@ -227,7 +228,7 @@ def test_a_fault_ends_the_rows_it_happened_to_and_the_engine_goes_on(monkeypatch
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.generator, "step", broken)
+        patch.setattr(UsualRows, "step", broken)
         model.tick()
     assert isinstance(ticket.failed, RuntimeError) and done(events).reason == "cancelled"
     _, after = submit(model, request("text2token", say="你好", max_new=9))

@@ -1,6 +1,6 @@
 """Devices: cuda, npu (Ascend) or cpu. The only place that knows accelerators (`accelerators`) and what the CPU does well (`cpu`).
 
-Everything else asks here for a device, a type to compute in, kernels, autocast, seeding, synchronisation, memory figures and the collectives
+Everything else asks here for a device, a type to compute in, kernels, graphs, autocast, seeding, synchronisation, memory figures and the collectives
 back end.
 """
 
@@ -37,10 +37,12 @@ from osum_echat.device.accelerators import (
     total_memory,
     training_precision,
 )
+from osum_echat.device.graphs import Packet, fetch, memory_pool, record, records
 
 __all__ = [
     "KINDS",
     "WEIGHTS",
+    "Packet",
     "Weights",
     "activate",
     "arithmetic",
@@ -53,11 +55,15 @@ __all__ = [
     "describe",
     "dtype",
     "empty_cache",
+    "fetch",
     "linear_kernel",
     "memory_allocated",
+    "memory_pool",
     "model_weights",
     "overlaps",
     "peak_memory",
+    "record",
+    "records",
     "reset_peak_memory",
     "resolve",
     "rng_state",

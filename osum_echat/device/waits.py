@@ -6,6 +6,7 @@
     a_step(run, 20, 40)     # what one more step costs in steady state
 
 A kernel is an operator that computes or copies: views, new memory without content and reads of a value are none.
+An operator that is made of others counts as those, but for the few for which accelerators have a kernel of their own (`_JOINT`).
 
 On an accelerator a wait stops the queue of kernels until it is empty: reading a value (`item`, `tolist`, `bool`, `int`, `float`, `numpy`), a result
 whose size depends on values (`nonzero`, boolean indexing, `unique`), and a tensor made from a Python list on the device (a blocking copy). On a CPU they
@@ -53,6 +54,8 @@ _NO_KERNEL = {
     "resize_",
     "set_",
 }
+_JOINT = {"rms_norm", "scaled_dot_product_attention"}
+"""Operators that a CPU makes of several and an accelerator of one."""
 
 
 class Waits:
@@ -122,6 +125,11 @@ class _Operators(TorchDispatchMode):
         )
         if name in _OPERATORS or masked:
             self._waits.add(f"{name} by a mask" if masked else name)
+        if name not in _JOINT:
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         if name not in _NO_KERNEL and not _is_view(func):
             self._waits.kernels[name] += 1
         return func(*args, **(kwargs or {}))

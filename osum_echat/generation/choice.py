@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from osum_echat.device import send
 from osum_echat.dialogue.tokens import Tokenizer
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import GenerationConfig, Mode, Sampling
@@ -31,7 +32,7 @@ class ChoosingRow:
 
     def __init__(self, state: RowState, mode: Mode, seed: int, age_armed: bool = True) -> None:
         self.state, self.mode, self.age_armed = state, mode, age_armed
-        self._dice = Dice(seed)
+        self.dice = Dice(seed)
         self._rolled = (-1, 0.0)
 
     @property
@@ -44,7 +45,7 @@ class ChoosingRow:
             return 0.0
         step = len(self.state.generated)
         if self._rolled[0] != step:
-            self._rolled = (step, self._dice.roll())
+            self._rolled = (step, self.dice.roll())
         return self._rolled[1]
 
     def acted(self, guards: Iterable[str]) -> None:
@@ -61,19 +62,31 @@ class Picked(NamedTuple):
     acted: tuple[str, ...]
 
 
+class MayAct(NamedTuple):
+    """Rules that may change something on some row; the others need not be computed."""
+
+    age: bool = True
+    think: bool = True
+    unfinished: bool = True
+
+
 class Choice:
-    """The rules that a `GenerationConfig` comes to with a tokenizer. It holds no state of rows."""
+    """The rules that a `GenerationConfig` comes to with a tokenizer. It holds no state of rows.
+
+    Attributes:
+        memory: how many of the last ids of a row the guards look at.
+    """
 
     def __init__(self, config: GenerationConfig, tokenizer: Tokenizer, vocab: Vocabulary) -> None:
         self.config, self.vocab = config, vocab
         guards = config.guards
         self.age = AgeChoice.compile(guards.age, tokenizer, vocab) if guards.age is not None else None
-        self._speech_guards: list[Repetition | Silence] = []
+        self.speech_guards: list[Repetition | Silence] = []
         if guards.repetition is not None:
-            self._speech_guards.append(Repetition(guards.repetition))
+            self.speech_guards.append(Repetition(guards.repetition))
         if guards.silence is not None and guards.silence.codes:
-            self._speech_guards.append(Silence(guards.silence))
-        self._memory = max([guard.memory for guard in self._speech_guards] + [self.age.memory if self.age else 0, 1])
+            self.speech_guards.append(Silence(guards.silence))
+        self.memory = max([guard.memory for guard in self.speech_guards] + [self.age.memory if self.age else 0, 1])
 
     def age_armed(self, state: RowState) -> bool:
         """Whether the age guard may act on a row that begins."""
@@ -81,35 +94,53 @@ class Choice:
         return guard is None or not guard.spoken_only or state.form != "none"
 
     def pick(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, in_speech: bool) -> list[Picked]:
-        """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one: on an accelerator each
-        is a wait. The rows are not changed; see `ChoosingRow.acted`."""
+        """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one. The rows are not changed; see `ChoosingRow.acted`."""
         settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
         known = self._known(rows, in_speech, settings, logits_RV.device)
         if settings.any_penalty:
             logits_RV = penalise(logits_RV, known.generated_RG, known.generated_RG >= 0, settings.penalty_R)
-        acted: dict[str, Tensor] = {}
-        guard = self._guard_speech if in_speech else self._guard_text
-        chosen_R = choose(guard(rows, logits_RV, known, acted), settings, known.uniform_R)
+        chosen_R, acted = self.decide(logits_RV, known, settings, in_speech, self.may_act(rows))
         read = torch.stack([chosen_R, *acted.values()], dim=1).tolist()
         return [Picked(chosen, tuple(name for name, flag in zip(acted, flags, strict=True) if flag)) for chosen, *flags in read]
 
-    def _guard_text(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
-        if self.age is not None and any(row.age_armed for row in rows):
-            logits_RV, acted[self.age.name] = self.age(logits_RV, known.recent_RW, known.armed_R)
-        if self.config.guards.think is not None and any(row.state.thinking for row in rows):
-            logits_RV, acted["think"] = ban_id(logits_RV, self.vocab.eos_id, known.thinking_R)
-        return logits_RV
+    @staticmethod
+    def may_act(rows: Sequence[ChoosingRow]) -> MayAct:
+        """What the host knows before anything is computed: which rules can change nothing on these rows."""
+        return MayAct(
+            age=any(row.age_armed for row in rows),
+            think=any(row.state.thinking for row in rows),
+            unfinished=not all(row.state.may_end_speech for row in rows),
+        )
 
-    def _guard_speech(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, known: _Known, acted: dict[str, Tensor]) -> Tensor:
-        for guard in self._speech_guards:
-            logits_RV, acted[guard.name] = guard(logits_RV, known.recent_RW)
-        if not all(row.state.may_end_speech for row in rows):
-            logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, known.unfinished_R)
-        return logits_RV
+    def decide(
+        self, logits_RV: Tensor, known: Known, settings: SamplingRows, in_speech: bool, may_act: MayAct
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Guards and sampling on the device alone; the penalty is in the logits already.
 
-    def _known(self, rows: Sequence[ChoosingRow], in_speech: bool, settings: SamplingRows, device: torch.device) -> _Known:
+        Returns:
+            chosen_R, and whether each guard acted on each row, by its name.
+        """
+        acted: dict[str, Tensor] = {}
+        if in_speech:
+            for guard in self.speech_guards:
+                logits_RV, acted[guard.name] = guard(logits_RV, known.recent_RW)
+            if may_act.unfinished:
+                logits_RV, _ = ban_id(logits_RV, self.vocab.speech_delimiter - self.vocab.text_size, known.unfinished_R)
+        else:
+            if self.age is not None and may_act.age:
+                logits_RV, acted[self.age.name] = self.age(logits_RV, known.recent_RW, known.armed_R)
+            if self.config.guards.think is not None and may_act.think:
+                logits_RV, acted["think"] = ban_id(logits_RV, self.vocab.eos_id, known.thinking_R)
+        return choose(logits_RV, settings, known.uniform_R), acted
+
+    def recent(self, ids_RW: Tensor, in_speech: bool) -> Tensor:
+        """The last ids, of all kinds, as classes of a head; negative where there is none of that head's."""
+        size = self.vocab.text_size
+        return ids_RW - size if in_speech else ids_RW.masked_fill(ids_RW >= size, -1)
+
+    def _known(self, rows: Sequence[ChoosingRow], in_speech: bool, settings: SamplingRows, device: torch.device) -> Known:
         """One table of float32 for all: ids are far below 2^24, where float32 would round them."""
-        size = self._memory
+        size = self.memory
         kinds = (
             [row.state.codes if in_speech else row.state.text_ids for row in rows] if settings.any_penalty else [[] for _ in rows]
         )
@@ -119,18 +150,14 @@ class Choice:
             state, last = row.state, row.state.generated[-size:]
             flags = [row.age_armed, state.thinking, not state.may_end_speech, row.uniform()]
             table.append([-1] * (size - len(last)) + last + generated + [-1] * (longest - len(generated)) + flags)
-        table_RX = torch.tensor(table, dtype=torch.float32, device=device)
-        recent_RW = table_RX[:, :size].long()
-        if in_speech:
-            recent_RW = recent_RW - self.vocab.text_size
-        else:
-            recent_RW = recent_RW.masked_fill(recent_RW >= self.vocab.text_size, -1)
+        table_RX = send(table, device, torch.float32)
+        recent_RW = self.recent(table_RX[:, :size].long(), in_speech)
         armed_R, thinking_R, unfinished_R = (table_RX[:, -4:-1] > 0).unbind(1)
         generated_RG = table_RX[:, size : size + longest].long()
-        return _Known(recent_RW, generated_RG, armed_R, thinking_R, unfinished_R, table_RX[:, -1])
+        return Known(recent_RW, generated_RG, armed_R, thinking_R, unfinished_R, table_RX[:, -1])
 
 
-class _Known(NamedTuple):
+class Known(NamedTuple):
     """What the host knows of the rows that choose.
 
     Attributes:

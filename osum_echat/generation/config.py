@@ -174,14 +174,19 @@ class GenerationConfig:
         force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there; otherwise the model
             must choose it itself.
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
+        static_step: decode by a step of fixed shape that stays on the device (`generation.static_rows`): auto (on accelerators), always, never. It gives
+            the same ids. A model that it does not take is decoded in the usual way, which is said once.
     """
 
     modes: dict[str, Mode] = field(default_factory=_default_modes)
     guards: Guards = field(default_factory=Guards)
     force_speech_begin: bool = True
     max_codes_per_word: int = 50
+    static_step: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
+        if self.static_step not in ("auto", "always", "never"):
+            raise ValueError(f"static_step={self.static_step!r}: use auto, always or never")
         unknown = sorted(set(self.modes) - set(OUTPUTS))
         if unknown:
             raise ValueError(f"modes: unknown output type {unknown[0]!r}; use {', '.join(OUTPUTS)}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from osum_echat.device import send
 from osum_echat.dialogue.layout import IGNORE, Row
 from osum_echat.dialogue.packing import pack
 from osum_echat.generation.cache import BatchCache, KeptCache
@@ -66,6 +67,10 @@ class _Row:
     reused: int
     columns: Tensor
     fed: list[int] = field(default_factory=list)
+
+    @property
+    def positions(self) -> int:
+        return len(self.visible_T)
 
 
 class DecoderState:
@@ -160,7 +165,7 @@ class DecoderState:
         """Feed every row the same number of ids."""
         for row, new in zip(self.rows, ids, strict=True):
             row.fed.extend(new)
-        ids_Bn = torch.tensor(ids, device=self.model.device)
+        ids_Bn = send(ids, self.model.device)
         count = ids_Bn.shape[1]
         positions_Bn = self._next_B[:, None] + torch.arange(count, device=ids_Bn.device)
         self._next_B = self._next_B + count
@@ -175,7 +180,7 @@ class DecoderState:
     def _pick(self, rows: Sequence[int], before: int) -> None:
         """What is not in the cache, after the cache was cut to ``rows``; it had ``before`` columns."""
         self._dropped += before - self._cache.length
-        index = torch.tensor(rows, device=self.hidden_BD.device)
+        index = send(rows, self.hidden_BD.device)
         self.hidden_BD, self._next_B = self.hidden_BD[index], self._next_B[index]
         self.rows = [self.rows[b] for b in rows]
         self._refresh_bias()
@@ -186,8 +191,20 @@ class DecoderState:
         end = self._dropped + self._cache.length
         columns = torch.cat([row.columns, torch.arange(end - len(fed), end)]) - self._dropped
         visible_T = torch.cat([row.visible_T, row.visible_T.new_ones(len(fed))])
-        flat = _extend(row.request.prompt, fed, int(self._next_B[b]) - len(fed))
+        flat = extended(row.request.prompt, fed, int(self._next_B[b]) - len(fed))
         return self._cache.keep(b, columns.to(self.hidden_BD.device), flat, heard, visible_T)
+
+    def copy_row(self, b: int, keys: Sequence[Tensor], values: Sequence[Tensor], slot: int) -> int:
+        """Copy what row b may attend to into a slot of other caches (per layer [slots, columns, H, d]), from their first column on. Returns how many
+        columns that is."""
+        row = self.rows[b]
+        assert not row.fed and not self.unread, f"{len(row.fed)} ids were fed, {self.unread} columns of the prompts are unread"
+        columns_T = (row.columns[row.visible_T.cpu()] - self._dropped).to(self.hidden_BD.device)
+        for layer, key, value in zip(self._cache.layers, keys, values, strict=True):
+            assert layer.keys is not None and layer.values is not None
+            key[slot, : len(columns_T)] = layer.keys[b].index_select(1, columns_T).transpose(0, 1)
+            value[slot, : len(columns_T)] = layer.values[b].index_select(1, columns_T).transpose(0, 1)
+        return len(columns_T)
 
     # ---- inside -------------------------------------------------------------------------------------------------------------------
 
@@ -244,7 +261,7 @@ def _prompt_columns(lengths: Sequence[int], past: Sequence[int]) -> list[Tensor]
     ]
 
 
-def _extend(row: Row, ids: Sequence[int], first_position: int) -> Row:
+def extended(row: Row, ids: Sequence[int], first_position: int) -> Row:
     """``row`` with ids behind it."""
     count = len(ids)
     return Row(

@@ -29,10 +29,12 @@ from typing import TypeVar
 import torch
 
 from osum_echat.generation.cache import KeptCache
-from osum_echat.generation.decoder_state import DecoderState, Slots
+from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, Event
-from osum_echat.generation.generator import Generator, LiveRow
+from osum_echat.generation.generator import Generator
+from osum_echat.generation.live_row import LiveRow
 from osum_echat.generation.request import Request
+from osum_echat.generation.rows import Rows
 from osum_echat.generation.session import Session
 
 log = logging.getLogger(__name__)
@@ -126,11 +128,9 @@ class Engine:
         self._changed = threading.Condition()
         self._calls: deque[Callable[[], None]] = deque()
         self._waiting: deque[Ticket] = deque()
-        self._reading: deque[tuple[Ticket, LiveRow, Slots]] = deque()
+        self._reading: deque[tuple[Ticket, LiveRow, DecoderState]] = deque()
         self._tickets: dict[int, Ticket] = {}
-        self._live: list[LiveRow] = []
-        self._batch: Slots | None = None
-        self._parked: dict[int, tuple[LiveRow, Slots]] = {}
+        self._rows: Rows = generator.rows()
         self._sessions: OrderedDict[int, Session] = OrderedDict()
         self._numbers = 0
         self._closed = False
@@ -219,8 +219,8 @@ class Engine:
         tickets = list(self._tickets.values())
         kept = sum(len(cache) for cache in self._kept())
         return Load(
-            rows=len(self._live),
-            held=len(self._parked),
+            rows=len(self._rows.live),
+            held=len(self._rows.held),
             reading=len(self._reading),
             waiting=len(self._waiting),
             positions=sum(map(self._need, tickets)) + kept,
@@ -237,7 +237,7 @@ class Engine:
             self._admit()
             self._guarded(self._read_piece, self._reading_tickets)
             self._guarded(self._step, self._live_tickets)
-        return bool(self._calls or self._reading or self._live or self._unparkable() or self._admissible())
+        return bool(self._calls or self._reading or self._rows.live or self._may_go_on() or self._admissible())
 
     def _run(self) -> None:
         while True:
@@ -271,8 +271,8 @@ class Engine:
             return
         ticket.failed = error
         self._reading = deque(entry for entry in self._reading if entry[0] is not ticket)
-        if any(row.index == ticket.number for row in self._live):
-            self._live, self._batch = [], None
+        if any(row.index == ticket.number for row in self._rows.live):
+            self._rows.clear()
         self._tell(ticket, Done("cancelled"))
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
@@ -323,13 +323,13 @@ class Engine:
             self._tickets[ticket.number] = ticket
             try:
                 row = self.generator.begin(ticket.number, ticket.request, ticket.submitted)
-                spare = 0 if ticket.read_only else min(ticket.request.mode.max_new, 512)
+                spare = 0 if ticket.read_only else self.generator.spare([ticket.request])
                 self._reading.append((ticket, row, self._open(ticket.request, spare)))
             except Exception as error:
                 log.exception("request %d cannot be read", ticket.number)
                 self._give_up(ticket, error)
 
-    def _open(self, request: Request, spare: int) -> Slots:
+    def _open(self, request: Request, spare: int) -> DecoderState:
         return DecoderState(self.generator.model, [request], spare, read=False)
 
     def _read_piece(self) -> None:
@@ -355,14 +355,7 @@ class Engine:
         else:
             for _, event in self.generator.was_read(row):
                 self._tell(ticket, event)
-            self._join(row, batch)
-
-    def _join(self, row: LiveRow, batch: Slots) -> None:
-        if self._batch is None:
-            self._batch = batch
-        else:
-            self._batch.join(batch)
-        self._live.append(row)
+            self._rows.join([row], batch)
 
     # ---- steps --------------------------------------------------------------------------------------------------------------------
 
@@ -370,42 +363,24 @@ class Engine:
         return [self._reading[0][0]] if self._reading else []
 
     def _live_tickets(self) -> list[Ticket]:
-        return [self._tickets[row.index] for row in self._live if row.index in self._tickets]
+        return [self._tickets[row.index] for row in self._rows.live if row.index in self._tickets]
 
-    def _unparkable(self) -> bool:
-        return any(not self._stays_parked(number) for number in self._parked)
+    def _may_go_on(self) -> bool:
+        """A row that was held is not to wait any more."""
+        return any(not self._waits(self._tickets[row.index]) for row in self._rows.held)
 
-    def _stays_parked(self, number: int) -> bool:
-        ticket = self._tickets[number]
+    @staticmethod
+    def _waits(ticket: Ticket) -> bool:
         return ticket.held.is_set() and not ticket.request.cancelled.is_set()
 
+    def _held(self) -> set[int]:
+        return {number for number, ticket in list(self._tickets.items()) if self._waits(ticket)}
+
     def _step(self) -> None:
-        for number in [n for n in self._parked if not self._stays_parked(n)]:
-            self._join(*self._parked.pop(number))
-        if self._batch is None:
-            return
-        self._live, events = self.generator.between_steps(self._live, self._batch)
-        if not self._live:
-            self._batch = None
-        for number, event in events:
+        self._rows.release(self._held())
+        for number, event in self._rows.choose():
             ticket = self._tickets[number]
             if isinstance(event, Done):
                 del self._tickets[number]
             self._tell(ticket, event)
-        self._park()
-        if self._batch is not None:
-            self.generator.step(self._live, self._batch)
-
-    def _park(self) -> None:
-        """Take rows that are held out of the batch."""
-        held = [b for b, row in enumerate(self._live) if self._stays_parked(row.index)]
-        if not held or self._batch is None:
-            return
-        for b in held:
-            self._parked[self._live[b].index] = (self._live[b], self._batch.take([b]))
-        rest = [b for b in range(len(self._live)) if b not in held]
-        if rest:
-            self._batch.select(rest)
-        else:
-            self._batch = None
-        self._live = [self._live[b] for b in rest]
+        self._rows.step(self._held())

@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from osum_echat.device import send
 from osum_echat.dialogue.tokens import Tokenizer, encode
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import AgeGuard, RepetitionGuard, SilenceGuard
@@ -132,4 +133,4 @@ def ban_id(logits_RV: Tensor, index: int, rows_R: Tensor) -> tuple[Tensor, Tenso
 @lru_cache(maxsize=64)
 def on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Ids that never change, copied once. Not to be written to."""
-    return torch.tensor(ids, device=device)
+    return send(ids, device)

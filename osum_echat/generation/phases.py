@@ -102,6 +102,16 @@ class RowState:
             return self._words.codes > 0
         return self.form != "interleaved" or self.text_done or self.delimiters == 0
 
+    def expected(self) -> tuple[bool, bool, bool]:
+        """`in_speech`, `thinking` and `may_end_speech` after one more id, if that is an ordinary one: no end, no delimiter, no mark of a think."""
+        in_speech, may_end = self.in_speech, self.may_end_speech
+        if self.form == "interleaved" and not (in_speech and self.text_done):
+            changes = self.chunk + 1 >= (SPEECH_CHUNK if in_speech else TEXT_CHUNK) and (in_speech or not self.thinking)
+            in_speech = in_speech != changes
+        if self._words is not None and in_speech:
+            may_end = True
+        return in_speech, self.thinking, may_end
+
     def accept(self, token: int) -> list[Event]:
         """Take the next id (unified), and the given ids that follow from it."""
         return [*self._accept(token), *self._take_given()]

@@ -8,6 +8,7 @@ R rows, V classes of the head, K candidates, G generated ids.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from osum_echat.device import send
 from osum_echat.generation.config import Sampling
 
 
@@ -39,7 +41,7 @@ def sampling_rows(settings: tuple[Sampling, ...], device: torch.device) -> Sampl
     """Stack per-row settings."""
 
     def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return send(values, device, dtype)
 
     drawn = [s for s in settings if not s.greedy]
     return SamplingRows(
@@ -125,9 +127,14 @@ class Dice:
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._block: list[float] = []
+        self._block: deque[float] = deque()
+
+    def peek(self, ahead: int = 0) -> float:
+        """The number that `roll` gives after ``ahead`` others."""
+        while len(self._block) <= ahead:
+            self._block.extend(torch.rand(self.BLOCK, generator=self._generator, dtype=torch.float64).tolist())
+        return self._block[ahead]
 
     def roll(self) -> float:
-        if not self._block:
-            self._block = torch.rand(self.BLOCK, generator=self._generator, dtype=torch.float64).flip(0).tolist()
-        return self._block.pop()
+        self.peek()
+        return self._block.popleft()
