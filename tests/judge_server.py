@@ -1,11 +1,12 @@
 """An OpenAI-compatible endpoint for tests, of two kinds: by rule (it reads the reply out of the prompt) and recorded (a list of answers).
 
-python -m tests.judge_server 8001 --calls calls.txt --pause 0.2
+python -m tests.judge_server 8001 --calls calls.txt
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import threading
@@ -33,7 +34,7 @@ def by_rule(body: dict[str, Any]) -> Answer:
 class Server:
     """Serves `answer` on a free port of this machine; remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Answer] = by_rule, port: int = 0, pause: float = 0.0) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], Answer] = by_rule, port: int = 0) -> None:
         self.asked: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.headers: list[dict[str, str]] = []
@@ -45,7 +46,6 @@ class Server:
                 outer.asked.append(body)
                 outer.paths.append(self.path)
                 outer.headers.append(dict(self.headers))
-                time.sleep(pause)
                 status, headers, content = answer(body)
                 whole = (
                     content
@@ -95,15 +95,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("port", type=int)
     parser.add_argument("--calls", type=Path, required=True, help="a line is written here for every call")
-    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--hold", type=Path, help="answer nothing more, after so many calls, until this file is there")
+    parser.add_argument("--after", type=int, default=0)
     args = parser.parse_args()
+    lock, calls = threading.Lock(), itertools.count()
 
     def answer(body: dict[str, Any]) -> Answer:
-        with args.calls.open("a") as out:
+        with lock, args.calls.open("a") as out:
             out.write("call\n")
+            number = next(calls)
+        while args.hold is not None and number >= args.after and not args.hold.exists():
+            time.sleep(0.02)
         return by_rule(body)
 
-    Server(answer, args.port, args.pause).server.serve_forever()
+    Server(answer, args.port).server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -451,9 +451,9 @@ def test_published_numbers_are_shown_beside(tmp_path: Path):
 def test_worst_and_best_answers_are_shown_and_holes_are_not(tmp_path: Path):
     from osum_echat.evaluation.report import chosen_examples
 
-    rows = [Row("p", item(str(n)), result(str(n))) for n in range(30)]
+    rows = [Row("p", item(str(n)), result(str(n))) for n in range(50)]
     for n, row in enumerate(rows):
-        row.score.values["wer"] = (n, 30)
+        row.score.values["wer"] = (n, 50)
     rows.append(Row("p", item("hole"), None, hole="no result"))
     chosen = [row.item.id for row in chosen_examples(rows)]
-    assert chosen == [str(n) for n in range(29, 19, -1)] + [str(n) for n in range(10)]
+    assert chosen == [str(n) for n in range(49, 29, -1)] + [str(n) for n in range(20)]

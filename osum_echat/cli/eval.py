@@ -136,9 +136,10 @@ def _without_model(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
     from osum_echat.evaluation.run import run_suite
-    from osum_echat.evaluation.suite import load_suite
+    from osum_echat.evaluation.suite import changes_of, load_suite
 
-    suites = [load_suite(name, changes) for name in args.suite]
+    mine = {given: changes_of(given, args.suite, changes) for given in args.suite}
+    suites = [load_suite(given, mine[given]) for given in args.suite]
     names = [suite.name for suite in suites]
     if len(set(names)) < len(names):
         raise UserError(f"each suite once, found {', '.join(names)}")
@@ -151,9 +152,16 @@ def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
         plan = _plan(args, suite, _data_of(args.data, suite.name, names), out, judges, recognisers)
         if args.part != "0/1":
             return _share(plan, Model(args), args.part)
-        if args.devices and args.results is None and "generate" in plan.steps:
-            _on_devices(plan, args, [given, *changes])
-        report = run_suite(plan, model)
+        try:
+            if args.devices and args.results is None and "generate" in plan.steps:
+                _on_devices(plan, args, [given, *mine[given]])
+            report = run_suite(plan, model)
+        except (ValueError, UserError) as error:
+            if len(suites) == 1:
+                raise
+            say(f"{suite.name}: {error}")
+            failed += 1
+            continue
         print(file=sys.stderr)
         _print(report, out)
         failed += not report.reached

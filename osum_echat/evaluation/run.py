@@ -121,7 +121,7 @@ def read_sets(suite: Suite, data: str, limit: int | None = None) -> Sets:
 
 
 def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> Report:
-    """Do the plan's steps and write its report.
+    """Do the plan's steps and write its report, which has what earlier runs of the other steps found for the same answers.
 
     Args:
         echat: the model, or a function that loads it (called only when something is left to generate).
@@ -144,12 +144,13 @@ def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> R
     rows, strange = score.join(suite, sets.items, answers, source)
     if plan.limit is None:
         faults += strange
-    scored = score.Scored(rows=rows)
-    if "score" in plan.steps:
-        scored = score.score(suite, rows, plan.out, lambda items: _tools(plan, items), plan.progress)
+    known_only = "score" not in plan.steps
+    scored = score.score(suite, rows, plan.out, lambda items: _tools(plan, items), plan.progress, known_only)
     about = _about(plan, scored)
     if "judge" in plan.steps and plan.judges:
         about += judging.run(suite, rows, plan.out, plan.judges, plan.max_calls, plan.say, plan.progress)
+    else:
+        about += judging.known(suite, rows, plan.out)
     report = Report(
         suite,
         plan.system,

@@ -79,8 +79,16 @@ def score(
     out: Path,
     tools: Callable[[Sequence[Item]], Tools],
     progress: Callable[[str], None] = lambda line: None,
+    known_only: bool = False,
 ) -> Scored:
-    """Score the rows (in place) and write the file. ``tools`` makes what scorers need, for the items of a part."""
+    """Score the rows (in place) and write the file.
+
+    Args:
+        tools: makes what scorers need, for the items of a part.
+        known_only: take what an earlier run wrote for the very same answers, and score nothing else.
+    """
+    if known_only and not (out / FILE).is_file():
+        return Scored(rows=list(rows))
     found = Scored(rows=list(rows))
     lines = Lines(out / FILE)
     before = {(row["part"], row["id"]): row for row in lines.rows()}
@@ -99,6 +107,8 @@ def score(
                 old = before.get((name, row.item.id))
                 if old is not None and old.get("digest") == mark:
                     row.score = Score(_pairs(old["values"]), {k: (v[0], v[1]) for k, v in old["pairs"].items()}, old["notes"])
+                    continue
+                if known_only:
                     continue
                 row.score = _score(row, scorers, found.unavailable)
                 lines.write(_written(row, mark))

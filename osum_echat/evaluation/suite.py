@@ -134,13 +134,35 @@ def known_suites() -> list[str]:
 
 def load_suite(name: str | Path, changes: Sequence[str] = ()) -> Suite:
     """A suite of the library by its name, or a YAML file. Raises ConfigError."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = FOLDER / f"{name}.yaml"
-        if not path.is_file():
-            raise ConfigError(f"there is no suite {name!r}: use {', '.join(known_suites())}, or a path to a .yaml file")
+    path = _file(name)
     known = config_io.read_yaml(path).get("parts") or {}
     for part in config_io.parse_overrides(changes).get("parts") or {}:
         if part not in known:
             raise ConfigError(f"{path.name}: parts.{part}: there is no such part to change; parts are {', '.join(known)}")
     return config_io.load(Suite, path, changes)
+
+
+def changes_of(name: str | Path, others: Sequence[str | Path], changes: Sequence[str]) -> list[str]:
+    """Those of the changes that a suite takes, where the same ones are given for several: a part that only ``others`` have is theirs."""
+    known, theirs = _parts(name), {part for other in others for part in _parts(other)}
+    out = []
+    for change in changes:
+        section, _, rest = change.partition("=")[0].partition(".")
+        part = rest.rpartition(".")[0]
+        if section != "parts" or part in known or part not in theirs:
+            out.append(change)
+    return out
+
+
+def _file(name: str | Path) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    path = FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"there is no suite {name!r}: use {', '.join(known_suites())}, or a path to a .yaml file")
+    return path
+
+
+def _parts(name: str | Path) -> set[str]:
+    return set(config_io.read_yaml(_file(name)).get("parts") or {})

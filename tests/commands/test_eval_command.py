@@ -73,6 +73,18 @@ def test_several_suites_write_folders_and_take_data_of_their_own(answered: tuple
     assert (tmp_path / "o/dialogue/report.html").is_file() and (tmp_path / "o/understanding/report.md").is_file()
 
 
+def test_one_suite_that_fails_and_a_change_of_one_suites_part_do_not_stop_the_others(
+    answered: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    data, path = answered
+    arguments = ["eval", "--suite", "speech", "--suite", "dialogue", "--from", str(path), "--out", str(tmp_path / "o")]
+    assert command([*arguments, "--data", str(data), "--data", f"speech={tmp_path / 'none'}", "parts.open.take=2"]) == 0
+    shown = capsys.readouterr()
+    assert "speech: test set not found" in shown.err and last_line(shown.out)["scored"] == 2
+    assert command([*arguments, "--data", str(data), "parts.nowhere.take=2"]) == 1
+    assert "parts.nowhere: there is no such part to change" in capsys.readouterr().err
+
+
 def test_runs_are_compared_and_exported(answered: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data, path = answered
     for name in ("one", "two"):

@@ -22,6 +22,12 @@ KEY_VARIABLES = ("OSUM_ECHAT_JUDGE_KEY", "OPENAI_API_KEY")
 ANSWER_TOKENS = 300
 
 
+def key(prompt: str, model: str, messages: Messages) -> str:
+    """What an answer is kept by: prompt (digest of name, version and text), model, and the question itself."""
+    made_of = json.dumps([prompt, model, list(messages)], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(made_of.encode()).hexdigest()
+
+
 class JudgeError(ValueError):
     """The judge gave no answer; the message says what the server said."""
 
@@ -64,16 +70,11 @@ class Judge:
     def close(self) -> None:
         self._client.close()
 
-    def key(self, prompt: str, messages: Messages) -> str:
-        """What an answer is kept by: prompt (name, version, text), model, and the question itself."""
-        made_of = json.dumps([prompt, self.model, list(messages)], ensure_ascii=False, sort_keys=True)
-        return hashlib.sha256(made_of.encode()).hexdigest()
-
     def known(self, prompt: str, messages: Messages) -> str | None:
         """The kept answer, if there is one."""
         if self.cache is None:
             return None
-        path = self._path(self.key(prompt, messages))
+        path = self._path(key(prompt, self.model, messages))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a damaged entry is asked again
             return str(json.loads(path.read_text(encoding="utf-8"))["answer"])
         return None
@@ -82,7 +83,7 @@ class Judge:
         """Keep an answer. Only one that holds a score should be: another try may do better than nonsense."""
         if self.cache is None:
             return
-        path = self._path(self.key(prompt, messages))
+        path = self._path(key(prompt, self.model, messages))
         path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"prompt": prompt, "model": self.model, "messages": list(messages), "answer": answer}
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".part")
@@ -90,9 +91,9 @@ class Judge:
             json.dump(entry, file, ensure_ascii=False)
         os.replace(temporary, path)
 
-    def _path(self, key: str) -> Path:
+    def _path(self, name: str) -> Path:
         assert self.cache is not None
-        return self.cache / key[:2] / f"{key}.json"
+        return self.cache / name[:2] / f"{name}.json"
 
     def ask(self, messages: Messages) -> str:
         """The text of the judge's answer. Raises JudgeError."""

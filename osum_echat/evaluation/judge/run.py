@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from osum_echat.evaluation.judge.answers import NoScore, read_score
-from osum_echat.evaluation.judge.client import ANSWER_TOKENS, Judge, JudgeError
+from osum_echat.evaluation.judge.client import ANSWER_TOKENS, Judge, JudgeError, key
 from osum_echat.evaluation.judge.prompts import Prompt, load_prompt
 from osum_echat.evaluation.results import Lines
 from osum_echat.evaluation.score import Row
@@ -29,6 +29,7 @@ class Question:
 
     row: Row
     judge: str
+    model: str
     prompt: Prompt
     messages: list[dict[str, str]]
     key: str
@@ -85,16 +86,40 @@ def run(
     return _about(questions, by_name, {name: judge.calls - calls[name] for name, judge in by_name.items()})
 
 
-def _questions(suite: Suite, rows: Sequence[Row], judges: Sequence[Judge]) -> Iterator[Question]:
-    prompts = {name: load_prompt(part.judge) for name, part in suite.parts.items() if part.judge}
+def known(suite: Suite, rows: Sequence[Row], out: Path) -> list[str]:
+    """Put the verdicts of an earlier run beside the rows whose answers are still the same; returns lines for the report."""
+    prompts = _prompts(suite)
+    verdicts = {(row["part"], row["id"], row["judge"]): row for row in Lines(out / FILE).rows()} if prompts else {}
+    by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for (part, id, _), verdict in verdicts.items():
+        by_row.setdefault((part, id), []).append(verdict)
+    used: dict[str, None] = {}
     past = _past(rows)
+    for row in rows:
+        for verdict in by_row.get((row.part, row.item.id), ()) if row.part in prompts and row.result is not None else ():
+            prompt, model = prompts[row.part], str(verdict.get("model", verdict["judge"]))
+            messages = prompt.messages(row.item, row.result, past.get((row.part, row.item.id), ()))
+            if verdict["key"] == key(prompt.digest, model, messages):
+                row.judged[verdict["judge"]] = verdict
+                used[
+                    f"judge: {verdict['judge']}, verdicts of an earlier run; prompt {prompt.name}, version {verdict['version']}"
+                ] = None
+    return list(used)
+
+
+def _prompts(suite: Suite) -> dict[str, Prompt]:
+    return {name: load_prompt(part.judge) for name, part in suite.parts.items() if part.judge}
+
+
+def _questions(suite: Suite, rows: Sequence[Row], judges: Sequence[Judge]) -> Iterator[Question]:
+    prompts, past = _prompts(suite), _past(rows)
     for name, judge in zip(names(judges), judges, strict=True):
         for row in rows:
             prompt = prompts.get(row.part)
             if prompt is None or row.hole or row.result is None:
                 continue
             messages = prompt.messages(row.item, row.result, past.get((row.part, row.item.id), ()))
-            yield Question(row, name, prompt, messages, judge.key(prompt.digest, messages))
+            yield Question(row, name, judge.model, prompt, messages, key(prompt.digest, judge.model, messages))
 
 
 def _past(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -125,6 +150,7 @@ def _settle(question: Question, score: float | None, reason: str, hole: str, lin
         "part": question.row.part,
         "id": question.row.item.id,
         "judge": question.judge,
+        "model": question.model,
         "prompt": question.prompt.name,
         "version": question.prompt.version,
         "key": question.key,
