@@ -24,11 +24,18 @@ HAN = r"[\u4e00-\u9fff]"
 
 
 def blocks(page: Path) -> list[str]:
-    """The lines of a page's code blocks of commands and Python, without comments."""
+    """The lines of a page's code blocks, without comments; what programs print (blocks without a language) is left out."""
     text = page.read_text(encoding="utf-8")
-    found = re.findall(r"```(?:bash|python|yaml)\n(.*?)```", text, flags=re.S)
+    found = re.findall(r"```[a-z]+\n(.*?)```", text, flags=re.S)
     lines = (re.sub(r"\s+#.*$", "", line).rstrip() for block in found for line in block.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def named(page: Path) -> set[str]:
+    """Commands, options, settings and files that stand within the text."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    spans = re.findall(r"`([^`]+)`", text)
+    return {" ".join(span.split()) for span in spans if not re.search(HAN, span)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -44,6 +51,14 @@ def test_links_lead_to_files_that_are_there(page):
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATED, ids=lambda p: p.name)
 def test_both_languages_state_the_same_commands(english, chinese):
     assert blocks(chinese) == blocks(english)
+
+
+@pytest.mark.parametrize("name", ["evaluation.md", "serving.md"])
+def test_both_languages_name_the_same_options_settings_and_files(name):
+    """Not only the commands of the blocks: whatever a reader could type or look up."""
+    english, chinese = named(ROOT / "docs" / name), named(ROOT / "docs" / "zh" / name)
+    assert english and sorted(english - chinese) == sorted(chinese - english) == []
+    assert any(name.startswith("--") for name in english)
 
 
 @pytest.mark.parametrize("page", [chinese for _, chinese in TRANSLATED], ids=lambda p: p.name)
