@@ -96,14 +96,15 @@ def known(suite: Suite, rows: Sequence[Row], out: Path) -> list[str]:
     used: dict[str, None] = {}
     past = _past(rows)
     for row in rows:
-        for verdict in by_row.get((row.part, row.item.id), ()) if row.part in prompts and row.result is not None else ():
-            prompt, model = prompts[row.part], str(verdict.get("model", verdict["judge"]))
-            messages = prompt.messages(row.item, row.result, past.get((row.part, row.item.id), ()))
-            if verdict["key"] == key(prompt.digest, model, messages):
-                row.judged[verdict["judge"]] = verdict
-                used[
-                    f"judge: {verdict['judge']}, verdicts of an earlier run; prompt {prompt.name}, version {verdict['version']}"
-                ] = None
+        if row.result is None or row.part not in prompts:
+            continue
+        prompt, place = prompts[row.part], (row.part, row.item.id)
+        messages = prompt.messages(row.item, row.result, past.get(place, ()))
+        for verdict in by_row.get(place, ()):
+            name = verdict["judge"]
+            if verdict["key"] == key(prompt.digest, str(verdict.get("model", name)), messages):
+                row.judged[name] = verdict
+                used[f"judge: {name}, verdicts of an earlier run; prompt {prompt.name}, version {verdict['version']}"] = None
     return list(used)
 
 
