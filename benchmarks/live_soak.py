@@ -16,7 +16,7 @@ import asyncio
 import json
 import random
 import statistics
-import string
+import sys
 import time
 import urllib.request
 from contextlib import nullcontext
@@ -30,73 +30,22 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from osum_echat.audio.io import to_mono_16k
+from osum_echat.serving.conformance.nonsense import frame
 
-KINDS = [
-    "session.update",
-    "input_audio_buffer.append",
-    "input_audio_buffer.commit",
-    "input_audio_buffer.clear",
-    "conversation.item.create",
-    "conversation.item.delete",
-    "conversation.item.retrieve",
-    "conversation.item.truncate",
-    "response.create",
-    "response.cancel",
-    "no.such",
-]
-NAMES = [
-    "type",
-    "session",
-    "audio",
-    "input",
-    "output",
-    "format",
-    "turn_detection",
-    "item",
-    "id",
-    "content",
-    "role",
-    "text",
-    "response",
-    "item_id",
-    "event_id",
-    "audio_end_ms",
-]
+SLICES, SLICE_S = 24, 10.0
+"""A session is stuck when nothing came in so many waits of so many seconds."""
 
 
 @dataclass
 class Count:
     sessions: int = 0
-    answered: int = 0
-    interrupted: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    interrupted: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    garbage: int = 0
     refused: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
-
-
-def nonsense(dice: random.Random, depth: int = 0) -> Any:
-    kind = dice.randrange(8 if depth < 3 else 5)
-    if kind < 2:
-        return dice.choice([None, True, False, -1, 0, 1e300, 3, "", "audio", "message", "realtime", "AAAA", "server_vad"])
-    if kind < 5:
-        return "".join(dice.choices(string.printable + "你好\u0000\ud83d", k=dice.randrange(12)))
-    if kind < 6:
-        return [nonsense(dice, depth + 1) for _ in range(dice.randrange(4))]
-    return {dice.choice(NAMES): nonsense(dice, depth + 1) for _ in range(dice.randrange(5))}
-
-
-def frame(dice: random.Random) -> str | bytes:
-    kind = dice.randrange(10)
-    if kind == 0:
-        return dice.randbytes(dice.randrange(200))
-    if kind == 1:
-        return "".join(dice.choices(string.printable, k=dice.randrange(200)))
-    if kind == 2:
-        return "[" * dice.randrange(2000)
-    event = nonsense(dice)
-    event = event if isinstance(event, dict) else {"item": event}
-    return json.dumps({**event, "type": dice.choice(KINDS)}, ensure_ascii=True)
 
 
 async def fuzz(url: str, count: int, seed: int) -> list[str]:
@@ -121,49 +70,80 @@ async def fuzz(url: str, count: int, seed: int) -> list[str]:
     return faults
 
 
-async def session(url: str, speech: list[str], interrupt: bool, dice: random.Random, count: Count) -> None:
-    count.sessions += 1
-    rude = dice.random() < 0.05
-    try:
-        async with connect(url, max_size=None) as socket:
+class Visitor:
+    """One session: a spoken turn and its answer, which may be interrupted by a message or by speech."""
 
-            async def until(*kinds: str) -> dict[str, Any]:
-                while True:
-                    event = json.loads(await asyncio.wait_for(socket.recv(), 120))
-                    error = (
-                        event.get("error") if event["type"] == "error" else (event.get("response") or {}).get("status_details")
-                    )
-                    if event["type"] == "error" or (error or {}).get("error"):
-                        count.refused.append(str((error.get("error") or error).get("message")))  # type: ignore[union-attr]
-                    if event["type"] in kinds:
-                        return event
+    def __init__(self, url: str, speech: list[str], dice: random.Random, count: Count) -> None:
+        self.url, self.speech, self.dice, self.count = url, speech, dice, count
 
-            await until("session.created")
-            off = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
-            await socket.send(json.dumps({"type": "session.update", "session": off}))
-            for message in speech:
-                await socket.send(message)
-                if dice.random() < 0.02:
-                    await socket.send(frame(dice))
-            await socket.send(json.dumps({"type": "session.update", "session": off}))
-            await socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
-            await socket.send(json.dumps({"type": "response.create"}))
-            first = await until("response.output_audio.delta", "response.done")
-            if rude:
-                count.dropped += 1
-                socket.transport.abort()
-                return
-            if interrupt and first["type"] != "response.done":
-                await socket.send(json.dumps({"type": "response.cancel"}))
-                count.interrupted += 1
-            if first["type"] != "response.done":
-                await until("response.done")
-            count.answered += 1
-    except asyncio.TimeoutError:
-        count.stuck.append("no event within 120 s")
-    except (ConnectionClosed, OSError) as error:
-        if not rude:
-            count.refused.append(str(error))
+    async def visit(self, interrupt: str | None) -> None:
+        """``interrupt``: None, ``cancel`` or ``speech``."""
+        count = self.count
+        count.sessions += 1
+        rude = self.dice.random() < 0.05
+        try:
+            async with connect(self.url, max_size=None, ping_interval=None) as self.socket:
+                await self._turn(interrupt, rude)
+        except asyncio.TimeoutError:
+            count.stuck.append(f"no event within {SLICES * SLICE_S:g} s")
+        except (ConnectionClosed, OSError) as error:
+            if not rude:
+                count.refused.append(str(error))
+
+    async def _turn(self, interrupt: str | None, rude: bool) -> None:
+        await self._until("session.created")
+        await self._settings(interrupt)
+        for message in self.speech:
+            await self.socket.send(message)
+            if self.dice.random() < 0.02:
+                await self.socket.send(frame(self.dice))
+                self.count.garbage += 1
+        await self._settings(interrupt)  # whatever the garbage has changed
+        await self.socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
+        await self.socket.send(json.dumps({"type": "response.create"}))
+        first = await self._until("response.output_audio.delta", "response.done")
+        if rude:
+            self.count.dropped += 1
+            self.socket.transport.abort()
+            return
+        done = first
+        if first["type"] != "response.done":
+            if interrupt == "cancel":
+                await self.socket.send(json.dumps({"type": "response.cancel"}))
+            for message in self.speech if interrupt == "speech" else []:
+                await self.socket.send(message)
+            done = await self._until("response.done")
+        status = done["response"]["status"]
+        self.count.statuses[status] = self.count.statuses.get(status, 0) + 1
+        if interrupt and status == "cancelled":
+            self.count.interrupted[interrupt] = self.count.interrupted.get(interrupt, 0) + 1
+
+    async def _settings(self, interrupt: str | None) -> None:
+        detection = (
+            {"type": "server_vad", "create_response": False, "interrupt_response": True} if interrupt == "speech" else None
+        )
+        session = {"type": "realtime", "output_modalities": ["audio"], "audio": {"input": {"turn_detection": detection}}}
+        await self.socket.send(json.dumps({"type": "session.update", "session": session}))
+
+    async def _until(self, *kinds: str) -> dict[str, Any]:
+        while True:
+            event = json.loads(await self._receive())
+            details = (event.get("response") or {}).get("status_details") or {}
+            error = event.get("error") if event["type"] == "error" else details.get("error")
+            if error:
+                self.count.refused.append(str(error.get("message")))
+            if event["type"] in kinds:
+                return event
+
+    async def _receive(self) -> str:
+        """The next message. The wait is counted in slices, so that a machine on which both sides were stopped for a while is not taken for a
+        server that is stuck."""
+        for _ in range(SLICES):
+            try:
+                return str(await asyncio.wait_for(self.socket.recv(), SLICE_S))
+            except asyncio.TimeoutError:
+                continue
+        raise asyncio.TimeoutError
 
 
 async def soak(url: str, sessions: int, interruptions: int, together: int, seed: int, server: psutil.Process | None) -> Count:
@@ -174,9 +154,13 @@ async def soak(url: str, sessions: int, interruptions: int, together: int, seed:
 
     async def one(number: int) -> None:
         async with room:
-            await session(url, speech, number in cut, random.Random(seed + number), count)
+            interrupt = ("cancel", "speech")[number % 2] if number in cut else None
+            await Visitor(url, speech, random.Random(seed + number), count).visit(interrupt)
             if server is not None:
                 count.memory.append(server.memory_info().rss)
+            if number % 25 == 24:
+                memory = f", {count.memory[-1] >> 20} MiB" if count.memory else ""
+                print(f"{count.sessions} sessions, {len(count.stuck)} stuck{memory}", file=sys.stderr, flush=True)
 
     await asyncio.gather(*(one(number) for number in range(sessions)))
     return count
@@ -218,14 +202,16 @@ def main() -> int:
             ratio = growth(count.memory)
             result = {
                 "sessions": count.sessions,
-                "answered": count.answered,
+                "responses": count.statuses,
                 "interrupted": count.interrupted,
                 "dropped": count.dropped,
+                "garbage_frames": count.garbage,
                 "refusals": len(count.refused),
+                "kinds_of_refusals": sorted({message[:60] for message in count.refused}),
                 "refusals_are_sentences": sentences,
                 "stuck": len(count.stuck),
                 "memory_last_to_first_tenth": round(ratio, 3),
-                "memory_mib": round(max(count.memory, default=0) / 2**20),
+                "memory_mib": [value >> 20 for value in count.memory[:: max(1, len(count.memory) // 20)]],
             }
             good = not count.stuck and sentences and ratio <= 1.10
         if not args.url:

@@ -141,6 +141,37 @@ def spoken(seconds: float = 1.0, silence: float = 0.9) -> list[dict[str, Any]]:
     return append(speech_pcm(0.5, 0) + speech_pcm(seconds) + speech_pcm(silence, 0))
 
 
+PTT: dict[str, Any] = {"type": "session.update", "session": {"type": "realtime", "audio": {"input": {"turn_detection": None}}}}
+"""Push to talk: no turn detection."""
+CREATE = {"type": "response.create"}
+COMMIT = {"type": "input_audio_buffer.commit"}
+
+
+def update(**session: Any) -> dict[str, Any]:
+    return {"type": "session.update", "session": {"type": "realtime", **session}}
+
+
+def said(text: str, role: str = "user", **fields: Any) -> dict[str, Any]:
+    kind = {"user": "input_text", "assistant": "output_text", "system": "input_text"}[role]
+    item = {"type": "message", "role": role, "content": [{"type": kind, "text": text}], **fields}
+    return {"type": "conversation.item.create", "item": item}
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def slow_answer(_: Any) -> list[Any]:
+    """Ten words, and ten seconds of sound in two seconds."""
+    pieces: list[Any] = [Text("one two three four five six seven eight nine ten")]
+    for _ in range(100):
+        pieces += [tone(0.1), 0.02]
+    return pieces
+
+
 class Client:
     """A session and everything that it has sent; every message is checked against the openai package as it comes."""
 

@@ -61,13 +61,13 @@ class WrongServer(Server):
         wrong.session, wrong.emit = made, emit
         handle = made.handle
 
-        async def into(text: str) -> None:
+        async def into(text: str, arrived: float | None = None) -> None:
             try:
                 event = json.loads(text)
             except ValueError:
-                return await handle(text)
+                return await handle(text, arrived)
             for given in wrong.into(wrong, event):
-                await handle(json.dumps(given))
+                await handle(json.dumps(given), arrived)
 
         made.handle = into  # type: ignore[method-assign]
         return made

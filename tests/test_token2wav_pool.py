@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -119,3 +122,22 @@ def test_the_thread_serves_and_closes(model: Token2Wav, speaker: Speaker) -> Non
     pool.open(speaker, 0, take).push(codes(5, 0))
     pool.close()
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("cancel", [False, True], ids=["said to its end", "cancelled"])
+def test_a_reply_that_has_ended_holds_no_state_of_the_networks(model: Token2Wav, speaker: Speaker, cancel: bool) -> None:
+    """Megabytes for each reply: they may not wait for Python's search for circles of references."""
+    pool = StreamPool(model)
+    voice, heard = listen(pool, speaker, 3)
+    states = [weakref.ref(voice._flow), weakref.ref(voice._vocoder)]
+    gc.disable()
+    try:
+        voice.push(codes(40, 3))
+        if cancel:
+            voice.cancel()
+        else:
+            voice.finish()
+        work(pool)
+        assert heard[-1] is None and [state() for state in states] == [None, None]
+    finally:
+        gc.enable()

@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def listen(server: Server, args: argparse.Namespace) -> int:
     """Serve until told to stop."""
+    import gc
+
     import uvicorn
 
     from osum_echat.serving.app import build_app
@@ -138,6 +140,8 @@ def listen(server: Server, args: argparse.Namespace) -> int:
         ws_ping_timeout=20.0,
         timeout_graceful_shutdown=int(args.drain_seconds) + 5,
     )
+    gc.collect()
+    gc.freeze()  # what was loaded stays: Python then looks at what came since, and often enough to give back what sessions held
     running = _Draining(config, server)
     running.run()
     return 0 if running.started else 1

@@ -22,7 +22,7 @@ class Metrics:
         self.errors = Counter("osum_echat_client_errors", "Error events by code", ["code"], registry=registry)
         self.first_audio = Histogram(
             "osum_echat_time_to_first_audio_seconds",
-            "From the commit of a turn to the first sound of its answer",
+            "From the commit of a turn (or a later response.create) to the first sound of its answer",
             ["thought"],
             buckets=_SECONDS,
             registry=registry,

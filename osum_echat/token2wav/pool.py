@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 OnSamples = Callable[["Samples | None"], None]
 
 
+def _nobody(_: Samples | None) -> None:
+    pass
+
+
 class PooledVoice:
     """One reply. ``failed``: why it was given up, where it was."""
 
@@ -85,7 +89,11 @@ class PooledVoice:
         return was_last
 
     def end(self) -> None:
-        self.on_samples(None)
+        """Say so, and let go of the networks' states: megabytes, which references in a circle would keep."""
+        on_samples, self.on_samples = self.on_samples, _nobody
+        on_samples(None)
+        del self._flow, self._vocoder
+        self._codes.clear()
 
 
 class StreamPool:

@@ -26,7 +26,8 @@ MAKE_WAV = """
 import sys, numpy as np, soundfile
 speech, rate = soundfile.read(sys.argv[1])
 gap = lambda seconds: np.zeros(int(seconds * rate))
-soundfile.write(sys.argv[2], np.concatenate([gap(1.0), speech, gap(float(sys.argv[3]))]), rate, subtype="PCM_16")
+said = [piece for seconds in sys.argv[3:] for piece in (speech, gap(float(seconds)))]
+soundfile.write(sys.argv[2], np.concatenate([gap(1.0), *said]), rate, subtype="PCM_16")
 """
 
 
@@ -65,12 +66,16 @@ def live_url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the microphone plays, over and over: with time for the answer, and with too little."""
+    """What the microphone plays, over and over: with time for the answer, and with too little.
+
+    An answer of 3 s is interrupted by speech that begins while it sounds and 0.5 s before its end. When it sounds depends on the machine, so
+    the pauses of ``hasty`` differ: from an answer at once to one that takes 7 s, one of them ends inside it.
+    """
     folder = tmp_path_factory.mktemp("microphone")
-    made = {"polite": folder / "polite.wav", "hasty": folder / "hasty.wav"}
-    for (_, path), seconds in zip(made.items(), ("9", "3"), strict=True):
-        subprocess.run([python(), "-c", MAKE_WAV, str(SPEECH), str(path), seconds], check=True)
-    return made
+    pauses = {"polite": ("9",), "hasty": ("2", "3.5", "5", "7")}
+    for name, seconds in pauses.items():
+        subprocess.run([python(), "-c", MAKE_WAV, str(SPEECH), str(folder / f"{name}.wav"), *seconds], check=True)
+    return {name: folder / f"{name}.wav" for name in pauses}
 
 
 @contextmanager

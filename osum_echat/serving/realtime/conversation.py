@@ -27,6 +27,7 @@ class Item:
         spoken: it is sound: input_audio of the user, output_audio of the assistant.
         heard: what the model heard. codes, word_ends, seconds: of the answer's sound.
         said: the part of ``text`` that was heard before the answer was cut; None: all of it.
+        committed: when the turn was committed, by the session's clock; None for items that a client wrote.
         findings: tags and thought, additive.
     """
 
@@ -41,6 +42,7 @@ class Item:
     seconds: float = 0.0
     said: str | None = None
     kept_codes: int | None = None
+    committed: float | None = None
     findings: dict[str, Any] = field(default_factory=dict)
     raw: dict[str, Any] | None = None
 

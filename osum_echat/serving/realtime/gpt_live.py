@@ -66,7 +66,7 @@ class LiveSession:
         if self._inner is not None:
             await self._inner.close()
 
-    async def handle(self, text: str) -> None:
+    async def handle(self, text: str, arrived: float | None = None) -> None:
         event_id: str | None = None
         try:
             event = self._parse(text)

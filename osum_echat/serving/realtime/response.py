@@ -34,6 +34,7 @@ class Response:
     Attributes:
         asked: the user's items that it answers. in_conversation: False for a response beside the dialogue (``conversation: "none"``).
         spoken: in sound. kind: of the sound on the wire.
+        started: when the turn was committed, or when the client asked for the answer, whichever was later; latencies are counted from there.
         thought: complete thought, set when the model has closed it; ``thought_ready`` tells who waits for it.
     """
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from osum_echat.serving.backend import Backend, Heard, Refused, Turn
 from osum_echat.serving.metrics import Metrics
-from osum_echat.serving.realtime import events
+from osum_echat.serving.realtime import events, tasks
 from osum_echat.serving.realtime.asking import Asking
 from osum_echat.serving.realtime.audio import HEARD_RATE, Input, Samples, decode_base64
 from osum_echat.serving.realtime.conversation import Conversation, Item, from_client, new_id
@@ -85,6 +85,7 @@ class RealtimeSession:
         self._last: Response | None = None  # the one whose sound may still be playing
         self._answer_next = False
         self._answering = asyncio.Lock()
+        self._arrived = 0.0  # when the message that is looked at came
         self._asking = Asking(backend, self.conversation, self._max_turn_s)
         self._transcripts: dict[str, asyncio.Task[None]] = {}
         self._warned: set[str] = set()
@@ -112,9 +113,14 @@ class RealtimeSession:
         """The first message."""
         self.emit("session.created", session=self.session)
 
-    async def handle(self, text: str) -> None:
-        """One message of the client. What is wrong with it is answered by an ``error`` event."""
+    async def handle(self, text: str, arrived: float | None = None) -> None:
+        """One message of the client. What is wrong with it is answered by an ``error`` event.
+
+        Args:
+            arrived: when it came, by the session's clock, where it has waited for the messages before it; None: now.
+        """
         event_id = None
+        self._arrived = self._clock() if arrived is None else arrived
         try:
             event = events.parse(text)
             event_id = event.get("event_id")
@@ -134,9 +140,17 @@ class RealtimeSession:
             await self._stop(response)
             self._active = None
             self.metrics.responses.labels("dropped").inc()
-        for task in list(self._transcripts.values()):
-            task.cancel()
+        await tasks.end(*self._transcripts.values())
         self.memory.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of recordings and answers: what refers to itself would stay until Python looks for such things, which it seldom does."""
+        self._last = None
+        self._handlers.clear()
+        self.conversation.items.clear()
+        self._asking.samples.clear()
+        self.turns.clear()
 
     @property
     def busy(self) -> bool:
@@ -315,6 +329,7 @@ class RealtimeSession:
         item = Item(item_id, role="user", spoken=True)
         before = self.conversation.items[-1].id if self.conversation.items else None
         self.emit("input_audio_buffer.committed", item_id=item_id, previous_item_id=before)
+        item.committed = self._clock()
         try:
             item.heard = await self.backend.hear(samples)
         except (ValueError, Refused) as error:
@@ -459,10 +474,7 @@ class RealtimeSession:
         """Neither model nor task do anything for it any more."""
         if response.job is not None:
             response.job.cancel()
-        task = response.task
-        if task is not None and not task.done():
-            task.cancel()
-            await asyncio.wait([task])
+        await tasks.end(response.task)
 
     async def _answer(self, params: Mapping[str, Any] | None = None) -> None:
         """Begin a response. Without ``params`` it is one that a turn asked for, and waits for the one in progress."""
@@ -470,14 +482,19 @@ class RealtimeSession:
             if self._active is not None:
                 self._answer_next = True
             else:
-                await self._start(params or {})
+                await self._start(params or {}, params is not None)
 
-    async def _start(self, params: Mapping[str, Any]) -> None:
+    def _waited_since(self, response: Response, asked_by_client: bool) -> float:
+        """When somebody began to wait for this answer: the commit of the turn, or a later wish of the client."""
+        commits = [item.committed for item in response.asked if item.committed is not None]
+        return max([*commits, self._arrived]) if asked_by_client or not commits else max(commits)
+
+    async def _start(self, params: Mapping[str, Any], asked_by_client: bool) -> None:
         response, turn = await self._prepare(params)
         thinks = turn is not None and turn.think is not None
         for item in response.asked:
             self._transcribe(item, response if thinks else None)
-        response.started = self._clock()
+        response.started = self._waited_since(response, asked_by_client)
         self._active = response
         if turn is None:
             self._created(response)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
 from fastapi import WebSocket, WebSocketDisconnect
 
+from osum_echat.serving.realtime import tasks
 from osum_echat.serving.realtime.events import build_error
 from osum_echat.serving.realtime.settings import SessionLimits
 
 log = logging.getLogger(__name__)
+_INBOX = 8
+"""Messages of a client that may wait for the one that is acted upon; behind them the client has to wait."""
 GOING_AWAY, TOO_BIG, POLICY, TRY_LATER = 1001, 1009, 1008, 1013
 
 
@@ -21,7 +25,7 @@ class Machine(Protocol):
 
     def begin(self) -> None: ...
 
-    async def handle(self, text: str) -> None: ...
+    async def handle(self, text: str, arrived: float | None = None) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -35,6 +39,7 @@ class Connection:
     def __init__(self, socket: WebSocket, make: Callable[[Connection], Machine], limits: SessionLimits) -> None:
         self.socket, self.limits = socket, limits
         self._outbox: asyncio.Queue[str | None] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[str, float]] = asyncio.Queue(_INBOX)
         self._why: tuple[int, str] | None = None
         self._ended = asyncio.Event()
         self._draining = False
@@ -62,19 +67,17 @@ class Connection:
         """Until the client or the server has had enough."""
         writer = asyncio.create_task(self._write())
         reader = asyncio.create_task(self._read())
+        actor = asyncio.create_task(self._act())
         ended = asyncio.create_task(self._ended.wait())
         clock = asyncio.create_task(self._watch())
         try:
             self.machine.begin()
-            await asyncio.wait([writer, reader, ended], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([writer, reader, actor, ended], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            reader.cancel()
-            clock.cancel()
-            ended.cancel()
-            await asyncio.wait([reader])
+            await tasks.end(reader, actor, clock, ended)
             await self.machine.close()
             await self._say_goodbye(writer)
-            for task in (reader, writer):
+            for task in (reader, actor, writer):
                 if not task.cancelled() and (error := task.exception()) is not None:
                     log.error("a connection failed", exc_info=error)
 
@@ -89,9 +92,7 @@ class Connection:
                 await asyncio.wait_for(self.socket.close(code, why[:120]), 2.0)
             except (RuntimeError, WebSocketDisconnect, asyncio.TimeoutError, OSError) as error:
                 log.debug("a client was gone before the goodbye: %s", error)
-        if not writer.done():
-            writer.cancel()
-            await asyncio.wait([writer])
+        await tasks.end(writer)
 
     async def _write(self) -> None:
         while (text := await self._outbox.get()) is not None:
@@ -116,9 +117,17 @@ class Connection:
             if text is None:
                 text = (message.get("bytes") or b"").decode("utf-8", errors="replace")
             if len(text) > self.limits.message_bytes:
+                await self._inbox.join()
                 self.end(TOO_BIG, f"a message may have {self.limits.message_bytes} bytes")
                 return
-            await self.machine.handle(text)
+            await self._inbox.put((text, time.monotonic()))
+
+    async def _act(self) -> None:
+        """Messages one after the other; each knows when it came, whatever the one before it took."""
+        while True:
+            text, arrived = await self._inbox.get()
+            await self.machine.handle(text, arrived)
+            self._inbox.task_done()
 
     async def _watch(self) -> None:
         """The end of the session's time, and of a server that waits for the answer in progress."""
