@@ -13,13 +13,16 @@ import torch
 from torch import nn
 
 from osum_echat import config
+from osum_echat.evaluation import validation
 from osum_echat.run import bad_steps, schedule
 from osum_echat.run.files import write_atomically
 from osum_echat.run.progress import Progress
+from osum_echat.run.validators import find_validators
 from osum_echat.training.token2wav import flow, speaker, tokenizer, vocoder
 from osum_echat.training.token2wav.average import Average
 from osum_echat.training.token2wav.loop import Trainer
 from osum_echat.training.token2wav.recipe import OptimConfig, adamw, update
+from tests.evaluation_case import Listener
 from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TINY_TOKENIZER, TINY_VOCODER, write_records
 
 
@@ -204,6 +207,28 @@ def test_too_many_steps_that_are_not_finite_end_the_run(tmp_path: Path, monkeypa
     assert trainer.step == 3 and not trainer.checkpoint.exists()
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert kinds == ["skipped"] * 3
+
+
+def test_a_vocoder_is_listened_to_while_it_is_trained_by_the_scorers_of_the_suites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener = Listener("nothing of it")
+    monkeypatch.setitem(validation._recognisers, "whisper-base", listener)
+    write_records(tmp_path)
+    trainer = _trainer("vocoder", tmp_path, "run", 1)
+    trainer.validators = find_validators(["osum_echat.evaluation.validation:resynthesis"])
+    trainer.fit()
+    (line,) = [row for row in _metrics(tmp_path / "run") if row["kind"] == "validation"]
+    assert line["mel"] > 0 and line["resynthesis.wer"] > 0 and 0 <= line["resynthesis.silence"] <= 100
+    assert len(listener.levels) == 2 and min(listener.levels) > 0.4  # both held-out recordings have sound
+    with pytest.raises(SystemExit) as end:
+        vocoder.main(["--validators", "osum_echat.evaluation.validation:nothing"])
+    assert end.value.code == 2
+    assert validation.resynthesis(_trainer("tokenizer", tmp_path, "silent", 1)) == {}
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", [tokenizer, speaker, flow, vocoder])

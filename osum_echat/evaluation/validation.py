@@ -5,6 +5,10 @@
 `hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
 texts, token2wav makes sound, a recogniser writes it down; it needs ``measure.token2wav`` (a token2wav folder) and the recogniser's data. Both
 take the first ``measure.items`` records of the tasks they need from lists of any form, and decode greedily but for speech.
+
+    python -m osum_echat.training.token2wav.vocoder --config V.yaml --validators osum_echat.evaluation.validation:resynthesis
+
+`resynthesis`, for the training of a part of token2wav that makes sound: what a recogniser hears in its held-out recordings, and how they sound.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osum_echat.audio import io as audio_io
 from osum_echat.data.lists import Stream
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.evaluation import generate, results, score, summary
@@ -24,9 +29,11 @@ from osum_echat.evaluation.scorers import Tools
 from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.generation.config import GenerationConfig, Guards, Mode, Sampling
 from osum_echat.pipeline import EChat
+from osum_echat.token2wav.config import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from osum_echat.training.loop import Trainer
+    from osum_echat.training.token2wav.loop import Trainer as PartTrainer
 
 THINK_TASKS = ("<S2TCHAT> <THINKER>", "<S2TCHAT> <TEXT2TOKEN> <THINK>")
 _SPEECH = Sampling(temperature=0.3, top_k=5)
@@ -42,6 +49,10 @@ HEARING = Suite(
 )
 OWN_SPEECH = Suite(
     "own speech", normalizer="own", parts={"say": Part(ask={"kind": "speak"}, scorers=["own_speech:item", "speech_faults"])}
+)
+
+RESYNTHESIS = Suite(
+    "resynthesis", normalizer="own", parts={"again": Part(scorers=["own_speech:item", "dnsmos", "speech_faults"])}
 )
 
 
@@ -71,6 +82,22 @@ def own_speech(trainer: Trainer) -> dict[str, float]:
         return {}
     found = measure(_echat(trainer, folder), OWN_SPEECH, items)
     numbers = {name: summary.find(found, f"say.{name}") for name in ("wer", "cut_off")}
+    return {name: number.value for name, number in numbers.items() if number is not None}
+
+
+def resynthesis(trainer: PartTrainer) -> dict[str, float]:
+    """WER and DNSMOS of held-out recordings as the trained part makes them again (as far as recogniser and DNSMOS can be had); empty for a part that
+    makes no sound."""
+    items, answers = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (utterance, samples) in enumerate(trainer.recipe.sounds()):
+            path = Path(folder) / f"{number}.wav"
+            audio_io.write(path, samples, SAMPLE_RATE)
+            items.append(Item(f"{number}", utterance.text))
+            answers.append(results.Result(f"{number}", "again", text=utterance.text, wav=str(path)))
+        rows, _ = score.join(RESYNTHESIS, {"again": items}, answers, Path(folder))
+        found = summary.summarise(score.score(RESYNTHESIS, rows, Path(folder), lambda items: _tools(RESYNTHESIS, items)))
+    numbers = {name: summary.find(found, f"again.{name}") for name in ("wer", "dnsmos", "silence")}
     return {name: number.value for name, number in numbers.items() if number is not None}
 
 

@@ -6,4 +6,5 @@ progress.py   metrics.jsonl, TensorBoard, progress bar; curves.py draws them
 files.py      files that appear complete or not at all
 signals.py    SIGTERM and Ctrl-C as a wish to stop
 bad_steps.py  steps that are left out because something is not finite
+validators.py measurements of real tasks, named on the command line
 """

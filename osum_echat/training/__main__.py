@@ -10,7 +10,6 @@ with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import sys
@@ -19,11 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from osum_echat import config as config_io
-from osum_echat.run import bad_steps
+from osum_echat.run import bad_steps, validators
 from osum_echat.training import build, distributed
 from osum_echat.training.config import ConfigError, TrainConfig
 from osum_echat.training.folder import latest
-from osum_echat.training.loop import Validator
 
 
 def parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -39,7 +37,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="MODULE:FUNCTION",
-        help="measure real tasks at each validation; the function gets the Trainer and returns numbers (repeatable)",
+        help=validators.HELP,
     )
     out.add_argument("--fresh", action="store_true", help="stop if the output folder has checkpoints already")
     out.add_argument("--no-bar", action="store_true", help="no progress bar (for log files)")
@@ -57,15 +55,6 @@ def load_config(path: Path, stage: str | None, overrides: Sequence[str]) -> Trai
     return config_io.load(TrainConfig, path, [*overrides, *extra])
 
 
-def find_validator(name: str) -> Validator:
-    """``package.module:function``. Packages of higher layers hand their measurements in by name, so training need not import them."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"--validators {name}: {error}; expected package.module:function") from error
-
-
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     args = parser(prog).parse_intermixed_args(argv)
     rank = int(os.environ.get("RANK", "0"))
@@ -81,8 +70,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         if args.print_config:
             print(config_io.to_yaml(config), end="")
             return 0
-        validators = {name.partition(":")[2]: find_validator(name) for name in args.validators}
-        trainer = build.trainer(config, validators, bar=not args.no_bar)
+        trainer = build.trainer(config, validators.find_validators(args.validators), bar=not args.no_bar)
         if args.fresh and latest(trainer.checkpoints.folder) is not None:
             raise ConfigError(f"--fresh, but {config.out} has checkpoints; choose another out=, or remove it")
         trainer.resume()

@@ -26,6 +26,7 @@ from osum_echat.run.curves import draw_curves
 from osum_echat.run.files import write_atomically
 from osum_echat.run.progress import METRICS, Progress
 from osum_echat.run.signals import StopRequest
+from osum_echat.run.validators import HELP, Validator, find_validators
 from osum_echat.training.token2wav.average import Average
 from osum_echat.training.token2wav.recipe import PartTraining, Recipe
 
@@ -33,10 +34,10 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs a recipe. `fit` resumes from ``out/checkpoint.pt`` when it is there."""
+    """Runs a recipe. `fit` resumes from ``out/checkpoint.pt`` when it is there. ``validators``: measure the averaged weights at each validation too."""
 
-    def __init__(self, recipe: Recipe[Any, Any], bar: bool = True) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe[Any, Any], bar: bool = True, validators: Mapping[str, Validator] | None = None) -> None:
+        self.recipe, self.validators = recipe, dict(validators or {})
         self.cfg: PartTraining = recipe.cfg
         self.bar = bar
         self.step = 0
@@ -160,6 +161,8 @@ class Trainer:
         self.recipe.modules.eval()
         with self._averaged(), torch.no_grad():
             measures = self.recipe.validate()
+            for name, validator in self.validators.items():
+                measures |= {f"{name}.{key}": value for key, value in validator(self).items()}
         for module, training in modes.items():
             module.training = training
         if measures:
@@ -195,15 +198,17 @@ def command(
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; see recipes/mini/conf/token2wav/")
+    parser.add_argument("--validators", action="append", default=[], metavar="MODULE:FUNCTION", help=HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example max_minutes=10 threads=1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        validators = find_validators(args.validators)
         recipe = recipe_class(config.load(config_class, args.config, args.overrides))
     except ValueError as error:
         parser.error(str(error))
     try:
-        Trainer(recipe).fit()
+        Trainer(recipe, validators=validators).fit()
     except bad_steps.TooManyBadSteps as error:
         log.error("%s", error)
         return bad_steps.EXIT_CODE

@@ -123,6 +123,11 @@ class Recipe(abc.ABC, Generic[C, T]):
     def export(self) -> list[Path]:
         """Write the finished files and return their paths."""
 
+    def sounds(self) -> Iterator[tuple[Utterance, np.ndarray]]:
+        """Held-out recordings as the trained part makes them again, samples [n] float32 at 22.05 kHz, for validators that listen
+        (`evaluation.validation`); nothing for a part that makes no sound."""
+        return iter(())
+
     def rng(self, step: int, *extra: int) -> np.random.Generator:
         """The random numbers of one step: the same whether or not the run was interrupted before it."""
         return np.random.default_rng([self.cfg.seed, step, *extra])

@@ -239,10 +239,14 @@ class Features(Generic[T]):
             raise RuntimeError(f"no utterance of this batch could be read ({keys}): {self.skips}")
         return found
 
-    def __iter__(self) -> Iterator[T]:
-        for index in range(len(self)):
+    def pairs(self) -> Iterator[tuple[Utterance, T]]:
+        """Utterances with their features; those whose audio fails are left out."""
+        for index, utterance in enumerate(self.utterances):
             if (found := self.get(index)) is not None:
-                yield found
+                yield utterance, found
+
+    def __iter__(self) -> Iterator[T]:
+        return (found for _, found in self.pairs())
 
 
 def pad(sequences: Sequence[Any], multiple: int = 1, value: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

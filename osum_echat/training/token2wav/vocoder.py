@@ -10,10 +10,11 @@ recording's own pitch while its pitch predictor learns that pitch beside it.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from osum_echat.training.token2wav.directory import describe
 from osum_echat.training.token2wav.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
 from osum_echat.training.token2wav.loop import command
 from osum_echat.training.token2wav.pitch import fundamental
-from osum_echat.training.token2wav.recipe import Means, PartTraining, Recipe, adamw
+from osum_echat.training.token2wav.recipe import VALIDATED, Means, PartTraining, Recipe, adamw
 from osum_echat.training.token2wav.records import Utterance
 from osum_echat.training.token2wav.spectral import MelLoss, SpectralLoss
 
@@ -174,15 +175,19 @@ class VocoderRecipe(Recipe[VocoderTraining, Clip]):
         loss = self.cfg.spectral_weight * spectral + self.cfg.mel_weight * mel + self.cfg.pitch_weight * pitch
         return loss, {"spectral": float(spectral.detach()), "mel": float(mel.detach()), "pitch": float(pitch.detach())}
 
+    def _again(self, clip: Clip, number: int) -> tuple[VocoderBatch, Tensor, Tensor]:
+        """A whole recording with the pitch that the network predicts itself: batch, pitch of the recording [1, T], samples made [1, S]."""
+        batch = self._batch([clip], self.rng(0, number))
+        truth_BT, batch.f0_BT = batch.f0_BT, self.vocoder.f0(batch.mel_BMT)
+        return batch, truth_BT, self._speak(batch)
+
     def validate(self) -> dict[str, float]:
         """The regression losses over whole recordings with the pitch that the network predicts itself, and how often it errs on voicing."""
         means = Means()
         threshold = self.cfg.model.nsf_voiced_threshold
         for count, clip in self.held_out():
-            batch = self._batch([clip], self.rng(0, count))
-            predicted_BT = self.vocoder.f0(batch.mel_BMT)
-            truth_BT, batch.f0_BT = batch.f0_BT, predicted_BT
-            made_BS = self._speak(batch)
+            batch, truth_BT, made_BS = self._again(clip, count)
+            predicted_BT = batch.f0_BT
             voiced = (truth_BT > threshold) & (predicted_BT > threshold)
             found = {
                 "mel": float(self.mel_loss(made_BS, batch.samples_BS)),
@@ -192,6 +197,11 @@ class VocoderRecipe(Recipe[VocoderTraining, Clip]):
             }
             means.add(found)
         return means.values()
+
+    def sounds(self) -> Iterator[tuple[Utterance, np.ndarray]]:
+        for number, (utterance, clip) in enumerate(itertools.islice(self.valid.pairs(), VALIDATED), 1):
+            _, _, made_BS = self._again(clip, number)
+            yield utterance, made_BS[0].float().cpu().numpy()
 
     def export(self) -> list[Path]:
         """``hift.pt`` (a flat state dict with plain weights) and its part of ``cosyvoice.yaml``."""
