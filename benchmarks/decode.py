@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from osum_echat.cpu_linear import QuantizedLinear, pack_linears
+from osum_echat.cpu_linear import QuantizedLinear, lighten, pack_linears
 from osum_echat.device import cpu
 from osum_echat.dialogue.layout import Segment, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
@@ -138,6 +138,7 @@ def rounded(model: EChatModel, kind: quantized.Kind) -> EChatModel:
         torch.device("cpu"),
         torch.float32,
     )
+    lighten(other.lm.llm.get_decoder())
     return other.eval()
 
 
@@ -150,7 +151,7 @@ def bytes_read(model: EChatModel) -> int:
 
 
 def _products(model: EChatModel) -> list[QuantizedLinear]:
-    joints = [m._joint._product for m in model.lm.modules() if hasattr(m, "_joint")]
+    joints = [m.joint.product for m in model.lm.modules() if hasattr(m, "joint")]
     return [m for m in [*model.lm.modules(), *joints] if isinstance(m, QuantizedLinear)]
 
 
@@ -213,6 +214,7 @@ def tasks_of(
         "bytes": sum(p.numel() * p.element_size() for p in plain.lm.llm.parameters()),
         "packed": pack_linears(model.lm),
     }
+    lighten(model.lm.llm.get_decoder())
     config = GenerationConfig(guards=Guards.off())
     generator = Generator(model, NoText(), config)
     tasks: dict[str, Callable[[], Any]] = {

@@ -18,12 +18,20 @@ from osum_echat.run import bad_steps, schedule
 from osum_echat.run.files import write_atomically
 from osum_echat.run.progress import Progress
 from osum_echat.run.validators import find_validators
-from osum_echat.training.token2wav import flow, speaker, tokenizer, vocoder
+from osum_echat.training.token2wav import distill, flow, speaker, tokenizer, vocoder
 from osum_echat.training.token2wav.average import Average
 from osum_echat.training.token2wav.loop import Trainer
 from osum_echat.training.token2wav.recipe import OptimConfig, adamw, update
 from tests.evaluation_case import Listener
-from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TINY_TOKENIZER, TINY_VOCODER, write_records
+from tests.token2wav_training_case import (
+    TINY_CRITICS,
+    TINY_FLOW,
+    TINY_RUN,
+    TINY_TOKENIZER,
+    TINY_VOCODER,
+    write_flow,
+    write_records,
+)
 
 
 def test_learning_rate_warms_up_holds_and_decays() -> None:
@@ -110,15 +118,26 @@ def _trainer(kind: str, folder: Path, out: str, steps: int, campplus: Path | Non
     if kind == "flow":
         own = {"model": TINY_FLOW, "campplus": str(campplus)}
         return Trainer(flow.FlowRecipe(config.from_dict(flow.FlowTraining, {**plain, **own})), bar=False)
+    if kind == "distill":
+        own = {
+            "campplus": str(campplus),
+            "teacher": str(folder / "teacher"),
+            "target": str(folder / out / "model" / "flow.pt"),
+            "teacher_steps": 4,
+            "phases": [{"steps": 4}, {"steps": 2, "begin": 1}, {"steps": 1, "begin": 2}],
+        }
+        return Trainer(distill.DistillRecipe(config.from_dict(distill.Distillation, {**plain, **own})), bar=False)
     own = {"model": {**TINY_VOCODER}, "critics": TINY_CRITICS, "segment_frames": 12, "adversarial_from": 2}
     return Trainer(vocoder.VocoderRecipe(config.from_dict(vocoder.VocoderTraining, {**plain, **own})), bar=False)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "speaker", "vocoder", "flow"])
+@pytest.mark.parametrize("kind", ["tokenizer", "speaker", "vocoder", "flow", "distill"])
 def test_interrupted_and_resumed_is_uninterrupted(kind: str, tmp_path: Path) -> None:
     write_records(tmp_path, tokens=True)
     campplus = None
-    if kind == "flow":
+    if kind == "distill":
+        write_flow(tmp_path / "teacher")
+    if kind in ("flow", "distill"):
         campplus = tmp_path / "speaker" / "weights"
         _trainer("speaker", tmp_path, "speaker", 1).fit()
     whole = _trainer(kind, tmp_path, "whole", 4, campplus)

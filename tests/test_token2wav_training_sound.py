@@ -22,6 +22,7 @@ from osum_echat.training.token2wav.directory import describe
 from osum_echat.training.token2wav.discriminators import CriticConfig, Critics, adversarial_loss, critic_loss, feature_loss
 from osum_echat.training.token2wav.pitch import fundamental
 from osum_echat.training.token2wav.spectral import MelLoss, SpectralLoss
+from osum_echat.training.token2wav.spoken import Row, Spoken, regulated
 from tests.token2wav_training_case import TINY_CRITICS, TINY_FLOW, TINY_RUN, TINY_TOKENIZER, TINY_VOCODER, vowels, write_records
 
 
@@ -81,9 +82,9 @@ def test_training_regulates_tokens_as_synthesis_does(tmp_path: Path, campplus: P
     recipe.flow.eval()
     prompt, reply = recipe.train.get(0), recipe.train.get(2)
     assert prompt is not None and reply is not None
-    batch = recipe._batch([flow.Row([prompt, reply], len(prompt.mel_TM)), flow.Row([reply], 0)])
+    batch = recipe.batch([Row([prompt, reply], len(prompt.mel_TM)), Row([reply], 0)])
     with torch.no_grad():
-        mu_BTM = recipe._regulated(batch)
+        mu_BTM = regulated(recipe.flow, batch)
         condition = recipe.flow.condition(
             torch.from_numpy(reply.tokens_N),
             torch.from_numpy(prompt.tokens_N),
@@ -111,9 +112,9 @@ def test_dropped_conditions_do_not_reach_the_estimator(tmp_path: Path, campplus:
     recipe.flow.eval()
     spoken = recipe.train.get(0)
     assert spoken is not None
-    other = flow.Spoken((spoken.tokens_N + 7) % 256, spoken.mel_TM, -spoken.embedding_S)
+    other = Spoken((spoken.tokens_N + 7) % 256, spoken.mel_TM, -spoken.embedding_S)
     losses = {
-        (name, drop): recipe._loss(recipe._batch([flow.Row([row], 10)]), recipe.rng(1), drop)[1]["flow"]
+        (name, drop): recipe._loss(recipe.batch([Row([row], 10)]), recipe.rng(1), drop)[1]["flow"]
         for name, row in (("one", spoken), ("other", other))
         for drop in (0.0, 1.0)
     }
@@ -124,11 +125,11 @@ def test_dropped_conditions_do_not_reach_the_estimator(tmp_path: Path, campplus:
 def test_regulated_tokens_of_a_row_do_not_depend_on_batch_mates(tmp_path: Path, campplus: Path) -> None:
     recipe = _flow(tmp_path, campplus)
     recipe.flow.eval()
-    batch = recipe._batch([flow.Row([item], 0) for item in recipe.train.batch([0, 1, 2])])
+    batch = recipe.batch([Row([item], 0) for item in recipe.train.batch([0, 1, 2])])
     with torch.no_grad():
-        mu_BTM = recipe._regulated(batch)
+        mu_BTM = regulated(recipe.flow, batch)
         for b, row in enumerate(batch.rows):
-            alone = recipe._regulated(recipe._batch([row]))
+            alone = regulated(recipe.flow, recipe.batch([row]))
             frames = len(row.mel_TM)
             torch.testing.assert_close(mu_BTM[b, :frames], alone[0, :frames], atol=1e-5, rtol=1e-4)
             assert float(mu_BTM[b, frames:].abs().sum()) == 0.0

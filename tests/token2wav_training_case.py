@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from osum_echat import config
 from osum_echat.audio import io
+from osum_echat.token2wav import released_yaml
+from osum_echat.token2wav.config import FlowConfig, Token2WavConfig
+from osum_echat.token2wav.flow import FlowModel
 
 PHONES = {"a": (700.0, 1200.0), "i": (300.0, 2200.0), "u": (320.0, 800.0)}
 TINY_RUN = {
@@ -80,3 +85,13 @@ def write_records(folder: Path, count: int = 8, tokens: bool = False) -> Path:
     path = folder / "list.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def write_flow(folder: Path, **more: Any) -> Token2WavConfig:
+    """A directory with a flow of random weights and tiny size, with guidance, and no other part."""
+    folder.mkdir(parents=True)
+    found = Token2WavConfig(flow=config.from_dict(FlowConfig, {**TINY_FLOW, **more}))
+    released_yaml.write(folder / "cosyvoice.yaml", found)
+    torch.manual_seed(1)
+    torch.save(FlowModel(found.flow).state_dict(), folder / "flow.pt")
+    return found

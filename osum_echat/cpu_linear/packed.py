@@ -57,7 +57,7 @@ class JointLinear:
     """
 
     def __init__(self, product: nn.Module, sizes: Sequence[int], in_features: int) -> None:
-        self._product, self._sizes = product, list(sizes)
+        self.product, self._sizes = product, list(sizes)
         self._input: Tensor | None = None
         self._outputs: dict[int, Tensor] = {}
         self.parts = [JointPart(self, index, size, in_features) for index, size in enumerate(sizes)]
@@ -72,7 +72,7 @@ class JointLinear:
     def output(self, index: int, x: Tensor) -> Tensor:
         """Output of one layer; it is handed out once, so nothing stays alive."""
         if x is not self._input or index not in self._outputs:
-            self._input, self._outputs = x, dict(enumerate(self._product(x).split(self._sizes, dim=-1)))
+            self._input, self._outputs = x, dict(enumerate(self.product(x).split(self._sizes, dim=-1)))
         found = self._outputs.pop(index)
         if not self._outputs:
             self._input = None
@@ -92,10 +92,10 @@ class JointPart(nn.Module):
     def __init__(self, joint: JointLinear, index: int, out_features: int, in_features: int) -> None:
         super().__init__()
         self.out_features, self.in_features = out_features, in_features
-        self._joint, self._index = joint, index
+        self.joint, self._index = joint, index
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._joint.output(self._index, x)
+        return self.joint.output(self._index, x)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, part {self._index} of a joint product"

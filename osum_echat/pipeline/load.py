@@ -10,7 +10,7 @@ import torch
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
-from osum_echat.cpu_linear import pack_linears
+from osum_echat.cpu_linear import lighten, pack_linears
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig, older_dialect_keys
 from osum_echat.model.checkpoint import load_model
@@ -35,6 +35,8 @@ def load_llm(
         model.lm.llm.set_attn_implementation("sdpa")  # eager is a choice for training; a step of one id is faster without
     if pack:
         pack_linears(model.lm)
+        if target.type == "cpu":
+            lighten(model.lm.llm.get_decoder())
     return model, tokenizer
 
 

@@ -73,12 +73,34 @@ class SolverConfig:
     training_cfg_rate: float = 0.2
     inference_cfg_rate: float = 0.7
     temperature: float = 1.0  # scale of the noise that the ODE starts from; less is smoother, for a flow that was trained briefly
+    steps: int = 10  # Euler steps of synthesis
+    distilled: bool = False  # the flow was taught to take exactly these steps, without guidance (training.token2wav.distill)
 
     def __post_init__(self) -> None:
         if self.t_scheduler not in ("cosine", "linear"):
             raise ValueError(f"t_scheduler must be cosine or linear, found {self.t_scheduler!r}")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, found {self.temperature}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, found {self.steps}")
+        if self.distilled and self.inference_cfg_rate:
+            raise ValueError(f"a distilled flow has no guidance: inference_cfg_rate must be 0, found {self.inference_cfg_rate}")
+
+    def chosen(self, steps: int | None, guidance: float | None, schedule: str | None) -> tuple[int, float, str]:
+        """Steps, guidance and schedule of a synthesis that asks for these (None: the directory's own).
+
+        Raises:
+            ValueError: a distilled flow is asked for what it was not taught.
+        """
+        steps = self.steps if steps is None else steps
+        guidance = self.inference_cfg_rate if guidance is None else guidance
+        schedule = self.t_scheduler if schedule is None else schedule
+        if self.distilled and (steps, guidance, schedule) != (self.steps, 0.0, self.t_scheduler):
+            raise ValueError(
+                f"this flow was distilled to {self.steps} steps ({self.t_scheduler}) without guidance, found {steps} steps ({schedule}), "
+                f"guidance {guidance:g}; leave steps, guidance and schedule out, or take the flow that it was distilled from"
+            )
+        return steps, guidance, schedule
 
 
 @dataclass(frozen=True)
@@ -150,6 +172,12 @@ class VocoderConfig:
             self.source_resblock_dilation_sizes
         ):
             raise ValueError("every resblock kernel size needs its own list of dilations")
+
+    @property
+    def source_noises(self) -> int:
+        """Independent noises that the excitation takes a sample: one for each harmonic, or one in all where harmonics are aligned (a weighted
+        sum of independent normals is one normal)."""
+        return 1 if self.nsf_aligned else self.nb_harmonics + 1
 
 
 @dataclass(frozen=True)

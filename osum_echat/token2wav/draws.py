@@ -44,7 +44,7 @@ class Draws:
     """All draws of one reply, from one seed.
 
     ``prompt`` and ``reply`` are the ODE's starting noise for either part (so that the reply's does not depend on the prompt's length),
-    ``source`` the vocoder's noise and ``phase_1H`` its harmonic phases.
+    ``source`` the vocoder's noise and ``phase_1H`` its harmonic phases, both for ``harmonics`` numbers (`VocoderConfig.source_noises`).
     """
 
     def __init__(self, seed: int, mel_bins: int, harmonics: int) -> None:

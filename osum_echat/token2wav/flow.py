@@ -61,17 +61,17 @@ class FlowDecoder(nn.Module):
         spk_BM: Tensor,
         cond_BTM: Tensor,
         padding: Padding | None = None,
-        steps: int = 10,
+        steps: int | None = None,
         guidance: float | None = None,
         schedule: str | None = None,
     ) -> Tensor:
         """Noise to mel by Euler steps, [B, T, M].
 
-        Each step takes (1 + g) * v(condition) - g * v(nothing), with ``guidance`` g (default: the directory's); g = 0 skips the
-        unconditional half. ``schedule`` is named in `time_grid`.
+        Each step takes (1 + g) * v(condition) - g * v(nothing), with ``guidance`` g; g = 0 skips the unconditional half. ``schedule`` is
+        named in `time_grid`. None: the directory's own; a distilled flow takes nothing else.
         """
-        guidance = self.config.inference_cfg_rate if guidance is None else guidance
-        grid = time_grid(steps, schedule or self.config.t_scheduler)
+        steps, guidance, schedule = self.config.chosen(steps, guidance, schedule)
+        grid = time_grid(steps, schedule)
         times_S = torch.tensor(grid[:-1], device=noise_BTM.device)
         dtype = self.estimator.final_proj.weight.dtype  # the ODE itself stays float32
         embedded_SE = self.estimator.time_mlp(times_S).to(dtype)
@@ -158,7 +158,7 @@ class FlowModel(nn.Module):
         self,
         conditions: Sequence[Condition],
         noises: Sequence[Tensor],
-        steps: int = 10,
+        steps: int | None = None,
         guidance: float | None = None,
         schedule: str | None = None,
     ) -> list[Tensor]:

@@ -98,7 +98,7 @@ class Token2Wav:
         tokens: Tokens,
         speaker: Speaker,
         seed: int = ...,
-        steps: int = ...,
+        steps: int | None = ...,
         speed: float = ...,
         guidance: float | None = ...,
         schedule: str | None = ...,
@@ -110,27 +110,27 @@ class Token2Wav:
         tokens: Sequence[Tokens],
         speaker: Speaker | Sequence[Speaker],
         seed: int = ...,
-        steps: int = ...,
+        steps: int | None = ...,
         speed: float = ...,
         guidance: float | None = ...,
         schedule: str | None = ...,
     ) -> tuple[list[Samples], int]: ...
 
     @torch.inference_mode()
-    def synthesize(self, tokens, speaker, seed=0, steps=10, speed=1.0, guidance=None, schedule=None):
+    def synthesize(self, tokens, speaker, seed=0, steps=None, speed=1.0, guidance=None, schedule=None):
         """Samples of one reply, or a list of samples for a list of replies, and the rate (22050).
 
         Args:
             tokens: speech ids of one reply, or a sequence of replies of any lengths. No ids give no samples.
             speaker: the voice, or one for each reply.
             seed: of all random draws; each reply of a batch draws as it would alone.
-            steps: Euler steps of the flow.
+            steps: Euler steps of the flow, default the directory's (10, fewer if it was distilled).
             speed: above 1 speaks faster (the mel is resampled in time, pitch stays).
             guidance: strength of classifier-free guidance, default the directory's (0.7); 0 halves the cost.
             schedule: "cosine" or "linear" spacing of the steps, default the directory's.
 
         Raises:
-            ValueError: ids outside the codebook, or an argument out of range.
+            ValueError: ids outside the codebook, an argument out of range, or steps that a distilled flow was not taught.
         """
         if speed <= 0:
             raise ValueError(f"speed must be positive, found {speed}")
@@ -185,7 +185,7 @@ class Token2Wav:
         tokens: Iterable[int | Tokens],
         speaker: Speaker,
         seed: int = 0,
-        steps: int = 10,
+        steps: int | None = None,
         guidance: float | None = None,
         schedule: str | None = None,
         config: StreamConfig | None = None,
@@ -210,13 +210,14 @@ class Token2Wav:
         self,
         speaker: Speaker,
         seed: int = 0,
-        steps: int = 10,
+        steps: int | None = None,
         guidance: float | None = None,
         schedule: str | None = None,
         config: StreamConfig | None = None,
     ) -> ReplyStream:
         """What `stream` does, for those who have the tokens in hand one after the other."""
         draws, solver = self.draws(seed), SolverOptions(steps, guidance, schedule)
+        self.config.flow.solver.chosen(steps, guidance, schedule)
         with torch.inference_mode():
             flow = FlowStream(self.flow, self.prompt_state(speaker), draws, config or StreamConfig(), solver)
             return ReplyStream(flow, VocoderStream(self.vocoder, draws))
@@ -243,7 +244,7 @@ class Token2Wav:
         return state
 
     def draws(self, seed: int) -> Draws:
-        return Draws(seed, self.config.flow.output_size, self.config.vocoder.nb_harmonics + 1)
+        return Draws(seed, self.config.flow.output_size, self.config.vocoder.source_noises)
 
 
 class ReplyStream:

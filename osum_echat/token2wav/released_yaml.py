@@ -88,7 +88,7 @@ _ESTIMATOR = {
 }
 _SOLVER = {
     name: f"flow.decoder.cfm_params.content.{name}"
-    for name in ("sigma_min", "t_scheduler", "training_cfg_rate", "inference_cfg_rate", "temperature")
+    for name in ("sigma_min", "t_scheduler", "training_cfg_rate", "inference_cfg_rate", "temperature", "steps", "distilled")
 }
 _VOCODER = {
     **{

@@ -66,12 +66,12 @@ class PromptState:
 class SolverOptions:
     """How the ODE is solved; None means the directory's own value."""
 
-    steps: int = 10
+    steps: int | None = None
     guidance: float | None = None
     schedule: str | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
+        if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, found {self.steps}")
         if self.guidance is not None and self.guidance < 0:
             raise ValueError(f"guidance must not be negative, found {self.guidance}")

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from osum_echat.token2wav.config import MEL_HOP, VocoderConfig
 
+PERIOD = 2**15
+"""Entries of a table of one period, interpolated linearly: 64 harmonics are then exact to 2e-5."""
+
 
 class Snake(nn.Module):
     """x + sin^2(alpha x) / alpha, alpha per channel (arXiv 2006.08195)."""
@@ -77,13 +80,15 @@ class SineSource(nn.Module):
         self.config = config
         self.l_linear = nn.Linear(config.nb_harmonics + 1, 1)
 
-    def turns(self, f0_BT: Tensor, start_BH: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def turns(self, f0_BT: Tensor, start_BH: Tensor | None = None, harmonics: int | None = None) -> tuple[Tensor, Tensor]:
         """Turns (cycles) of every harmonic after each sample, [B, S, H], and after the last one, [B, H], both modulo 1.
+
+        ``harmonics``: of only so many, the fundamental first.
 
         ``start_BH`` continues an earlier signal. The sum runs over frames in float64, samples within a frame are added in float32:
         a sum over samples in float32, as published, loses the phase of long replies.
         """
-        harmonic_H = torch.arange(1, self.config.nb_harmonics + 2, dtype=torch.float64)
+        harmonic_H = torch.arange(1, (harmonics or self.config.nb_harmonics + 1) + 1, dtype=torch.float64)
         step_BTH = f0_BT.detach().to("cpu", torch.float64)[..., None] * harmonic_H / self.config.sample_rate  # turns per sample
         ends_BTH = torch.cumsum(step_BTH * MEL_HOP, dim=1)
         if start_BH is not None:
@@ -98,9 +103,12 @@ class SineSource(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Excitation [B, 1, S] and the turns after it, [B, H], for the next piece's ``start_BH``.
 
-        ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal.
+        ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal. Aligned harmonics may come with one noise for
+        all of them (`VocoderConfig.source_noises`): then the turns are the fundamental's alone.
         """
         config = self.config
+        if config.nsf_aligned and noise_BSH.shape[-1] == 1:
+            return self._aligned(f0_BT, noise_BSH, start_BH)
         turns_BSH, end_BH = self.turns(f0_BT, start_BH)
         if config.nsf_aligned:
             phase_BH = torch.zeros_like(phase_BH)
@@ -110,6 +118,22 @@ class SineSource(nn.Module):
         amplitude = voiced_BS1 * config.nsf_sigma + (1.0 - voiced_BS1) * (config.nsf_alpha / 3.0)
         excitation = torch.tanh(self.l_linear(sine * voiced_BS1 + amplitude * noise_BSH))
         return excitation.transpose(1, 2), end_BH
+
+    def _aligned(self, f0_BT: Tensor, noise_BS1: Tensor, start_B1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The weighted sum of harmonics that start together is one waveform of the fundamental's turns: a table of one period."""
+        config = self.config
+        turns_BS1, end_B1 = self.turns(f0_BT, start_B1, harmonics=1)
+        weight_H = self.l_linear.weight[0]
+        spectrum = torch.cat((torch.zeros_like(weight_H[:1]), weight_H)) * (-0.5j * config.nsf_alpha * PERIOD)
+        period_N = torch.fft.irfft(spectrum, n=PERIOD)
+        position_BS = turns_BS1[..., 0] * PERIOD
+        below_BS = position_BS.floor()
+        index_BS = below_BS.long() % PERIOD  # turns just below 1 may round to a whole period
+        sine_BS = torch.lerp(period_N[index_BS], period_N.roll(-1)[index_BS], position_BS - below_BS)
+        voiced_BS = (f0_BT > config.nsf_voiced_threshold).repeat_interleave(MEL_HOP, dim=1).to(sine_BS.dtype)
+        amplitude_BS = (voiced_BS * config.nsf_sigma + (1.0 - voiced_BS) * (config.nsf_alpha / 3.0)) * weight_H.norm()
+        excitation_BS = torch.tanh(sine_BS * voiced_BS + amplitude_BS * noise_BS1[..., 0] + self.l_linear.bias)
+        return excitation_BS[:, None], end_B1
 
 
 class Vocoder(nn.Module):

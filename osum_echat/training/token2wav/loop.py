@@ -43,6 +43,7 @@ class Trainer:
         self.step = 0
         self.bad = bad_steps.BadSteps(self.cfg.safety.max_bad_steps)
         self.average = Average(recipe.modules, recipe.averaged, self.cfg.ema) if self.cfg.ema is not None else None
+        recipe.average = self.average
         self._stop = StopRequest()
 
     # -- state ---------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from osum_echat import device
 from osum_echat.config import warn_older
 from osum_echat.run import config as run_config
 from osum_echat.run.files import write_atomically
+from osum_echat.training.token2wav.average import Average
 from osum_echat.training.token2wav.records import Batches, Features, ListConfig, Utterance, train_and_valid
 
 C = TypeVar("C", bound="PartTraining")
@@ -92,6 +93,7 @@ class Recipe(abc.ABC, Generic[C, T]):
     averaged: tuple[str, ...]  # names in `modules` that the average of the weights covers
     modules: nn.ModuleDict
     optimizers: dict[str, torch.optim.Optimizer]
+    average: Average | None = None  # of the weights, kept by the loop
 
     def __init__(self, cfg: C, need: Sequence[str] = (), by_length: bool = True) -> None:
         """``need``: what records must carry (`records.read_lists`); ``by_length``: batches of recordings of similar length."""
