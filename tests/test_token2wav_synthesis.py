@@ -19,7 +19,7 @@ from osum_echat.token2wav.encoder import RelativeAttention, TokenEncoder, relati
 from osum_echat.token2wav.estimator import Estimator, Padding, mish
 from osum_echat.token2wav.fast_vocoder import FastConv, FastVocoder, bases
 from osum_echat.token2wav.flow import Condition
-from osum_echat.token2wav.vocoder import Snake, Vocoder
+from osum_echat.token2wav.vocoder import SineSource, Snake, Vocoder
 from tests.token2wav_case import DATA, recorded_speaker, recorded_tokens, tiny_model
 
 
@@ -308,3 +308,22 @@ def test_sine_phase_stays_exact_over_a_minute(model: Token2Wav) -> None:
     )
     error = (turns[0].double() - wanted + 0.5) % 1 - 0.5
     assert error.abs().max() < 1e-4
+
+
+def test_aligned_harmonics_from_a_table_are_the_sum_of_their_sines() -> None:
+    config = VocoderConfig(nb_harmonics=63, nsf_aligned=True)
+    source = SineSource(config).eval()
+    f0_1T = torch.full((1, 30), 123.4)
+    f0_1T[:, 10:14] = 0.0
+    silent = torch.zeros(1, 30 * 256, 64)
+    start_1H = (torch.rand(1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.arange(1.0, 65.0)) % 1
+    with torch.inference_mode():
+        for start in (None, start_1H):
+            whole, after_1H = source(f0_1T, torch.zeros(1, 64), silent, start)
+            table, after_11 = source(f0_1T, torch.zeros(1, 1), silent[..., :1], None if start is None else start[:, :1])
+            torch.testing.assert_close(table, whole, atol=3e-4, rtol=0)
+            torch.testing.assert_close(after_11, after_1H[:, :1])
+        noise = torch.randn(1, 30 * 256, 64, generator=torch.Generator().manual_seed(1))
+        quiet = torch.zeros_like(f0_1T)
+        spread = [source(quiet, torch.zeros(1, n.shape[-1]), n)[0].std() for n in (noise, noise[..., :1])]
+    torch.testing.assert_close(spread[1], spread[0], rtol=0.05, atol=0)
