@@ -152,11 +152,10 @@ class DistillRecipe(SpokenRecipe[Distillation]):
         )
         self.optimizers = {"student": adamw(self.student.parameters(), cfg.optim)}
         self._said: dict[int, Tensor] = {}
-        solver = directory.flow.solver
         weights = hashlib.sha256(where.read_bytes()).hexdigest()
-        made_of = (weights, solver, cfg.teacher_steps, cfg.phases[0].steps, cfg.seed, cfg.cut_share, cfg.cut_tokens)
-        keys = [utterance.key for utterance in self.train.utterances]
-        made_of = (*made_of, cfg.prompt_share, cfg.prompt_most, cfg.joined_share, keys)
+        teaching = (directory.flow.solver, cfg.teacher_steps, cfg.phases[0].steps)
+        rows = (cfg.seed, cfg.cut_share, cfg.cut_tokens, cfg.prompt_share, cfg.prompt_most, cfg.joined_share)
+        made_of = (weights, teaching, rows, [utterance.key for utterance in self.train.utterances])
         self.paths = TaughtPaths(cfg.out / "paths", made_of, self._taught)
 
     # -- what is said ----------------------------------------------------------------------------------------------------------
