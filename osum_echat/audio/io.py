@@ -106,23 +106,28 @@ def write(path: str | os.PathLike[str], samples: npt.ArrayLike, rate: int, comme
     The file appears under its name only when it is whole. ``comment`` goes into its metadata.
     """
     path = Path(path)
-    data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
-    if data.ndim != 2:
-        raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
-    kind = _format(path)
+    content = encode(samples, rate, _format(path), comment)
     temporary, descriptor = _new_file(path)
     try:
-        with (
-            os.fdopen(descriptor, "wb") as file,
-            soundfile.SoundFile(file, "w", rate, len(data), format=kind) as sound,
-        ):
-            if comment:
-                sound.comment, sound.software = comment, "OSUM-EChat"
-            sound.write(np.clip(data, -1.0, 1.0).T)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def encode(samples: npt.ArrayLike, rate: int, kind: str = "WAV", comment: str = "") -> bytes:
+    """The bytes of what `write` writes; ``kind`` is a format of libsndfile."""
+    data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
+    if data.ndim != 2:
+        raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, len(data), format=kind) as sound:
+        if comment:
+            sound.comment, sound.software = comment, "OSUM-EChat"
+        sound.write(np.clip(data, -1.0, 1.0).T)
+    return buffer.getvalue()
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

@@ -9,19 +9,20 @@ Objects may be shared with worker processes: no file offset is held across a for
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from osum_echat.data import paths, tar
 from osum_echat.data.config import ListType
-from osum_echat.data.members import ONLY_META, from_members
+from osum_echat.data.members import AUDIO, ONLY_META, from_members
 from osum_echat.data.sampling import Share
 from osum_echat.dialogue.record import Record, RecordError
 from osum_echat.dialogue.tasks import find_task
@@ -65,6 +66,14 @@ class ListItem:
         return Record.from_dict(self.fields, self.source, self.number)
 
 
+class Place(NamedTuple):
+    """Where a record lies in a list, for `Source.at`: line of the list, byte in that line's file, number of the sample there."""
+
+    line: int
+    offset: int
+    number: int
+
+
 class Source(ABC):
     """A list of one form. ``name`` is its path, ``resolve`` finds the files that it names."""
 
@@ -79,8 +88,9 @@ class Source(ABC):
         """Lines of the list."""
 
     @abstractmethod
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
-        """Items of a line, from the one that starts at ``offset`` and has number ``index``."""
+    def read(self, share: Share, offset: int = 0, index: int = 0, audio: bool = True) -> Iterator[ListItem]:
+        """Items of a line, from the one that starts at ``offset`` and has number ``index``. Without ``audio`` recordings in tars are passed
+        over, and come as empty bytes."""
 
     def read_one(self, line: int, offset: int, index: int) -> ListItem:
         """The item at a place that `read` told before."""
@@ -101,6 +111,32 @@ class Source(ABC):
                 yield self._found(item.record())
             except RecordError as error:
                 yield error
+
+    def places(self) -> Iterator[tuple[Place, str] | RecordError]:
+        """Place and key of every record, in the order of the list, without reading a recording; why, in place of one that cannot be used."""
+        for line in range(len(self)):
+            for item in self.read(Share(line), audio=False):
+                yield from item.problems
+                if item.problems:
+                    continue
+                try:
+                    yield Place(item.line, item.offset, item.index), item.record().key
+                except RecordError as error:
+                    yield error
+
+    def at(self, places: Sequence[Place]) -> Iterator[Record | RecordError]:
+        """The records at places that `places` told, as `records` gives them. Fast where the places of one line come together, in their order."""
+        for line, group in itertools.groupby(places, key=lambda place: place.line):
+            wanted = list(group)
+            items = self.read(Share(line), wanted[0].offset, wanted[0].number)
+            for place in wanted:
+                item = next((item for item in items if item.index == place.number), None)
+                try:
+                    if item is None:
+                        raise RecordError("moved", "the list was changed after its places were read", self.name, line + 1)
+                    yield self._found(item.record())
+                except RecordError as error:
+                    yield error
 
     def _found(self, record: Record) -> Record:
         """The record with paths that can be opened. Raises RecordError for a recording that its task needs and that is not there."""
@@ -161,7 +197,7 @@ class RawSource(Source):
         self._file[1].seek(start)
         return self._file[1].read(end - start)
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
+    def read(self, share: Share, offset: int = 0, index: int = 0, audio: bool = True) -> Iterator[ListItem]:
         if share.part or index:
             return
         number = int(self._numbers[share.line])
@@ -191,7 +227,7 @@ class ShardSource(Source):
         """The tar of a line, as it can be opened. Raises FileNotFoundError."""
         return self.resolve(self._tars[line])
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
+    def read(self, share: Share, offset: int = 0, index: int = 0, audio: bool = True) -> Iterator[ListItem]:
         try:
             path = self.path(share.line)
             stream = paths.open_binary(path)
@@ -201,7 +237,7 @@ class ShardSource(Source):
                 yield ListItem(share.line, index, offset, END, self.name, share.line + 1, problems=[problem])
             return
         with stream:
-            for group in tar.groups(stream, offset, index, share.part, share.parts):
+            for group in tar.groups(stream, offset, index, share.part, share.parts, () if audio else AUDIO):
                 yield _shard_item(group, share.line, path)
 
 
@@ -260,7 +296,7 @@ class CombineSource(Source):
             self._read_labels = (side, *_read_labels(side))
         return self._read_labels[1], list(self._read_labels[2])
 
-    def read(self, share: Share, offset: int = 0, index: int = 0) -> Iterator[ListItem]:
+    def read(self, share: Share, offset: int = 0, index: int = 0, audio: bool = True) -> Iterator[ListItem]:
         try:
             side, archive = self.pair(share.line)
             labels, faults = self._labels(side)
@@ -272,7 +308,9 @@ class CombineSource(Source):
             return
         tells_missing = share.part == 0 and side is not None
         with stream:
-            for group in tar.groups(stream, offset, index, share.part, share.parts) if offset != _MISSING else ():
+            for group in (
+                tar.groups(stream, offset, index, share.part, share.parts, () if audio else AUDIO) if offset != _MISSING else ()
+            ):
                 if group.next_offset == END and tells_missing:
                     group.next_offset = _MISSING
                 index = group.index + 1

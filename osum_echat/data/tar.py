@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -199,12 +199,15 @@ def split_name(name: str) -> tuple[str, str]:
     return key, kind
 
 
-def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, parts: int = 1) -> Iterator[TarSample]:
+def groups(
+    stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, parts: int = 1, without: Container[str] = ()
+) -> Iterator[TarSample]:
     """Samples of an archive, in order.
 
     Args:
         offset, index: where to start: the ``next_offset`` of a group, and its number plus one.
         part, parts: only groups whose number is ``part`` modulo ``parts`` are read; the bytes of the others are skipped.
+        without: fields (``wav``, also of past turns: ``wav_1``) whose bytes are skipped, too; they come empty.
 
     A group that damage touches is yielded with ``damage`` set: it may lack members. Damage between two groups touches both, since the
     lost header may belong to either. Reading goes on at the next header that can be read. An archive that is damaged from its first byte
@@ -228,7 +231,7 @@ def groups(stream: IO[bytes], offset: int = 0, index: int = 0, part: int = 0, pa
                 group = TarSample(key, index, header.offset, damage=suspect)
             suspect = None
             if group.index % parts == part:
-                group.members[name] = tar.data(header)
+                group.members[name] = b"" if name.split("_", 1)[0] in without else tar.data(header)
         except TarDamage as damage:
             suspect = damage
             if group is not None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import TypedDict, Unpack
 
-from osum_echat.audio.io import Source, write
+from osum_echat.audio.io import Source, encode, write
 from osum_echat.dialogue.tasks import TASKS, find_task
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.events import Event, Timings
@@ -311,6 +311,12 @@ class Reply:
             raise ValueError("this reply has no sound")
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(path, self.audio, self.sample_rate, comment=SYNTHETIC)
+
+    def wav(self) -> bytes:
+        """The sound as `save` writes it to a wav file. Raises ValueError when there is none."""
+        if self.audio is None:
+            raise ValueError("this reply has no sound")
+        return encode(self.audio, self.sample_rate, comment=SYNTHETIC)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for JSON, without the samples."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 from osum_echat.pipeline import load, parts
 from osum_echat.pipeline.ask import MODES, Ask, AskOptions, AudioChunk, Reply, StreamEvent, Voice
 from osum_echat.pipeline.sound import Sound
+from osum_echat.pipeline.stages import ahead
 from osum_echat.token2wav.config import SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -178,29 +180,67 @@ class EChat:
             why = self.refusal(ask)
             if why is not None:
                 raise ValueError(why)
-        return [reply for start in range(0, len(asks), size) for reply in self._answer(asks[start : start + size], size)]
+        replies: list[Reply] = []
+        for found in self.answers((asks[start : start + size] for start in range(0, len(asks), size)), size):
+            if isinstance(found, ValueError):
+                raise found
+            replies += found
+        return replies
 
-    def _answer(self, asks: Sequence[Ask], size: int) -> list[Reply]:
-        """Replies to asks that are read together; ``size`` parts of them are computed at a time."""
-        started = time.perf_counter()
-        split = [self.parts(ask) for ask in asks]
-        flat = [part for some in split for part in some]
-        found = iter([reply for start in range(0, len(flat), size) for reply in self._batch(flat[start : start + size])])
-        replies = [[next(found) for _ in some] for some in split]
-        total = time.perf_counter() - started
+    def answers(self, groups: Iterable[Sequence[Ask]], size: int = 16) -> Iterator[list[Reply] | ValueError]:
+        """Replies to groups of asks, group by group, ``size`` asks at a time within each; why, in place of a group that holds an ask which
+        cannot be answered. Where the device does both at once, the next group is decoded while sound is made of the one before it."""
+        decoded = (self._decoded(group, size) for group in groups)
+        if not self.sound.overlap:
+            yield from (found if isinstance(found, ValueError) else self._sounded(found) for found in decoded)
+            return
+        assert self.token2wav is not None
+        context = devices.side_stream(self.token2wav.device)
+        with closing(ahead(decoded, 1)) as early:
+            for found in early:
+                if isinstance(found, ValueError):
+                    yield found
+                    continue
+                with context():
+                    replies = self._sounded(found)
+                yield replies
+
+    def _decoded(self, asks: Sequence[Ask], size: int) -> _Decoded | ValueError:
+        """A group with the events of its parts, without sound; ``size`` parts are decoded at a time. Why, if one cannot be answered."""
+        found = _Decoded(asks, time.perf_counter())
+        try:
+            for ask in asks:
+                why = self.refusal(ask)
+                if why is not None:
+                    return ValueError(why)
+            split = [self.parts(ask) for ask in asks]
+            found.counts = [len(some) for some in split]
+            flat = [part for some in split for part in some]
+            for start in range(0, len(flat), size):
+                found.batches.append(self._decoded_batch(flat[start : start + size]))
+        except ValueError as error:
+            return error
+        return found
+
+    def _decoded_batch(self, asks: Sequence[Ask]) -> _Batch:
+        voices = [self.sound.voice_of(ask) for ask in asks]  # what is missing is said before anything is computed
+        batch = _Batch(asks, voices, [[] for _ in asks], time.perf_counter())
+        for row, event in self._events(asks):
+            batch.rows[row].append(event)
+        return batch
+
+    def _sounded(self, found: _Decoded) -> list[Reply]:
+        """The replies of a decoded group."""
+        made: list[Reply] = []
+        for batch in found.batches:
+            rows = self.sound.render(batch.rows, [ask.seed for ask in batch.asks], batch.voices, batch.started)
+            made += [self.reply(row, ask) for row, ask in zip(rows, batch.asks, strict=True)]
+        parts_of, total = iter(made), time.perf_counter() - found.started
+        split = [[next(parts_of) for _ in range(count)] for count in found.counts]
         return [
             parts.joined_reply(ask, some, total) if some else self.reply(parts.silent_events(ask, self.dialect), ask)
-            for ask, some in zip(asks, replies, strict=True)
+            for ask, some in zip(found.asks, split, strict=True)
         ]
-
-    def _batch(self, asks: Sequence[Ask]) -> list[Reply]:
-        started = time.perf_counter()
-        voices = [self.sound.voice_of(ask) for ask in asks]  # what is missing is said before anything is computed
-        rows: list[list[StreamEvent]] = [[] for _ in asks]
-        for row, event in self._events(asks):
-            rows[row].append(event)
-        rows = self.sound.render(rows, [ask.seed for ask in asks], voices, started)
-        return [self.reply(row, ask) for row, ask in zip(rows, asks, strict=True)]
 
     def reply(self, events: Sequence[StreamEvent], ask: Ask) -> Reply:
         """What a row's events come to."""
@@ -359,6 +399,26 @@ class Dialogue:
             if isinstance(event, Done):
                 self.memory.commit(turn.request, told, turn.heard, turn.text)
             yield event
+
+
+@dataclass
+class _Batch:
+    """Asks that were decoded together: their voices, the events of each, and when that began."""
+
+    asks: Sequence[Ask]
+    voices: Sequence[Speaker | None]
+    rows: list[list[StreamEvent]]
+    started: float
+
+
+@dataclass
+class _Decoded:
+    """A group of asks: how many parts each came to, and these parts, decoded in batches."""
+
+    asks: Sequence[Ask]
+    started: float
+    counts: list[int] = field(default_factory=list)
+    batches: list[_Batch] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

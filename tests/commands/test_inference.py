@@ -23,7 +23,7 @@ import pytest
 import soundfile
 
 from osum_echat import metrics
-from osum_echat.cli import batch, common, infer, multiturn
+from osum_echat.cli import batch, batch_answers, common, infer, multiturn
 from osum_echat.cli import main as command
 from osum_echat.pipeline import EChat
 
@@ -56,7 +56,7 @@ def mini() -> EChat:
 def here(mini: EChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to stand in; the commands find the model loaded."""
     monkeypatch.chdir(tmp_path)
-    for module in (infer, batch, multiturn):
+    for module in (infer, batch_answers, multiturn):
         monkeypatch.setattr(module, "load_echat", lambda args, speech=True: mini)
     return tmp_path
 

@@ -1,0 +1,146 @@
+"""The two engines: the same outcomes, each once, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from osum_echat.batch.local import LocalEngine
+from osum_echat.batch.ray_data import Placement, RayEngine, place
+from osum_echat.batch.work import Engine, Outcome, Unit, blocks
+from tests.batch_case import Doubling
+
+UNITS = [Unit(number, f"key{number}", number) for number in range(40) if number not in (7, 20)]
+
+
+@pytest.fixture(scope="module")
+def ray_engine() -> Iterator[RayEngine]:
+    """A cluster of this machine with two cores, without dashboard, whose files are in the temporary folder (RAY_TMPDIR follows TMPDIR)."""
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    (Path.home() / "ray_bootstrap_config.yaml").write_text(
+        "provider: {type: local}\n"
+    )  # else Ray asks the network in which cloud it is
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    yield RayEngine(device="cpu", workers=2, block_size=8, dashboard=False)
+    ray.shutdown()
+
+
+@pytest.fixture(params=["local", "ray"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    return LocalEngine("cpu", block_size=8) if request.param == "local" else request.getfixturevalue("ray_engine")
+
+
+def by_number(outcomes: Iterator[Outcome]) -> dict[int, Outcome]:
+    """Outcomes by number; each number once."""
+    found: dict[int, Outcome] = {}
+    for outcome in outcomes:
+        assert outcome.number not in found, f"{outcome.number} came twice"
+        found[outcome.number] = outcome
+    return found
+
+
+def test_every_unit_has_its_outcome_once(engine: Engine, tmp_path: Path) -> None:
+    units = [*UNITS, Unit(50, "bad", -1)]
+    found = by_number(engine.run(Doubling(log=str(tmp_path)), units))
+    assert sorted(found) == [unit.number for unit in units]
+    assert all(found[u.number].value == {"twice": 2 * u.payload, "device": "cpu"} for u in UNITS)
+    assert all(found[u.number].files == {"a/b.bin": bytes([u.payload])} for u in UNITS)
+    assert (found[50].value, found[50].error) == (None, "negative")
+    told = [line for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    assert sorted(told) == sorted(" ".join(str(u.number) for u in block) for block in blocks(units, 8)), (
+        "blocks are those of the list"
+    )
+
+
+def test_a_unit_that_spoils_its_block_is_tried_alone_and_counted(engine: Engine) -> None:
+    found = by_number(engine.run(Doubling(raises=frozenset([13, 21])), UNITS))
+    assert {n: o.error for n, o in found.items() if o.error} == {
+        n: f"given up after 3 tries: RuntimeError: payload {n}" for n in (13, 21)
+    }
+    assert len(found) == len(UNITS)
+
+
+def test_work_that_cannot_be_done_is_one_sentence(engine: Engine) -> None:
+    with pytest.raises(ValueError, match=r"^this checkpoint has not learnt it$"):
+        list(engine.run(Doubling(refuses="this checkpoint has not learnt it"), UNITS))
+    assert list(engine.run(Doubling(refuses="never opened"), [])) == []
+
+
+def test_a_unit_that_kills_its_worker_is_counted_after_three_tries(ray_engine: RayEngine, tmp_path: Path) -> None:
+    found = by_number(ray_engine.run(Doubling(log=str(tmp_path), kills=frozenset([13])), UNITS))
+    assert {n: o.error for n, o in found.items() if o.error} == {13: "given up after 3 tries: its worker died each time"}
+    assert len(found) == len(UNITS) and all(found[n].value["twice"] == 2 * n for n in found if n != 13)
+    told = [line.split() for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    assert [len(numbers) for numbers in told if "13" in numbers] == [8, 8, 1], "twice with its block, then alone"
+
+
+def test_a_worker_that_is_killed_costs_its_block_only(ray_engine: RayEngine, tmp_path: Path) -> None:
+    log, gate = tmp_path / "log", tmp_path / "gate"
+    log.mkdir()
+
+    def kill() -> None:
+        """Ends the process that works on the block of 13, then lets the block go on."""
+        for _ in range(3000):
+            busy = [file for file in log.iterdir() if any("13" in line.split() for line in file.read_text().splitlines())]
+            if busy:
+                os.kill(int(busy[0].name), signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        gate.touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = by_number(ray_engine.run(Doubling(log=str(log), gate=str(gate), held=frozenset([13])), UNITS))
+    killer.join()
+    assert sorted(found) == [unit.number for unit in UNITS] and not any(outcome.error for outcome in found.values())
+    told = [line for file in log.iterdir() for line in file.read_text().splitlines()]
+    assert told.count("8 9 10 11 12 13 14 15") == 2 and len(told) <= 5 + 2, "its block again, and one that waited for it at most"
+
+
+# ---- without a cluster -----------------------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_placed_on_what_the_cluster_has() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0, "NPU": 8.0}, {"CPU": 1.0}]
+    assert place("auto", 1, None, nodes) == Placement("cuda", 1, 2)
+    assert place("auto", 4, None, nodes) == Placement("npu", 4, 2)
+    assert place("cuda", 0.25, None, nodes) == Placement("cuda", 0.25, 8)
+    assert place("cpu", 2, None, nodes) == Placement("cpu", 2, 3), "a worker's cores are on one node"
+    assert place("npu", 1, 12, nodes).workers == 12, "more than there is room for wait"
+    assert place("npu", 0.5, None, nodes).options == {"resources": {"NPU": 0.5}, "num_cpus": 1}
+    assert place("cuda", 1, None, nodes).options == {"num_gpus": 1, "num_cpus": 1} and place("cpu", 1, 1, nodes).options == {
+        "num_cpus": 1
+    }
+    for device, share, message in [
+        ("npu", 9, "no node of the cluster has 9 NPU"),
+        ("cuda:1", 1, "Ray hands the single devices out"),
+        ("cpu", 1.5, "a part of 1, or a whole number"),
+        ("cpu", 0, "cannot be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            place(device, share, None, nodes)
+
+
+def test_blocks_do_not_depend_on_what_is_left() -> None:
+    whole = [[unit.number for unit in block] for block in blocks(UNITS, 8)]
+    rest = [[unit.number for unit in block] for block in blocks(UNITS[3::2], 8)]
+    assert whole[0] == [0, 1, 2, 3, 4, 5, 6] and all(any(set(some) <= set(block) for block in whole) for some in rest)
+
+
+def test_units_and_outcomes_are_sent_as_they_are() -> None:
+    for thing in (UNITS[0], Outcome(1, {"a": 1}, {"b": b"c"}, "d"), Doubling()):
+        assert pickle.loads(pickle.dumps(thing)) == thing
+
+
+def test_without_ray_the_engine_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ValueError, match=r"pip install 'osum-echat\[ray\]'"):
+        list(RayEngine().run(Doubling(), UNITS))
