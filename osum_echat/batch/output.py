@@ -6,9 +6,9 @@ A file is whole before its line is written, so a run that is killed leaves no li
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from osum_echat.batch.work import Outcome
 
@@ -57,3 +57,49 @@ def _column(pyarrow: Any, values: Iterable[Any]) -> Any:
     if all(isinstance(value, str) for value in given):
         return pyarrow.array(values, pyarrow.string())
     return pyarrow.array([None if value is None else json.dumps(value, ensure_ascii=False) for value in values], pyarrow.string())
+
+
+class Lines:
+    """A jsonl file that grows by whole lines, so that a step that was killed goes on where it was.
+
+    A last line that was cut off is taken away when the file is opened again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """What was written before, whole lines only."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as lines:
+            for line in lines:
+                if not line.endswith(b"\n"):
+                    return
+                yield json.loads(line)
+
+    def __enter__(self) -> Lines:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.is_file():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                with self.path.open("r+b") as file:
+                    file.truncate(whole)
+        self._file = self.path.open("ab")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._file is not None
+        self._file.close()
+        self._file = None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        assert self._file is not None, "a Lines is written inside its with block"
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def write_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.write(row)

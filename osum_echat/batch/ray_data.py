@@ -54,7 +54,7 @@ def place(device: str, share: float, workers: int | None, nodes: Sequence[Mappin
     Args:
         device: ``auto`` (GPUs, else NPUs, else CPUs), or a kind. share: devices for each worker; below 1 several share one.
         workers: how many, ``None`` for as many as there is room for; more than that wait for nodes to come.
-        nodes: resources of each node.
+        nodes: resources of each node (see `nodes`).
 
     Raises:
         ValueError: there is no such device, or the share cannot be.
@@ -124,7 +124,7 @@ class RayEngine:
         if not units:
             return
         with connected(self.address, self.dashboard) as where, _settings():
-            placement = place(self.device, self.share, self.workers, _nodes())
+            placement = place(self.device, self.share, self.workers, nodes())
             self.say(f"ray: {placement.workers} workers of {placement.share:g} {RESOURCES[placement.kind]}{where}")
             yield from self._rounds(work, units, placement)
 
@@ -183,7 +183,8 @@ class RayEngine:
         return None
 
 
-def _nodes() -> list[Mapping[str, float]]:
+def nodes() -> list[Mapping[str, float]]:
+    """Resources of each node that is there."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

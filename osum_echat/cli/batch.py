@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from osum_echat.batch.options import add_engine_arguments, check_engine_arguments, make_engine
-from osum_echat.batch.output import write_files, write_parquet, write_whole
+from osum_echat.batch.output import Lines, write_files, write_parquet, write_whole
 from osum_echat.batch.work import Unit
 from osum_echat.cli.batch_answers import Answering, list_type
 from osum_echat.cli.common import UserError, add_model_arguments, add_request_arguments, request_options, run
@@ -114,8 +114,6 @@ def claim(folder: Path, args: argparse.Namespace, mode: AskMode) -> None:
 def answer_list(args: argparse.Namespace) -> tuple[Path, int]:
     """Answer what is not answered yet; the folder, and how many parts the list has."""
     from tqdm import tqdm
-
-    from osum_echat.evaluation.results import Lines
 
     mode = find_mode(args.task)
     part, parts = part_of(args.part)

@@ -11,10 +11,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from osum_echat.batch.options import add_engine_arguments, check_engine_arguments, make_engine
 from osum_echat.cli.common import UserError, add_model_arguments, find_checkpoint, load_echat, run
 
 if TYPE_CHECKING:
@@ -71,8 +73,19 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
     other.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two runs of one suite side by side, and stop")
     other.add_argument("--make-items", metavar="LIST", help="write items of the empathy suite from a labelled list, and stop")
     other.add_argument("--list-suites", action="store_true", help="names of the suites, and stop")
+    add_engine_arguments(parser)
     add_model_arguments(parser)
     return parser
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Makes the model of a command on a device; can be sent to another process."""
+
+    args: argparse.Namespace
+
+    def __call__(self, device: str) -> EChat:
+        return load_echat(argparse.Namespace(**{**vars(self.args), "device": device}))
 
 
 class Model:
@@ -106,6 +119,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         parser.error(f"one checkpoint at a time, found {', '.join(named)}")
     if named:
         args.checkpoint = named[0]
+    check_engine_arguments(parser, args)
     if args.list_suites or args.compare or args.make_items:
         return run(lambda: _without_model(args))
     if not args.suite or not args.data or args.out is None:
@@ -198,6 +212,8 @@ def _plan(
         token2wav=args.token2wav or (None if args.results else _own_token2wav(args.checkpoint)),
         wheels=args.wheels,
         recognisers=recognisers,
+        engine=make_engine(args, args.device) if args.engine != "local" else None,
+        load=Loading(args),
         say=say,
         progress=progress,
     )

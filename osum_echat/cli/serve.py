@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osum_echat.cli.common import UserError, add_model_arguments, load_echat, run
+from osum_echat.cli.serve_ray import add_ray_arguments, make_application, serve_on_ray
 
 if TYPE_CHECKING:
     from osum_echat.serving.app import Server
@@ -58,8 +59,14 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     limits.add_argument("--ahead-seconds", type=float, default=2.0, help="sound may be ahead of what was played (default: 2)")
     limits.add_argument("--drain-seconds", type=float, default=30.0, help="time for answers in progress at the end (default: 30)")
+    add_ray_arguments(parser)
     add_model_arguments(parser)
     return parser
+
+
+def api_key_of(args: argparse.Namespace) -> str | None:
+    """The key that clients must send."""
+    return args.api_key or os.environ.get("OSUM_ECHAT_API_KEY") or None
 
 
 def build_server(args: argparse.Namespace) -> Server:
@@ -70,7 +77,7 @@ def build_server(args: argparse.Namespace) -> Server:
     from osum_echat.serving.realtime.settings import SessionLimits
     from osum_echat.serving.safety import check_host
 
-    key = args.api_key or os.environ.get("OSUM_ECHAT_API_KEY") or None
+    key = api_key_of(args)
     check_host(args.host, key)
     limits = SessionLimits(
         turn_seconds=args.turn_seconds,
@@ -83,6 +90,7 @@ def build_server(args: argparse.Namespace) -> Server:
         api_key=key,
         origins=tuple(args.origin),
         sessions=args.sessions,
+        **({"shared": args.shared} if getattr(args, "shared", None) else {}),
         think=None if args.think == "none" else args.think,
         drain_seconds=args.drain_seconds,
         limits=limits,
@@ -100,11 +108,16 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def command() -> int:
+        from osum_echat.serving.safety import check_host
+
         if bool(args.ssl_certfile) != bool(args.ssl_keyfile):
             raise UserError("--ssl-certfile and --ssl-keyfile belong together")
         for path in (args.ssl_certfile, args.ssl_keyfile):
             if path and not Path(path).is_file():
                 raise UserError(f"no such file: {path}")
+        if args.replicas is not None:
+            check_host(args.host, api_key_of(args))
+            return serve_on_ray(args, build_server)
         server = build_server(args)
         return listen(server, args)
 
@@ -157,3 +170,10 @@ def _Draining(config: Any, server: Server) -> Any:
             await super().shutdown(sockets)
 
     return Draining(config)
+
+
+def application(options: Mapping[str, str]) -> Any:
+    """For config files of Ray Serve (``import_path: osum_echat.cli.serve:application``): ``options`` are those of `osum-echat serve` without the
+    dashes: ``{checkpoint: /models/echat, host: 0.0.0.0, replicas: "4"}``; a flag is ``"true"``."""
+    words = [word for name, value in options.items() for word in (f"--{name}", *([] if value == "true" else [str(value)]))]
+    return make_application(parser("osum-echat serve").parse_args(words), build_server)

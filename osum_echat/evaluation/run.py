@@ -24,6 +24,7 @@ from osum_echat.evaluation.scorers import Tools
 from osum_echat.evaluation.suite import Suite
 
 if TYPE_CHECKING:
+    from osum_echat.batch.work import Engine
     from osum_echat.pipeline import EChat
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Plan:
         judges, max_calls: for the third step; without judges it is left out.
         exports: forms to write besides (`exports.EXPORTS`).
         token2wav: folder whose speaker network compares voices. wheels: folder of the recogniser's packages.
+        engine, load: answers are generated on this engine instead of in this process, by models that ``load`` makes on a device.
         say, progress: lines for a person: what matters, and how far it is.
     """
 
@@ -62,6 +64,8 @@ class Plan:
     token2wav: str | None = None
     wheels: Path | None = None
     recognisers: dict[str, Any] = field(default_factory=dict)
+    engine: Engine | None = None
+    load: Callable[[str], EChat] | None = None
     say: Callable[[str], None] = quiet
     progress: Callable[[str], None] = quiet
 
@@ -172,6 +176,11 @@ def _generate(plan: Plan, sets: Sets, echat: Callable[[], EChat] | EChat | None)
     done = {(row["part"], row["id"]) for row in results.Lines(plan.out / results.FILE).rows()}
     asked = {name: items for name, items in sets.items.items() if not plan.suite.parts[name].same_as}
     if all((name, item.id) in done for name, items in asked.items() for item in items):
+        return
+    if plan.engine is not None and plan.load is not None:
+        from osum_echat.evaluation.on_engine import generate_on_engine
+
+        generate_on_engine(plan.engine, plan.load, plan.suite, sets.items, plan.out, plan.progress)
         return
     if echat is None:
         raise ConfigError("there is no model to ask: give a checkpoint, or --from a file of results")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -43,6 +44,7 @@ class ServerSettings:
         host: where it listens; on loopback only names of this machine are served.
         origins: other pages that may use it (``*``: any).
         sessions: real-time sessions at once.
+        shared: what the replicas of one service have in common, for client secrets where there is no key; by itself each server has its own.
         think: form of the thought of sessions that do not choose, where the checkpoint has learnt it.
         drain_seconds: how long answers in progress may take when the server is told to stop.
         body_bytes: of one REST request.
@@ -52,6 +54,7 @@ class ServerSettings:
     api_key: str | None = None
     origins: tuple[str, ...] = ()
     sessions: int = 64
+    shared: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     think: str | None = "tag"
     drain_seconds: float = 30.0
     body_bytes: int = 32 * 2**20
@@ -65,8 +68,7 @@ class Server:
         self.backend = backend
         self.settings = settings or ServerSettings()
         self.turn_models = turn_models or TurnModels.load()
-        self.keys = Keys(self.settings.api_key)
-        self.secrets: dict[str, Mapping[str, Any]] = {}
+        self.keys = Keys(self.settings.api_key, shared=self.settings.shared)
         self.metrics = Metrics()
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="osum-echat-turns")
         self.connections: set[Connection] = set()
@@ -118,7 +120,7 @@ class Server:
             await socket.send_text(build_error("server_full", refusal[1], fault=True))
             await socket.close(refusal[0], refusal[1])
             return
-        session = self.secrets.get(key or "") or {}
+        session = self.keys.session_of(key) or {}
         limits = self.settings.limits
         await self._serve(Connection(socket, lambda c: self._session(c.emit, socket.query_params.get("model"), session), limits))
 
@@ -306,7 +308,8 @@ async def _client_secret(server: Server, request: Request) -> JSONResponse:
         return rest.failure(400, str(error), "invalid_value")
     session = first.session
     await first.close()
-    secret, expires = server.keys.make_secret(seconds)
-    server.secrets = {key: kept for key, kept in server.secrets.items() if server.keys.is_secret(key)}
-    server.secrets[secret] = given
+    try:
+        secret, expires = server.keys.make_secret(seconds, given)
+    except ValueError as error:
+        return rest.failure(400, str(error), "invalid_value")
     return JSONResponse({"value": secret, "expires_at": expires, "session": session})

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import ipaddress
+import json
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 KEY_PROTOCOL = "openai-insecure-api-key."
 """Browsers cannot set a header for a WebSocket, so the key comes as a subprotocol of this form."""
 SECRET_SECONDS = 600
+_SECRET = "ek_"
+SECRET_LETTERS = 6000
+"""Of a client secret at most: it must fit into a header."""
 
 
 def is_loopback(host: str) -> bool:
@@ -37,24 +43,40 @@ def check_host(host: str, api_key: str | None) -> None:
 class Keys:
     """Who has the key. Without one everybody has it, whatever they send.
 
-    ``client_secrets`` are short-lived keys that a holder of the key makes for a browser; they work until they expire.
+    ``client_secrets`` are short-lived keys that a holder of the key makes for a browser; they work until they expire. Such a secret is signed with
+    the key and holds its end and its session, so that every server with the same key (`ray_serve`: every replica) knows it, and none keeps a list.
+
+    Attributes:
+        shared: what servers that know each other's secrets have in common, where there is no key.
     """
 
     api_key: str | None = None
     clock: Callable[[], float] = time.time
-    _secrets: dict[str, float] = field(default_factory=dict)
+    shared: str = field(default_factory=lambda: secrets.token_hex(32))
 
-    def make_secret(self, seconds: float = SECRET_SECONDS) -> tuple[str, int]:
-        """A key that begins with ``ek_``, and when it expires (Unix time)."""
-        now = self.clock()
-        self._secrets = {secret: end for secret, end in self._secrets.items() if end > now}
-        secret = f"ek_{secrets.token_hex(24)}"
-        self._secrets[secret] = now + seconds
-        return secret, int(now + seconds)
+    def make_secret(self, seconds: float = SECRET_SECONDS, session: Mapping[str, Any] | None = None) -> tuple[str, int]:
+        """A key that begins with ``ek_``, and when it expires (Unix time). Raises ValueError for a session that is too long for a key."""
+        end = self.clock() + seconds
+        content = {"end": end, "session": session or {}, "nonce": secrets.token_hex(12)}
+        body = base64.urlsafe_b64encode(json.dumps(content, separators=(",", ":")).encode()).decode().rstrip("=")
+        if len(body) > SECRET_LETTERS:
+            raise ValueError("session is too long for a client secret; send its instructions with session.update")
+        return f"{_SECRET}{body}.{self._sign(body)}", int(end)
+
+    def session_of(self, key: str | None) -> Mapping[str, Any] | None:
+        """The session of a key that `make_secret` gave out and that is still good; None for any other."""
+        body, _, signature = (key or "")[len(_SECRET) :].rpartition(".")
+        if not (key or "").startswith(_SECRET) or not hmac.compare_digest(signature.encode(), self._sign(body).encode()):
+            return None
+        content = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        return content["session"] if content["end"] > self.clock() else None
+
+    def _sign(self, body: str) -> str:
+        return hmac.new((self.api_key or self.shared).encode(), body.encode(), "sha256").hexdigest()
 
     def is_secret(self, key: str) -> bool:
         """One of the keys that `make_secret` gave out, and still good."""
-        return self._secrets.get(key, 0.0) > self.clock()
+        return self.session_of(key) is not None
 
     def allows(self, key: str | None) -> bool:
         if not self.api_key:
