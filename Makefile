@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve page test venv venv-dev lint types mini evaluate-mini test-browser test-clients clean
+.PHONY: help demo serve page test venv venv-dev lint types mini evaluate-mini test-browser test-clients test-ray clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -76,6 +76,13 @@ $(VENV)-browser/.installed: | $(BIN)/python
 
 test-clients: $(VENV)/.installed  ## the live server with the released clients of others (Python and node), each in an environment of its own
 	$(BIN)/python tests/clients/run.py
+
+$(VENV)/.installed-ray: $(VENV)/.installed-dev
+	$(INSTALL) -e '.[ray]'
+	@touch $@
+
+test-ray: $(VENV)/.installed-ray  ## lists and the live server on a Ray cluster of this machine: equal to one process, killed, gone on (minutes)
+	$(BIN)/python tests/cluster/run.py
 
 test-browser: $(VENV)/.installed-ui $(VENV)-browser/.installed  ## the web pages in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
 	OSUM_ECHAT_PYTHON=$(CURDIR)/$(BIN)/python $(VENV)-browser/bin/python -m pytest -q -c /dev/null --rootdir tests/browser --confcutdir tests/browser tests/browser

@@ -4,6 +4,7 @@
 #   bash infer_with_shards_or_raw.sh LIST RESULT_DIR [DEVICES] [auto|raw|shard|combine] [CHECKPOINT] [TOKEN2WAV] [more arguments of `osum-echat batch`]
 #
 # DEVICES: cpu (default), or accelerators by number, for example 0,1,2,3 (ACCELERATOR=npu for Ascend): the list is shared out and the results are joined.
+# ray: on the devices of a Ray cluster (docs/scale.md); --address auto, --device, --workers and --share may follow.
 # The same command goes on where it was stopped. An argument may be "" (its default). Example: ... out/test cpu "" mini "" --task s2s_think
 
 set -euo pipefail
@@ -18,6 +19,9 @@ python=${PYTHON:-$([ -x "$here/.venv/bin/python" ] && echo "$here/.venv/bin/pyth
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
 arguments=(--list "$list" --out "$result" --data-type "$data_type" --checkpoint "$checkpoint")
 [ -n "$token2wav" ] && arguments+=(--token2wav "$token2wav")
+if [ "$devices" = ray ]; then
+  exec "$python" -m osum_echat.cli batch "${arguments[@]}" --engine ray "$@"
+fi
 IFS=, read -r -a names <<<"$devices"
 pids=()
 for i in "${!names[@]}"; do

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -15,8 +16,10 @@ import pytest
 from osum_echat.batch.local import LocalEngine
 from osum_echat.batch.ray_data import Placement, RayEngine, place
 from osum_echat.batch.work import Engine, Outcome, Unit, blocks
+from osum_echat.cli import batch
 from tests.batch_case import Doubling
 
+ROOT = Path(__file__).resolve().parents[1]
 UNITS = [Unit(number, f"key{number}", number) for number in range(40) if number not in (7, 20)]
 
 
@@ -103,6 +106,44 @@ def test_a_worker_that_is_killed_costs_its_block_only(ray_engine: RayEngine, tmp
     assert sorted(found) == [unit.number for unit in UNITS] and not any(outcome.error for outcome in found.values())
     told = [line for file in log.iterdir() for line in file.read_text().splitlines()]
     assert told.count("8 9 10 11 12 13 14 15") == 2 and len(told) <= 5 + 2, "its block again, and one that waited for it at most"
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_gives_the_same_results_on_both_engines(
+    ray_engine: RayEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "some.jsonl").write_text("".join(f"{line}\n" for line in list_with_faults()), encoding="utf-8")
+    asked = ["--list", str(tmp_path / "some.jsonl"), "--task", "emotion", "--greedy", "--device", "cpu", "--batch-size", "2"]
+    found = {}
+    for name, more in {"local": [], "ray": ["--engine", "ray", "--workers", "1", "--format", "parquet"]}.items():
+        assert batch.main([*asked, "--block", "3", "--out", str(tmp_path / name), *more]) == 0
+        score = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (score["records"], score["failed"]) == (6, 2) and score["tags"]["emotion"]["right"] == 4
+        lines = (tmp_path / name / "results.jsonl").read_text(encoding="utf-8").splitlines()
+        found[name] = [{key: value for key, value in json.loads(line).items() if key != "timings"} for line in lines]
+        assert batch.main([*asked, "--out", str(tmp_path / name), *more]) == 0, "there is nothing left to do"
+        assert (tmp_path / name / "results.jsonl").read_text(encoding="utf-8").splitlines() == lines
+        capsys.readouterr()
+    assert found["ray"] == found["local"]
+    assert (tmp_path / "ray" / "text").read_bytes() == (tmp_path / "local" / "text").read_bytes()
+    parquet = pytest.importorskip("pyarrow.parquet").read_table(tmp_path / "ray" / "results.parquet").to_pylist()
+    assert [(row["key"], row["text"], row["error"]) for row in parquet] == [
+        (row["key"], row.get("text"), row["error"]) for row in found["local"]
+    ]
+    assert [json.loads(row["tags"]) for row in parquet if row["error"] is None] == [
+        row["tags"] for row in found["local"] if "tags" in row
+    ]
+
+
+def list_with_faults() -> list[str]:
+    """Four recordings of the demo, one that is not there, and a key that came before."""
+    lines = [json.loads(line) for line in (ROOT / "assets" / "demo" / "demo.jsonl").read_text(encoding="utf-8").splitlines()[:4]]
+    lines = [{**line, "wav": str(ROOT / "assets" / "demo" / line["wav"])} for line in lines]
+    return [
+        json.dumps(line) for line in (*lines, {"key": "gone", "wav": "gone.wav", "txt": "x"}, {**lines[1], "wav": "other.wav"})
+    ]
 
 
 # ---- without a cluster -----------------------------------------------------------------------------------------------------------------

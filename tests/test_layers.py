@@ -5,7 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 
-OPTIONAL = ["deepspeed", "gradio", "torch_npu", "liger_kernel", "flash_attn", "faster_whisper", "speechmos", "webdataset"]
+OPTIONAL = [
+    "deepspeed",
+    "gradio",
+    "torch_npu",
+    "liger_kernel",
+    "flash_attn",
+    "faster_whisper",
+    "speechmos",
+    "webdataset",
+    "ray",
+    "pyarrow",
+]
 NEED_AN_EXTRA = {"osum_echat.serving.page.app"}  # made of gradio's components; `osum-echat page` names the extra
 UNIX_MODULES = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]
 UNIX_FUNCTIONS = ["fork", "forkpty", "getuid", "geteuid", "killpg", "nice", "sched_getaffinity", "setsid"]

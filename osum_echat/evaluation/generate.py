@@ -94,10 +94,13 @@ def _alike(items: Sequence[Item]) -> dict[str, list[Item]]:
     first: dict[tuple[object, ...], str] = {}
     out: dict[str, list[Item]] = {}
     for item in items:
-        sound = id(item.wav) if isinstance(item.wav, bytes) else item.wav
-        key = (sound, item.start, item.end, item.prompt_wav, item.text)
-        out.setdefault(first.setdefault(key, item.id), []).append(item)
+        out.setdefault(first.setdefault(question_of(item), item.id), []).append(item)
     return out
+
+
+def question_of(item: Item) -> tuple[object, ...]:
+    """What two items share that ask the very same."""
+    return (id(item.wav) if isinstance(item.wav, bytes) else item.wav, item.start, item.end, item.prompt_wav, item.text)
 
 
 class _Writer:

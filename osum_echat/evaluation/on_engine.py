@@ -9,7 +9,7 @@ from pathlib import Path
 
 from osum_echat.batch.output import write_files
 from osum_echat.batch.work import Engine, Outcome, Unit, Work
-from osum_echat.evaluation.generate import Progress, generate, quiet
+from osum_echat.evaluation.generate import Progress, generate, question_of, quiet
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.results import FILE, Lines, Result
 from osum_echat.evaluation.suite import Suite
@@ -18,7 +18,7 @@ from osum_echat.pipeline import EChat
 
 @dataclass(frozen=True)
 class Generating:
-    """The work. A unit's payload is the name of a part and items of it that belong together: a conversation, or one item.
+    """The work. A unit's payload is the name of a part and items of it that belong together (`units_of`).
 
     Attributes:
         load: makes the model on a device; can be pickled.
@@ -86,11 +86,11 @@ def generate_on_engine(
 
 
 def units_of(suite: Suite, sets: Mapping[str, Sequence[Item]]) -> list[Unit]:
-    """Items of all parts that are asked, those of one conversation as one unit."""
+    """Items of all parts that are asked; those of one conversation, and those that ask the same, are one unit."""
     units: list[Unit] = []
     for name, part in suite.parts.items():
-        together: dict[str, list[Item]] = {}
+        together: dict[object, list[Item]] = {}
         for item in () if part.same_as else sets.get(name, ()):
-            together.setdefault(item.dialogue_id or f"/{item.id}", []).append(item)
+            together.setdefault(item.dialogue_id or question_of(item), []).append(item)
         units += [Unit(len(units) + n, f"{name} {items[0].id}", (name, items)) for n, items in enumerate(together.values())]
     return units

@@ -83,7 +83,7 @@ def build(
     class Live:
         """A replica; its requests are the application's."""
 
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress(_Builder(make_server))(Live),
         name="live",
         num_replicas=replicas,

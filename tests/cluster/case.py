@@ -1,0 +1,159 @@
+"""What the parts share: checks, a cluster of two nodes, lists, and work whose blocks leave a trace."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osum_echat.batch.ray_data import RayEngine
+from osum_echat.batch.work import Outcome, Unit, Work, Worker
+from osum_echat.cli import batch
+from osum_echat.cli import main as command
+from osum_echat.cli.batch_answers import Answering
+from osum_echat.data.sources import open_source
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "assets" / "demo" / "demo.jsonl"
+STORE = 150 * 2**20
+"""Bytes of each node's object store."""
+
+
+class Bench:
+    """The run: its folder, its cluster, what was checked and measured."""
+
+    def __init__(self, folder: Path, records: int) -> None:
+        self.folder, self.records = folder, records
+        self.failed: list[str] = []
+        self.found: dict[str, Any] = {}
+        self.cluster: Any = None
+
+    def check(self, what: str, held: bool, detail: object = "") -> None:
+        print(f"{'ok    ' if held else 'FAILED'} {what}{'' if held else f': {detail}'}", flush=True)
+        if not held:
+            self.failed.append(what)
+
+    def start(self) -> Any:
+        """A cluster of two nodes of one core each, to which this process is connected; the first holds the driver."""
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster()
+        for _ in range(2):
+            self.cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+        ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
+        return self.cluster
+
+    def close(self) -> None:
+        if self.cluster is not None:
+            import ray
+
+            ray.shutdown()
+            self.cluster.shutdown()
+            self.cluster = None
+
+    def engine(self, **options: Any) -> RayEngine:
+        return RayEngine(**{"device": "cpu", "block_size": 16, "say": print, **options})
+
+
+def write_list(folder: Path, count: int, name: str = "raw.list") -> Path:
+    """So many records: the recordings of the demo again and again, with keys of their own."""
+    demo = [json.loads(line) for line in DEMO.read_text(encoding="utf-8").splitlines()]
+    rows = [
+        {**demo[n % len(demo)], "key": f"k{n:04d}", "wav": str(DEMO.parent / demo[n % len(demo)]["wav"])} for n in range(count)
+    ]
+    path = folder / name
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_forms(folder: Path, count: int) -> dict[str, Path]:
+    """The same records in each form."""
+    forms = {"raw": write_list(folder, count)}
+    before = forms["raw"]
+    for form, name in {"shard": "shards_list.txt", "combine": "combines_list.txt"}.items():
+        assert command(["data", "convert", str(before), str(folder / form), "--to", form, "--workers", "1"]) == 0
+        before = forms[form] = next((folder / form).rglob(name))
+    return forms
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked about a list, as the arguments of `osum-echat batch`."""
+
+    list: str
+    task: str
+    more: tuple[str, ...] = ()
+
+    @property
+    def args(self) -> argparse.Namespace:
+        asked = ["--list", self.list, "--out", "-", "--task", self.task, "--greedy", "--device", "cpu", "--threads", "1"]
+        return batch.make_parser().parse_args([*asked, *self.more])
+
+    def work(self, log: Path) -> Traced:
+        return Traced(Answering(self.args), str(log))
+
+    def units(self) -> list[Unit]:
+        units, faults = batch.read_units(open_source(self.list))
+        assert not faults, faults
+        return units
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Work whose workers write when they began and ended each block: ``PID BEGIN END NUMBER NUMBER ...`` in the folder ``log``."""
+
+    inner: Work
+    log: str
+
+    def open(self, device: str) -> TracedWorker:
+        return TracedWorker(self.inner.open(device), Path(self.log))
+
+
+class TracedWorker:
+    def __init__(self, inner: Worker, log: Path) -> None:
+        self.inner, self.log = inner, log
+        log.mkdir(parents=True, exist_ok=True)
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        numbers, began = " ".join(str(unit.number) for unit in units), time.time()
+        (self.log / f"busy{os.getpid()}").write_text(numbers)
+        yield from self.inner.run(units)
+        (self.log / f"busy{os.getpid()}").unlink()
+        with (self.log / f"done{os.getpid()}").open("a") as file:
+            file.write(f"{began} {time.time()} {numbers}\n")
+
+
+def busy(log: Path) -> list[tuple[int, str]]:
+    """Process and numbers of the blocks that are worked on."""
+    return [(int(path.name[4:]), path.read_text()) for path in log.glob("busy*")]
+
+
+def done(log: Path) -> dict[int, list[tuple[float, float, list[int]]]]:
+    """Blocks of each process: when they began and ended, and their numbers."""
+    out: dict[int, list[tuple[float, float, list[int]]]] = {}
+    for path in log.glob("done*"):
+        for line in path.read_text().splitlines():
+            began, ended, *numbers = line.split()
+            out.setdefault(int(path.name[4:]), []).append((float(began), float(ended), list(map(int, numbers))))
+    return out
+
+
+def rows_of(outcomes: Iterable[Outcome]) -> dict[int, Any]:
+    """What must be equal of each outcome: all but the times. Raises AssertionError for one that comes twice."""
+    rows: dict[int, Any] = {}
+    for outcome in outcomes:
+        assert outcome.number not in rows, f"{outcome.number} came twice"
+        value = {name: item for name, item in (outcome.value or {}).items() if name != "timings"}
+        rows[outcome.number] = (value, outcome.files, outcome.error)
+    return rows
+
+
+def differences(ours: dict[int, Any], theirs: dict[int, Any]) -> list[int]:
+    """Numbers whose outcomes differ, or that one lacks."""
+    return [number for number in sorted({*ours, *theirs}) if ours.get(number) != theirs.get(number)]

@@ -1,0 +1,143 @@
+"""What is lost in the middle of a run: a worker, a node, the command; and results that come faster than they are taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from osum_echat.batch.local import LocalEngine
+from osum_echat.batch.work import Outcome, Unit
+from tests.cluster.case import STORE, Bench, Question, busy, differences, done, rows_of, write_list
+
+COUNT, BLOCK = 96, 8
+
+
+def when(log: Path, blocks: int, act: Callable[[], None]) -> threading.Thread:
+    """A thread that acts when so many blocks are done and one is worked on."""
+
+    def wait() -> None:
+        for _ in range(6000):
+            if sum(len(some) for some in done(log).values()) >= blocks and busy(log):
+                act()
+                return
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def workers_and_nodes(bench: Bench) -> None:
+    """kill -9 of a worker, then removal of a node: complete, equal, nothing twice, and no more again than the lost blocks."""
+    folder = bench.folder / "faults"
+    folder.mkdir()
+    question = Question(str(write_list(folder, COUNT)), "emotion")
+    units = question.units()
+    local = rows_of(LocalEngine("cpu", BLOCK).run(question.work(folder / "local"), units))
+    cluster = bench.start()
+    second = next(iter(cluster.worker_nodes))
+    acts = {
+        "a worker killed": lambda log: os.kill(busy(log)[0][0], signal.SIGKILL),
+        "a node removed": lambda _: cluster.remove_node(second),
+    }
+    for what, act in acts.items():
+        log = folder / what.replace(" ", "_")
+        acting = when(log, 2, lambda act=act, log=log: act(log))  # type: ignore[misc]
+        rows = rows_of(bench.engine(block_size=BLOCK).run(question.work(log), units))
+        acting.join()
+        bench.check(
+            f"{what}: {COUNT} records, each once, equal to the local engine",
+            not differences(rows, local),
+            differences(rows, local)[:9],
+        )
+        worked = sum(len(numbers) for some in done(log).values() for _, _, numbers in some)
+        bench.check(f"{what}: {worked - COUNT} records were done again", worked - COUNT <= 3 * BLOCK, worked)
+        bench.check(f"{what}: it was lost in the middle", len(list(log.glob("busy*"))) >= 1, list(log.glob("*")))
+
+
+def driver(bench: Bench) -> None:
+    """kill -9 of the command: the same command goes on."""
+    folder = bench.folder / "driver"
+    folder.mkdir()
+    path = write_list(folder, COUNT)
+    call = [
+        sys.executable,
+        "-m",
+        "osum_echat.cli",
+        "batch",
+        "--list",
+        str(path),
+        "--task",
+        "emotion",
+        "--greedy",
+        "--device",
+        "cpu",
+    ]
+    call += ["--threads", "1", "--block", str(BLOCK)]
+    subprocess.run([*call, "--out", str(folder / "local")], check=True, capture_output=True)
+    bench.start()
+    call += ["--out", str(folder / "ray"), "--engine", "ray", "--address", bench.cluster.address]
+    results = folder / "ray" / "results.jsonl"
+    first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(6000):
+        if results.exists() and results.read_bytes().count(b"\n") >= 2 * BLOCK:
+            break
+        time.sleep(0.05)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = results.read_bytes()
+    before = kept[: kept.rfind(b"\n") + 1].splitlines()
+    bench.check(f"the command was killed in the middle, after {len(before)} of {COUNT}", 2 * BLOCK <= len(before) < COUNT)
+    subprocess.run(call, check=True, capture_output=True)
+    rows, local = (
+        [json.loads(line) for line in (folder / name / "results.jsonl").read_text().splitlines()] for name in ("ray", "local")
+    )
+    times = {row["key"]: row["timings"] for row in rows}
+    bench.check("it went on: complete, each key once", [row["key"] for row in rows] == sorted({row["key"] for row in local}))
+    bench.check(
+        "what was written was not asked again", all(times[(row := json.loads(line))["key"]] == row["timings"] for line in before)
+    )
+    same = [{**row, "timings": None} for row in rows] == [{**row, "timings": None} for row in local]
+    bench.check("the results are those of the local engine", same)
+
+
+@dataclass(frozen=True)
+class Large:
+    """Work whose every unit gives a file of so many bytes."""
+
+    size: int
+
+    def open(self, device: str) -> Large:
+        return self
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        for unit in units:
+            yield Outcome(unit.number, {}, {"file": bytes(self.size)})
+
+
+def memory(bench: Bench) -> None:
+    """2 GB of results through object stores of 150 MB each, taken slowly: workers wait."""
+    bench.start()
+    units, size = [Unit(number, str(number)) for number in range(400)], 5 * 2**20
+    process = psutil.Process()
+    start = peak = process.memory_info().rss
+    count = spilled = 0
+    for outcome in bench.engine(block_size=2).run(Large(size), units):
+        count += len(outcome.files["file"]) == size
+        time.sleep(0.02)
+        peak = max(peak, process.memory_info().rss)
+    spilled = sum(path.stat().st_size for path in Path(os.environ["TMPDIR"]).rglob("*spilled*/*") if path.is_file())
+    bench.found["memory_mb"] = {"driver_more": (peak - start) >> 20, "spilled": spilled >> 20, "through": count * size >> 20}
+    bench.check("400 results of 5 MB came", count == 400, count)
+    bench.check("the command's memory stays bounded", peak - start < 3 * STORE, bench.found["memory_mb"])
+    bench.check("the object store is not spilled to disk without end", spilled < 4 * STORE, bench.found["memory_mb"])
