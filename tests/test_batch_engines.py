@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def ray_engine() -> Iterator[RayEngine]:
     (Path.home() / "ray_bootstrap_config.yaml").write_text(
         "provider: {type: local}\n"
     )  # else Ray asks the network in which cloud it is
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield RayEngine(device="cpu", workers=2, block_size=8, dashboard=False)
     ray.shutdown()
 
@@ -51,24 +52,21 @@ def by_number(outcomes: Iterator[Outcome]) -> dict[int, Outcome]:
 
 
 def test_every_unit_has_its_outcome_once(engine: Engine, tmp_path: Path) -> None:
-    units = [*UNITS, Unit(50, "bad", -1)]
-    found = by_number(engine.run(Doubling(log=str(tmp_path)), units))
+    units = [*UNITS, Unit(50, "bad", -1), Unit(60, "spoils", 99)]
+    found = by_number(engine.run(Doubling(log=str(tmp_path), raises=frozenset([99])), units))
     assert sorted(found) == [unit.number for unit in units]
     assert all(found[u.number].value == {"twice": 2 * u.payload, "device": "cpu"} for u in UNITS)
     assert all(found[u.number].files == {"a/b.bin": bytes([u.payload])} for u in UNITS)
     assert (found[50].value, found[50].error) == (None, "negative")
+    assert found[60].error == "given up after 3 tries: RuntimeError: payload 99"
     told = [line for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
-    assert sorted(told) == sorted(" ".join(str(u.number) for u in block) for block in blocks(units, 8)), (
-        "blocks are those of the list"
-    )
+    cut = [" ".join(str(unit.number) for unit in block) for block in blocks(units, 8)]
+    assert sorted(told) == sorted([*cut, "60", "60", "60"]), "blocks are those of the list; what spoils its block is tried alone"
 
 
-def test_a_unit_that_spoils_its_block_is_tried_alone_and_counted(engine: Engine) -> None:
-    found = by_number(engine.run(Doubling(raises=frozenset([13, 21])), UNITS))
-    assert {n: o.error for n, o in found.items() if o.error} == {
-        n: f"given up after 3 tries: RuntimeError: payload {n}" for n in (13, 21)
-    }
-    assert len(found) == len(UNITS)
+def test_the_mates_of_a_unit_that_spoils_its_block_are_done() -> None:
+    found = by_number(LocalEngine("cpu", block_size=8).run(Doubling(raises=frozenset([13, 21])), UNITS))
+    assert [number for number, outcome in found.items() if outcome.error] == [13, 21] and len(found) == len(UNITS)
 
 
 def test_work_that_cannot_be_done_is_one_sentence(engine: Engine) -> None:
@@ -77,12 +75,13 @@ def test_work_that_cannot_be_done_is_one_sentence(engine: Engine) -> None:
     assert list(engine.run(Doubling(refuses="never opened"), [])) == []
 
 
-def test_a_unit_that_kills_its_worker_is_counted_after_three_tries(ray_engine: RayEngine, tmp_path: Path) -> None:
-    found = by_number(ray_engine.run(Doubling(log=str(tmp_path), kills=frozenset([13])), UNITS))
-    assert {n: o.error for n, o in found.items() if o.error} == {13: "given up after 3 tries: its worker died each time"}
+def test_a_unit_that_kills_its_worker_is_counted_and_costs_no_other(ray_engine: RayEngine, tmp_path: Path) -> None:
+    engine = replace(ray_engine, tries=2)
+    found = by_number(engine.run(Doubling(log=str(tmp_path), kills=frozenset([13])), UNITS))
+    assert {n: o.error for n, o in found.items() if o.error} == {13: "given up after 2 tries: its worker died each time"}
     assert len(found) == len(UNITS) and all(found[n].value["twice"] == 2 * n for n in found if n != 13)
     told = [line.split() for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
-    assert sorted(len(numbers) for numbers in told if "13" in numbers) == [1, 8, 8], "twice with its block, then alone"
+    assert sorted(len(numbers) for numbers in told if "13" in numbers) == [1, 8], "with its block, then alone"
 
 
 def test_a_worker_that_is_killed_costs_its_block_only(ray_engine: RayEngine, tmp_path: Path) -> None:

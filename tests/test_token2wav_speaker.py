@@ -164,12 +164,12 @@ def test_the_tool_continues_after_an_interruption(model: Token2Wav, raw_list: Pa
 
     monkeypatch.setattr(Frontend, "tokens_of", dies)
     with pytest.raises(KeyboardInterrupt):
-        tokens.run(directory, raw_list, output, batch=2)
+        tokens.run(directory, raw_list, output, batch=1)
     assert not output.exists()
     part = raw_list.with_name("out.list.part")
     part.write_bytes(part.read_bytes() + b'{"key": "torn')
     calls.append(0)
-    tokens.run(directory, raw_list, output, batch=2)
+    tokens.run(directory, raw_list, output, batch=1)
     assert output.read_bytes() == whole.read_bytes()
     assert raw_list.with_name("out.list.dropped").read_bytes() == raw_list.with_name("whole.list.dropped").read_bytes()
 

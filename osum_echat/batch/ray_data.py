@@ -205,7 +205,7 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
     if ray.is_initialized():
         yield ""
         return
-    started: dict[str, Any] = {"include_dashboard": dashboard} if address is None else {"address": address}
+    started: dict[str, Any] = {"address": "local", "include_dashboard": dashboard} if address is None else {"address": address}
     try:
         context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **started)
     except ConnectionError as error:
