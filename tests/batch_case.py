@@ -4,11 +4,35 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from osum_echat.batch.work import Outcome, Unit
+
+T = TypeVar("T")
+PATIENT = {  # Ray's own limits are for machines that do nothing else
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_gcs_server_request_timeout_seconds": "300",
+}
+
+
+def patiently(start: Callable[[], T], tries: int = 6) -> T:
+    """What ``start`` starts. Ray gives a node 30 s to come up, which a busy machine may not have: then it is started again."""
+    os.environ.update(PATIENT)
+    (Path.home() / "ray_bootstrap_config.yaml").write_text(
+        "provider: {type: local}\n"
+    )  # else Ray asks the network in which cloud it is
+    for _ in range(tries - 1):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 @dataclass(frozen=True)

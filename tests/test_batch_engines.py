@@ -18,7 +18,7 @@ from osum_echat.batch.local import LocalEngine
 from osum_echat.batch.ray_data import Placement, RayEngine, place
 from osum_echat.batch.work import Engine, Outcome, Unit, blocks
 from osum_echat.cli import batch
-from tests.batch_case import Doubling
+from tests.batch_case import Doubling, patiently
 
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = [Unit(number, f"key{number}", number) for number in range(40) if number not in (7, 20)]
@@ -28,11 +28,9 @@ UNITS = [Unit(number, f"key{number}", number) for number in range(40) if number 
 def ray_engine() -> Iterator[RayEngine]:
     """A cluster of this machine with two cores, without dashboard, whose files are in the temporary folder (RAY_TMPDIR follows TMPDIR)."""
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    (Path.home() / "ray_bootstrap_config.yaml").write_text(
-        "provider: {type: local}\n"
-    )  # else Ray asks the network in which cloud it is
-    ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    patiently(
+        lambda: ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    )
     yield RayEngine(device="cpu", workers=2, block_size=8, dashboard=False)
     ray.shutdown()
 

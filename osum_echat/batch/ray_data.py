@@ -210,6 +210,8 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
         context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **started)
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster at {address} ({error}); start one with `ray start --head`") from error
+    except Exception as error:  # Ray has no class of its own for a node that does not come up
+        raise ValueError(f"Ray did not start: {error}") from error
     try:
         yield f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:

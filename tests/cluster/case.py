@@ -17,6 +17,7 @@ from osum_echat.cli import batch
 from osum_echat.cli import main as command
 from osum_echat.cli.batch_answers import Answering
 from osum_echat.data.sources import open_source
+from tests.batch_case import patiently
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "assets" / "demo" / "demo.jsonl"
@@ -45,7 +46,7 @@ class Bench:
 
         self.cluster = Cluster()
         for _ in range(2):
-            self.cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+            patiently(lambda: self.cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False))
         ray.init(address=self.cluster.address, log_to_driver=False, logging_level="ERROR")
         return self.cluster
 

@@ -49,7 +49,7 @@ def main() -> int:
         lists.local_process(args.local)
         return 0
     with tempfile.TemporaryDirectory(prefix="osum-ray-") as folder:
-        os.environ["TMPDIR"] = folder  # Ray's sessions go with it
+        os.environ.update({"TMPDIR": folder, "HOME": folder})  # Ray's sessions and its token go with it
         tempfile.tempdir = folder
         bench = Bench(Path(folder), args.records)
         for name in args.only.split(","):
