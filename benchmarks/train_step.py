@@ -183,10 +183,7 @@ class Padded:
                 part = loss_sum(self.model, group) / total
                 part.backward()
                 loss += float(part.detach())
-        self.optimizer.fill_missing_gradients()
-        torch.nn.utils.clip_grad_norm_(self.optimizer.parameters, 5.0)
-        self.optimizer.step(1.0)
-        self.optimizer.zero_grad()
+        self.optimizer.update(1.0, clip=5.0)
         return loss
 
 

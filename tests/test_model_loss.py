@@ -78,7 +78,7 @@ def test_ligers_fused_loss_gives_the_same_numbers(number_of_heads: int, monkeypa
     fused = loss._liger()
     assert fused is not None
     weights, found = torch.rand(23), []
-    for function in (plain_nll, lambda *a: loss._liger_nll(fused, *a, torch.zeros(23, dtype=torch.bool))):
+    for function in (plain_nll, lambda *a: loss._liger_nll(fused, *a, 0)):
         hidden, targets, heads = case()
         nll = function(hidden, targets % 50, heads[:number_of_heads])
         (nll * weights).sum().backward()
@@ -87,18 +87,44 @@ def test_ligers_fused_loss_gives_the_same_numbers(number_of_heads: int, monkeypa
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("expected", [True, False])
-def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(expected: bool) -> None:
-    """Gradients are exact whether the weights from above were foretold or not, and again in a second backward pass."""
-    weights, first_only = torch.rand(23), torch.rand(23) < 0.5
+@pytest.mark.parametrize("told", [True, False])
+def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(told: bool) -> None:
+    """Gradients are exact whether the weights from above were told before or not, and again in a second backward pass."""
+    weights, first_only = torch.rand(23), 11
     hidden, targets, heads = case()
-    targets = torch.where(first_only, targets % 50, targets)
+    targets = torch.where(torch.arange(23) < first_only, targets % 50, targets)
     both, first = plain_nll(hidden, targets, heads), plain_nll(hidden, targets % 50, heads[:1])
-    wanted = torch.where(first_only, first, both)
+    wanted = torch.where(torch.arange(23) < first_only, first, both)
     parameters = [hidden, *(p for head in heads for p in head.parameters())]
     gradients = torch.autograd.grad((3 * wanted * weights).sum(), parameters)
-    found = linear_nll(hidden, targets, heads, first_only, weights if expected else None, chunk=5)
+    found = linear_nll(hidden, targets, heads, first_only, weights if told else None, chunk=5)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for _ in range(2):
         again = torch.autograd.grad((3 * found * weights).sum(), parameters, retain_graph=True)
         torch.testing.assert_close(again, gradients, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_that_are_not_those_told_before_give_no_silent_gradient() -> None:
+    hidden, targets, heads = case()
+    (linear_nll(hidden, targets, heads, 0, torch.rand(23)) * torch.rand(23)).sum().backward()
+    assert heads[0].weight.grad is not None and heads[0].weight.grad.isnan().all()
+
+
+def test_targets_of_weight_zero_give_no_gradient() -> None:
+    hidden, targets, heads = case()
+    (linear_nll(hidden, targets, heads, 0, torch.zeros(23)) * torch.zeros(23)).sum().backward()
+    assert heads[0].weight.grad is not None and not heads[0].weight.grad.any()
+
+
+def test_gradients_of_heads_in_bfloat16_are_summed_in_float32() -> None:
+    """Many small chunks: each adds less than bfloat16 would still notice beside the sum."""
+    torch.manual_seed(0)
+    head = nn.Linear(4, 16, bias=False).bfloat16()
+    hidden = torch.rand(4000, 4).bfloat16()
+    linear_nll(hidden, torch.zeros(4000, dtype=torch.long), [head], 0, torch.ones(4000), chunk=4).sum().backward()
+    exact = nn.Linear(4, 16, bias=False)
+    exact.weight.data = head.weight.data.float()
+    plain_nll(hidden.float(), torch.zeros(4000, dtype=torch.long), [exact]).sum().backward()
+    assert head.weight.grad is not None and exact.weight.grad is not None
+    error = (head.weight.grad.float() - exact.weight.grad).abs().max() / exact.weight.grad.abs().max()
+    assert error < 0.01, f"relative error {error:.3f}"

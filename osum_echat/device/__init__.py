@@ -19,6 +19,7 @@ from osum_echat.device.accelerators import (
     describe,
     dtype,
     empty_cache,
+    fuses_optimizer,
     linear_kernel,
     memory_allocated,
     model_weights,
@@ -30,6 +31,7 @@ from osum_echat.device.accelerators import (
     runs_triton,
     seed_all,
     send,
+    send_together,
     set_rng_state,
     side_stream,
     synchronize,
@@ -38,16 +40,20 @@ from osum_echat.device.accelerators import (
     training_precision,
 )
 from osum_echat.device.graphs import Packet, fetch, memory_pool, record, records
+from osum_echat.device.memory import PeakMemory, bytes_of
+from osum_echat.device.varlen import varlen_attention
 
 __all__ = [
     "KINDS",
     "WEIGHTS",
     "Packet",
+    "PeakMemory",
     "Weights",
     "activate",
     "arithmetic",
     "autocast",
     "available",
+    "bytes_of",
     "collectives_backend",
     "count",
     "cpu",
@@ -56,6 +62,7 @@ __all__ = [
     "dtype",
     "empty_cache",
     "fetch",
+    "fuses_optimizer",
     "linear_kernel",
     "memory_allocated",
     "memory_pool",
@@ -70,10 +77,12 @@ __all__ = [
     "runs_triton",
     "seed_all",
     "send",
+    "send_together",
     "set_rng_state",
     "side_stream",
     "synchronize",
     "threads",
     "total_memory",
     "training_precision",
+    "varlen_attention",
 ]

@@ -220,6 +220,19 @@ def side_stream(device: torch.device) -> Callable[[], contextlib.AbstractContext
     return lambda: module.stream(stream)
 
 
+def fuses_optimizer(device: torch.device) -> bool:
+    """Whether torch's fused AdamW runs on ``device``."""
+    return device.type in ("cuda", "cpu")
+
+
+def send_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """`send` for flat tensors of one type, in a single copy."""
+    if device.type == "cpu" or not tensors:
+        return list(tensors)
+    sizes = [len(tensor) for tensor in tensors]
+    return list(send(torch.cat(list(tensors)), device).split(sizes))
+
+
 def empty_cache(device: torch.device) -> None:
     """Give cached device memory back."""
     module = _accelerator(device.type)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block
-from osum_echat.model.config import AdapterConfig
+from osum_echat.model.config import AdapterConfig, Recompute
 from osum_echat.rates import POSITIONS_PER_SECOND
 
 
@@ -63,7 +63,7 @@ class Adapter(nn.Module):
 
     positions_PA: Tensor
 
-    def __init__(self, config: AdapterConfig, encoder_dim: int, recompute: bool = False) -> None:
+    def __init__(self, config: AdapterConfig, encoder_dim: int, recompute: Recompute = False) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -79,12 +79,13 @@ class Adapter(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
 
-    def forward(self, layers: list[Tensor], lengths_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, layers: list[Tensor], lengths_N: Tensor, rows: EndToEnd | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Adapt.
 
         Args:
             layers: encoder layers, each [N, S, E] (one, or those of ``encoder_layers``).
             lengths_N: valid encoder frames.
+            rows: where its positions are valid (`plan.Plan.adapter`); worked out from the lengths, which are read to the host, when not given.
 
         Returns:
             Adapter output [N, P, A], down-sampler output [N, P, A], valid positions [N].
@@ -95,10 +96,10 @@ class Adapter(nn.Module):
                 f"a recording of {down_NPA.shape[1] / POSITIONS_PER_SECOND:.1f} s is longer than the adapter's {self.config.max_positions / POSITIONS_PER_SECOND:.1f} s; "
                 "cut it, or raise adapter.max_positions"
             )
-        rows = EndToEnd(lengths_N, down_NPA.shape[1])
+        rows = rows or EndToEnd.of(lengths_N.tolist(), down_NPA.shape[1]).to(down_NPA.device)
         positions_NPA = self.positions_PA[: down_NPA.shape[1]].to(down_NPA.dtype).expand_as(down_NPA)
         x_1VA = self.dropout(self.input_norm(self.input(rows.join(down_NPA))))
         x_1VA = self.dropout(x_1VA * math.sqrt(self.config.dim) + rows.join(positions_NPA))
         for block in self.blocks:
-            x_1VA = run_block(block, x_1VA, rows.lengths, self.recompute and self.training)
+            x_1VA = run_block(block, x_1VA, rows.recordings, self.training and self.recompute)
         return rows.part(self.norm(x_1VA)), down_NPA, lengths_N

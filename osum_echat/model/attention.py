@@ -1,33 +1,121 @@
 """Attention of packed rows: which back end takes which form of "who may attend to whom".
 
 Packed rows are run document after document without padding. A mask over a whole row of T positions would cost T x T however short the documents
-are, so each layer's attention takes one document at a time:
+are, so attention is told where documents end (`Documents`):
 
-    sdpa    our function under `BY_DOCUMENT`: a kernel launch a document and layer
+    sdpa    one kernel for all documents where the device has one (`device.varlen_attention`), else a call a document
     flash   the kernel gets the lengths; where positions are hidden, which lengths cannot say, the same function as for sdpa
-    eager   a mask over the row (the only form it knows; small models and short rows)
+    eager   a mask over all positions (the only form it knows; small models and short rows)
 
-A row that is one document with nothing hidden needs none of it: plain causal attention. Everything is decided per call from what is handed over;
-nothing of the LLM is switched.
+A single document with nothing hidden needs none of it: plain causal attention. Everything is decided per call from what is handed over;
+nothing of the LLM is switched. Encoder and adapter, whose recordings stand end to end in the same way, use the same `attend`.
 
-B batch rows, T positions, D width of the LLM, L positions of a document, P positions of all documents.
+B batch rows, T positions, D width of the LLM, L positions of a document, P positions of all documents, H heads, d width of a head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osum_echat import device as devices
 from osum_echat.dialogue.packing import PAD_DOCUMENT
 
 BY_DOCUMENT = "sdpa_by_document"
 """Name under which transformers finds the attention of ``attention: sdpa``."""
 Attend = Callable[..., tuple[Tensor, Any]]
 _TAKE_LENGTHS: set[str] = set()  # kernels that are told where documents end
+
+
+@dataclass
+class Documents:
+    """Sequences that stand end to end; each attends to itself alone.
+
+    Attributes:
+        lengths, longest: positions of each, on the host.
+        ends: where each begins and the last ends: int32 [D + 1].
+        visible_P: False where nothing may attend to a position; None: everything is visible.
+        masks: who may attend to whom in each document that has hidden positions, [1, 1, L, L] (None: causal); made from ``visible_P`` once.
+    """
+
+    lengths: list[int]
+    longest: int
+    ends: Tensor
+    visible_P: Tensor | None = None
+    hidden: tuple[bool, ...] = ()
+    masks: list[Tensor | None] | None = None
+
+    @classmethod
+    def of_lengths(cls, lengths: Sequence[int]) -> Documents:
+        ends = np.cumsum([0, *lengths])
+        return cls(list(lengths), max(lengths, default=0), torch.from_numpy(ends.astype(np.int32)))
+
+    @classmethod
+    def of(cls, documents: npt.NDArray[np.int64], visible: npt.NDArray[np.bool_]) -> Documents:
+        """Of documents' numbers and visibility at each position, without padding."""
+        first = np.flatnonzero(np.diff(documents, prepend=PAD_DOCUMENT - 1))
+        bounds = [*first.tolist(), len(documents)]
+        out = cls.of_lengths(np.diff(bounds).tolist())
+        if visible.all():
+            return out
+        hidden = tuple(bool(not visible[start:end].all()) for start, end in itertools.pairwise(bounds))
+        return replace(out, visible_P=torch.from_numpy(visible), hidden=hidden)
+
+    def to(self, device: torch.device) -> Documents:
+        """The same with its tensors on ``device``, and with masks where some are needed."""
+        sent = replace(self, ends=devices.send(self.ends, device))
+        if self.visible_P is None:
+            return sent
+        sent.visible_P = devices.send(self.visible_P, device)
+        pieces = zip(sent.visible_P.split(self.lengths), self.hidden, strict=True)
+        sent.masks = [_causal_mask(visible_L) if hidden else None for visible_L, hidden in pieces]
+        return sent
+
+
+def _causal_mask(visible_L: Tensor) -> Tensor:
+    """Earlier or same position, visible: [1, 1, L, L]."""
+    length = len(visible_L)
+    return (torch.ones(length, length, dtype=torch.bool, device=visible_L.device).tril() & visible_L)[None, None]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Documents,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention inside each document, [1, H, P, d] (keys and values may have fewer heads) to [1, P, H, d]."""
+    kernel = devices.varlen_attention(query) if documents.masks is None and not dropout else None
+    if kernel is None:
+        return _one_by_one(query, key, value, documents, causal, scale, dropout)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return kernel(q, k, v, documents.ends, documents.longest, causal, scale)[None]
+
+
+@torch.compiler.disable  # the lengths of a batch are no constants
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, documents: Documents, causal: bool, scale: float | None, dropout: float
+) -> Tensor:
+    masks = documents.masks or [None] * len(documents.lengths)
+    groups = query.shape[1] // key.shape[1]
+    pieces = []
+    for q, k, v, mask in zip(*(x.split(documents.lengths, dim=2) for x in (query, key, value)), masks, strict=True):
+        if groups > 1 and mask is not None:  # kernels that know grouped heads take no mask
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        options: dict[str, Any] = {"is_causal": causal and mask is None, "enable_gqa": groups > 1 and mask is None}
+        pieces.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, **options))
+    return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
 def prepare(name: str) -> str:
@@ -55,8 +143,8 @@ def register_kernel(name: str) -> None:
         _TAKE_LENGTHS.add(name)
 
 
-def _by_document(attend: Attend) -> Attend:
-    """``attend``, or with ``documents`` (length, and mask [1, 1, L, L] where some positions are hidden) SDPA on one after another."""
+def _by_document(other: Attend) -> Attend:
+    """`attend` for a call that brings ``documents``, ``other`` for the rest."""
 
     def by_document(
         module: nn.Module,
@@ -64,18 +152,12 @@ def _by_document(attend: Attend) -> Attend:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        documents: list[tuple[int, Tensor | None]] | None = None,
+        documents: Documents | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
         if documents is None:
-            return attend(module, query, key, value, attention_mask, **kwargs)
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        lengths = [length for length, _ in documents]
-        kwargs["is_causal"] = None  # SDPA decides by the mask
-        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), documents, strict=True)
-        pieces = [sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0] for q, k, v, (_, mask) in parts]
-        return torch.cat(pieces, dim=1), None
+            return other(module, query, key, value, attention_mask, **kwargs)
+        return attend(query, key, value, documents, True, kwargs.get("scaling"), kwargs.get("dropout") or 0.0), None
 
     return by_document
 
@@ -100,14 +182,6 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tenso
     return out.reshape(batch, 1, heads, value.shape[3])
 
 
-def is_plain(documents_BT: Tensor, visible_BT: Tensor) -> bool:
-    """Whether each row is one document, all visible, padded at the right only: plain causal attention is then right without a mask."""
-    padding_BT = documents_BT == PAD_DOCUMENT
-    one_document = (documents_BT == documents_BT[:, :1]) | padding_BT
-    right_padded = padding_BT[:, 1:] | ~padding_BT[:, :-1]
-    return bool((one_document & (visible_BT | padding_BT)).all() & right_padded.all())
-
-
 def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
     """Who may attend to whom, [B, 1, T, T] bool: earlier or same position, same document, visible key.
 
@@ -122,65 +196,38 @@ def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
     return ((same_BTT & causal_TT & visible_BT[:, None, :] & ~padding_BT[:, None, :]) | self_BTT)[:, None]
 
 
-def packed_hidden(decoder: Any, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
-    """Hidden states [B, T, D] of packed rows by a transformers decoder; attention is causal inside each document."""
-    backend = decoder.config._attn_implementation
-    if backend in _TAKE_LENGTHS:
-        return _end_to_end(decoder, inputs_BTD, positions_BT, documents_BT, visible_BT, take_lengths=True)
-    if is_plain(documents_BT, visible_BT):
-        # Padding is at the right end, where causal attention does not look. Consecutive numbers also keep transformers from taking a
-        # jump in the position numbers for the border of a packed sequence.
-        positions_BT, mask = torch.arange(inputs_BTD.shape[1], device=inputs_BTD.device)[None], None
-    elif backend == BY_DOCUMENT:
-        return _end_to_end(decoder, inputs_BTD, positions_BT, documents_BT, visible_BT, take_lengths=False)
-    else:
-        mask = packed_mask(documents_BT, visible_BT)
-        mask = _additive(mask, inputs_BTD) if backend == "eager" else mask
-    out = decoder(inputs_embeds=inputs_BTD, position_ids=positions_BT, attention_mask=mask, use_cache=False)
-    return out.last_hidden_state
-
-
-def _end_to_end(
-    decoder: Any,
-    inputs_BTD: Tensor,
-    positions_BT: Tensor,
-    documents_BT: Tensor,
-    visible_BT: Tensor,
-    take_lengths: bool,
-) -> Tensor:
-    """All documents end to end without padding; attention is told where they end."""
-    where_P = torch.nonzero(documents_BT.flatten() != PAD_DOCUMENT)[:, 0]
-    documents_P, visible_P = documents_BT.flatten()[where_P], visible_BT.flatten()[where_P]
-    _, lengths_D = torch.unique_consecutive(documents_P, return_counts=True)
-    mask, told = None, dict[str, Any]()
-    if take_lengths and bool(visible_P.all()):
-        ends = F.pad(lengths_D.cumsum(0), (1, 0)).to(torch.int32)
-        longest = int(lengths_D.max())
-        told = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    else:
-        lengths = lengths_D.tolist()
-        masks = [
-            None if bool(visible_L.all()) else packed_mask(document_L[None], visible_L[None])
-            for document_L, visible_L in zip(documents_P.split(lengths), visible_P.split(lengths), strict=True)
-        ]
-        told = {"documents": list(zip(lengths, masks, strict=True))}
+def packed_hidden(decoder: Any, inputs_PD: Tensor, positions_P: Tensor, documents: Documents) -> Tensor:
+    """Hidden states [P, D] of documents end to end by a transformers decoder; attention is causal inside each document."""
+    backend, told = decoder.config._attn_implementation, dict[str, Any]()
+    mask: Tensor | None = None
+    if documents.masks is None and len(documents.lengths) == 1:
+        pass  # plain causal
+    elif backend in _TAKE_LENGTHS and documents.masks is None:
+        told = {"cu_seq_lens_q": documents.ends, "cu_seq_lens_k": documents.ends}
+        told |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
+    elif backend in (BY_DOCUMENT, *_TAKE_LENGTHS):
+        told = {"documents": documents}
         # Nobody reads it: transformers takes a 4D mask as ready and builds none of [positions x positions].
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_BTD.device)
-    flat_ND = inputs_BTD.flatten(0, 1)
-    out = decoder(
-        inputs_embeds=flat_ND.index_select(0, where_P)[None],
-        position_ids=positions_BT.flatten()[where_P][None],
-        attention_mask=mask,
-        use_cache=False,
-        **told,
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_PD.device)
+    else:
+        mask = _whole_mask(documents, inputs_PD)
+    out = decoder(inputs_embeds=inputs_PD[None], position_ids=positions_P[None], attention_mask=mask, use_cache=False, **told)
+    return out.last_hidden_state[0].to(inputs_PD.dtype)
+
+
+def _whole_mask(documents: Documents, inputs_PD: Tensor) -> Tensor:
+    """Who may attend to whom among all positions, as numbers to add: [1, 1, P, P]."""
+    device = inputs_PD.device
+    number_P = torch.repeat_interleave(
+        torch.arange(len(documents.lengths), device=device), documents.ends.diff(), output_size=len(inputs_PD)
     )
-    hidden_PD = out.last_hidden_state[0].to(inputs_BTD.dtype)
-    return torch.zeros_like(flat_ND).index_copy(0, where_P, hidden_PD).view_as(inputs_BTD)
+    visible_P = torch.ones_like(number_P, dtype=torch.bool) if documents.visible_P is None else documents.visible_P
+    return _additive(packed_mask(number_P[None], visible_P[None]), inputs_PD)
 
 
-def _additive(allowed_B1TT: Tensor, inputs_BTD: Tensor) -> Tensor:
+def _additive(allowed_B1TT: Tensor, inputs: Tensor) -> Tensor:
     """The mask as numbers to add, which eager attention takes."""
-    device = inputs_BTD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs_BTD.dtype
-    bias = torch.zeros(allowed_B1TT.shape, dtype=dtype, device=inputs_BTD.device)
+    device = inputs.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    bias = torch.zeros(allowed_B1TT.shape, dtype=dtype, device=inputs.device)
     return bias.masked_fill_(~allowed_B1TT, torch.finfo(dtype).min)

@@ -20,6 +20,10 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, POSITIONS_PER_SECOND
 
 DOWN_SAMPLE_RATE = 4
+
+Recompute = bool | Literal["selective"]
+"""What of a block the backward pass computes again instead of keeping it: all but its input, or what costs little ("selective": everything but
+products and attention)."""
 _QWEN_3B = {
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -151,8 +155,8 @@ class LoraConfig:
 class ModelConfig:
     """The whole model.
 
-    ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: recompute each
-    block's activations in the backward pass instead of keeping them.
+    ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: what
+    of each block is computed again in the backward pass instead of kept (`Recompute`).
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -162,7 +166,7 @@ class ModelConfig:
     lora: LoraConfig | None = None
     dialect: Dialect = field(default_factory=Dialect)
     tokenizer: InputPath | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recompute = False
 
     def __post_init__(self) -> None:
         chosen = self.adapter.encoder_layers

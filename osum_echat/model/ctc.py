@@ -13,13 +13,42 @@ N recordings, P positions (12.5/s), A adapter width, D LLM width, C classes: tex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osum_echat import device as devices
 from osum_echat.model.blocks import valid_frames
 from osum_echat.model.config import CtcConfig
+
+
+@dataclass
+class Transcripts:
+    """Targets of the CTC loss: text ids of what is said in each recording, one after another.
+
+    Attributes:
+        ids: of all transcripts.
+        labels: how many belong to each recording, 0 where the transcript is unknown; ``positions``: of its audio. Both on the host.
+        known_N: the same numbers as ``labels``.
+    """
+
+    ids: Tensor
+    labels: tuple[int, ...]
+    positions: tuple[int, ...]
+    known_N: Tensor
+
+    @classmethod
+    def of(cls, transcripts: Sequence[Tensor], positions: Sequence[int]) -> Transcripts:
+        assert len(transcripts) == len(positions), f"{len(transcripts)} transcripts for {len(positions)} recordings"
+        labels = tuple(len(t) for t in transcripts)
+        ids = torch.cat([t.cpu().long() for t in transcripts]) if transcripts else torch.zeros(0, dtype=torch.long)
+        return cls(ids, labels, tuple(positions), torch.tensor(labels, dtype=torch.long))
+
+    def to(self, device: torch.device) -> Transcripts:
+        ids, known_N = devices.send_together([self.ids, self.known_N], device)
+        return replace(self, ids=ids, known_N=known_N)
 
 
 class CtcBridge(nn.Module):
@@ -57,25 +86,22 @@ class CtcBridge(nn.Module):
             embeds_NPD = embeds_NPD + (text_NPV.to(text_table_VD.dtype) @ text_table_VD).to(embeds_NPD.dtype)
         return embeds_NPD, visible_NP, log_probs_NPC
 
-    def loss(self, log_probs_NPC: Tensor, lengths_N: Tensor, transcripts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """CTC negative log-likelihood of each recording [N] and its number of labels [N].
-
-        ``transcripts``: text ids of each recording; an empty one (unknown) has loss 0 and no labels. A recording that is too short for its
-        transcript has loss 0 as well.
-        """
-        assert len(transcripts) == len(lengths_N), f"{len(transcripts)} transcripts for {len(lengths_N)} recordings"
-        labels_N = torch.tensor([len(t) for t in transcripts], device=log_probs_NPC.device)
-        flat = torch.cat([t.to(log_probs_NPC.device) for t in transcripts]) if transcripts else labels_N
+    def loss(self, log_probs_NPC: Tensor, transcripts: Transcripts) -> tuple[Tensor, Tensor]:
+        """CTC negative log-likelihood of each recording [N] and its number of labels [N]; both are 0 where the transcript is unknown, and
+        the likelihood where the recording is too short for it."""
+        labels, positions = transcripts.labels, transcripts.positions
+        assert len(labels) == len(log_probs_NPC), f"{len(labels)} transcripts for {len(log_probs_NPC)} recordings"
         nll_N = F.ctc_loss(
             log_probs_NPC.transpose(0, 1),
-            flat.long(),
-            lengths_N,
-            labels_N,
+            transcripts.ids,
+            torch.tensor(positions),  # on the host, where the kernel wants them
+            torch.tensor(labels),
             blank=self.blank,
             reduction="none",
             zero_infinity=True,
         )
-        return torch.where(labels_N > 0, nll_N, torch.zeros_like(nll_N)), labels_N
+        known_N = transcripts.known_N
+        return torch.where(known_N > 0, nll_N, torch.zeros_like(nll_N)), known_N
 
     def transcribe(self, log_probs_NPC: Tensor, lengths_N: Tensor) -> list[list[int]]:
         """The best path of each recording as text ids, repeats and blanks removed."""

@@ -21,15 +21,17 @@ from torch import Tensor, nn
 from osum_echat.dialogue.layout import IGNORE, MASKED_POSITION, audio_positions
 from osum_echat.dialogue.packing import PAD_DOCUMENT, PackedRows
 from osum_echat.model.adapter import Adapter
-from osum_echat.model.blocks import valid_frames
-from osum_echat.model.config import ModelConfig
-from osum_echat.model.ctc import CtcBridge
+from osum_echat.model.blocks import EndToEnd, valid_frames
+from osum_echat.model.config import DOWN_SAMPLE_RATE, ModelConfig
+from osum_echat.model.ctc import CtcBridge, Transcripts
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.encoder_cache import EncoderCache
 from osum_echat.model.encoder_masks import EncoderMasks
 from osum_echat.model.loss import linear_nll
+from osum_echat.model.plan import Plan, RecordingPlan, RowPlan
 from osum_echat.model.speech_lm import SpeechLM
 from osum_echat.model.tags import TagHeads
+from osum_echat.rates import FRAMES_PER_POSITION
 
 _SILENT_FRAMES = 8  # one LLM position
 
@@ -127,37 +129,47 @@ class EChatModel(nn.Module):
 
     # ---- audio --------------------------------------------------------------------------------------------------------------------
 
-    def encode(self, feats_NTF: Tensor, lengths_N: Tensor) -> tuple[list[Tensor], Tensor]:
+    def encode(self, feats_NTF: Tensor, lengths_N: Tensor, rows: EndToEnd | None = None) -> tuple[list[Tensor], Tensor]:
         """The encoder layers that the adapter sees, each [N, S, E], and their lengths. Constant while the encoder is frozen: can be kept."""
         if self.encoder_cache is not None:
             return self.encoder_cache(self.encoder, feats_NTF, lengths_N)
-        return self.encoder(feats_NTF, lengths_N, self.config.encoder_layers)
+        return self.encoder(feats_NTF, lengths_N, self.config.encoder_layers, rows)
 
+<<<<<<< HEAD
     def adapt(self, layers: list[Tensor], lengths_N: Tensor) -> AudioFeatures:
         """From what `encode` returned to what the LLM hears."""
         if self.encoder_masks is not None and self.training:
             layers = self.encoder_masks(layers, lengths_N)
         adapted_NPA, down_NPA, lengths_N = self.adapter(layers, lengths_N)
+=======
+    def adapt(self, layers: list[Tensor], lengths_N: Tensor, rows: EndToEnd | None = None) -> AudioFeatures:
+        """From what `encode` returned to what the LLM hears. ``rows``: of the adapter's positions, else worked out from the lengths."""
+        if rows is None:
+            frames = -(-layers[0].shape[1] // DOWN_SAMPLE_RATE)
+            rows = EndToEnd.of([-(-n // DOWN_SAMPLE_RATE) for n in lengths_N.tolist()], frames).to(lengths_N.device)
+        adapted_NPA, down_NPA, lengths_N = self.adapter(layers, lengths_N, rows)
+>>>>>>> 118763e (Training: a plan of lengths and indices made on the host, one wait a step, varlen attention, fused update, heads' gradients in float32, compiled layers, selective checkpointing, a rehearsed update)
         embeds_NPD = self.projection(adapted_NPA)
-        valid_NP = valid_frames(lengths_N, embeds_NPD.shape[1])
-        visible_NP, log_probs_NPC = valid_NP, None
+        visible_NP, log_probs_NPC = valid_frames(lengths_N, embeds_NPD.shape[1]), None
         if self.ctc is not None:
             table_VD = self.lm.llm.get_input_embeddings().weight
             embeds_NPD, visible_NP, log_probs_NPC = self.ctc(adapted_NPA, embeds_NPD, lengths_N, table_VD)
         tag_logits, tag_embeds_ND = self.tags(down_NPA, lengths_N) if self.tags is not None else ({}, None)
-        return AudioFeatures(embeds_NPD[valid_NP], lengths_N, visible_NP[valid_NP], tag_embeds_ND, tag_logits, log_probs_NPC)
+        heard = (rows.valid(embeds_NPD), lengths_N, rows.valid(visible_NP))
+        return AudioFeatures(*heard, tag_embeds_ND, tag_logits, log_probs_NPC)
 
-    def encode_audio(self, feats_NTF: Tensor, lengths_N: Tensor) -> AudioFeatures:
+    def encode_audio(self, feats_NTF: Tensor, lengths_N: Tensor, plan: RecordingPlan | None = None) -> AudioFeatures:
         """Log-mel features [N, T, F] with their numbers of frames to what the LLM hears (ceil(frames / 8) positions each).
+
+        ``plan``: of the recordings, on their device; without one the lengths are read to the host.
 
         Raises:
             ValueError: for an empty recording, one that is too long, or another number of mel bins.
         """
         if feats_NTF.shape[2] != self.config.encoder.mels:
             raise ValueError(f"features have {feats_NTF.shape[2]} mel bins, this checkpoint takes {self.config.encoder.mels}")
-        if len(lengths_N) and int(lengths_N.min()) < 1:
-            raise ValueError("a recording without a single frame (10 ms) cannot be encoded; leave it out")
-        return self.adapt(*self.encode(feats_NTF, lengths_N))
+        plan = plan or RecordingPlan.of(lengths_N.tolist(), feats_NTF.shape[1]).to(feats_NTF.device)
+        return self.adapt(*self.encode(feats_NTF, lengths_N, plan.encoder), plan.adapter)
 
     # ---- language model -----------------------------------------------------------------------------------------------------------
 
@@ -171,12 +183,7 @@ class EChatModel(nn.Module):
         Raises:
             ValueError: when rows and recordings do not fit together.
         """
-        expected = int(rows.audio_index_BT.max()) + 1 if rows.audio_index_BT.numel() else 0
-        found = 0 if audio is None else len(audio.embeds_PD)
-        if expected != found:
-            raise ValueError(
-                f"the rows have {expected} audio positions, the recordings {found}; lay out with `layout.audio_positions`"
-            )
+        _check_audio(int(rows.audio_index_BT.max()) + 1 if rows.audio_index_BT.numel() else 0, audio)
         embeds_BTD = self.embed(rows.ids_BT)
         positions_BT, visible_BT = rows.positions_BT, rows.visible_BT
         if audio is not None:
@@ -219,63 +226,86 @@ class EChatModel(nn.Module):
         *,
         encoded: tuple[list[Tensor], Tensor] | None = None,
         audio: AudioFeatures | None = None,
-        transcripts: Sequence[Tensor] | None = None,
+        transcripts: Transcripts | Sequence[Tensor] | None = None,
         tags: Mapping[str, Tensor] | None = None,
         weights_D: Tensor | None = None,
         run_all_parts: bool = False,
         language: bool = True,
+        plan: Plan | None = None,
     ) -> LossParts:
-        """Loss terms of a batch.
+        """Loss terms of a batch. The targets scored over the text classes alone come first.
 
         Args:
-            rows: packed samples.
+            rows: packed samples; with a ``plan`` they are not looked at.
             feats_NTF, lengths_N: log-mel features of the recordings and their frames.
             encoded: instead of features: what `encode` returned. ``audio``: instead of both: what `adapt` returned.
             transcripts: text ids of each recording for CTC, empty where unknown.
             tags: label number of each recording for each tag head, `IGNORE` where unknown.
-            weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the backward pass.
+            weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the backward pass. Other weights
+                than these give gradients that are NaN.
             run_all_parts: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
                 loss: ranks that share parameters must make the same calls.
             language: False leaves the LLM out; only the losses of the CTC and tag heads remain.
+            plan: `plan` of the batch, on the model's device; without one it is made here, which reads rows and lengths to the host.
         """
+        plan = plan if plan is not None else self.plan(rows, _frames(lengths_N, encoded, audio)).to(self.device)
         touched: list[Tensor] = []
         if audio is None and encoded is not None:
-            audio = self.adapt(*encoded)
+            audio = self.adapt(*encoded, plan.recordings.adapter if plan.recordings is not None else None)
         elif audio is None and feats_NTF is not None and lengths_N is not None and len(lengths_N):
-            audio = self.encode_audio(feats_NTF, lengths_N)
+            audio = self.encode_audio(feats_NTF, lengths_N, plan.recordings)
         if audio is None and run_all_parts:
-            touched += self._run_audio_on_silence(rows.ids_BT.device)
+            touched += self._run_audio_on_silence(self.device)
         if not language:
             none = torch.zeros(0, dtype=torch.long, device=self.device)
             no_nll = torch.zeros(0, device=self.device)
             return LossParts(no_nll, none, none, *self._ctc_loss(audio, transcripts, no_nll), *self._tag_loss(audio, tags))
-        inputs = self.inputs(rows, audio)
+        sequence = plan.rows
+        if audio is not None and self.ctc is not None and self.ctc.config.compress:
+            sequence = plan.hide(audio.visible_P.tolist()).to(self.device)  # the one thing that the host cannot know before
+        embeds_PD = self._sequence_inputs(sequence, audio, plan)
         if touched:
-            inputs.embeds_BTD = inputs.embeds_BTD + 0.0 * torch.stack(touched).sum().to(inputs.embeds_BTD.dtype)
-        hidden_BTD = self.hidden(inputs.embeds_BTD, inputs.positions_BT, inputs.documents_BT, inputs.visible_BT)
-        supervised = torch.nonzero(rows.targets_BT != IGNORE, as_tuple=True)
-        text_M, documents_M = rows.text_softmax_BT[supervised], rows.documents_BT[supervised]
+            embeds_PD = embeds_PD + 0.0 * torch.stack(touched).sum().to(embeds_PD.dtype)
+        hidden_PD = self.lm.packed_hidden(embeds_PD, sequence.positions_P, sequence.documents)
         heads = [self.lm.text_head, self.lm.speech_head]
-        if bool(text_M.all()) and not run_all_parts:
+        if sequence.text_only == len(sequence.supervised_M) and not run_all_parts:
             heads.pop()  # tasks without speech are scored over the text classes, the others over text and speech together
-        weights_M = None if weights_D is None else weights_D[documents_M]
-        nll_M = linear_nll(hidden_BTD[supervised], rows.targets_BT[supervised], heads, text_M, weights_M)
-        ctc_nll_N, ctc_labels_N = self._ctc_loss(audio, transcripts, nll_M)
-        tag_nll_N, tag_known_N = self._tag_loss(audio, tags)
-        return LossParts(
-            nll_M,
-            rows.targets_BT[supervised],
-            documents_M,
-            ctc_nll_N,
-            ctc_labels_N,
-            tag_nll_N,
-            tag_known_N,
+        nll_M = linear_nll(
+            hidden_PD.index_select(0, sequence.supervised_M),
+            sequence.targets_M,
+            heads,
+            sequence.text_only,
+            None if weights_D is None else weights_D[sequence.documents_M],
         )
+        ctc = self._ctc_loss(audio, transcripts, nll_M)
+        return LossParts(nll_M, sequence.targets_M, sequence.documents_M, *ctc, *self._tag_loss(audio, tags))
 
-    def _ctc_loss(self, audio: AudioFeatures | None, transcripts: Sequence[Tensor] | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    def plan(self, rows: PackedRows, frames: Sequence[int]) -> Plan:
+        """What this model needs to know of a batch on the host, from its rows and the frames of its recordings."""
+        markers = (self.vocabulary.audio_begin, self.vocabulary.audio_end) if self.tags is not None else None
+        return Plan.of(rows, frames, markers)
+
+    def _sequence_inputs(self, sequence: RowPlan, audio: AudioFeatures | None, plan: Plan) -> Tensor:
+        """Input embeddings of all documents end to end, [P, D]. Raises ValueError when rows and recordings do not fit together."""
+        _check_audio(plan.audio_positions, audio)
+        embeds_PD = self.embed(sequence.ids_P)
+        if audio is None:
+            return embeds_PD
+        heard_AD = audio.embeds_PD.index_select(0, sequence.audio_from_A).to(embeds_PD.dtype)
+        embeds_PD = embeds_PD.index_copy(0, sequence.audio_at_A, heard_AD)
+        if audio.tag_embeds_ND is not None:
+            vectors = audio.tag_embeds_ND.index_select(0, sequence.markers_from).to(embeds_PD.dtype)
+            embeds_PD = embeds_PD.index_add(0, sequence.markers_at, vectors)
+        return embeds_PD
+
+    def _ctc_loss(
+        self, audio: AudioFeatures | None, transcripts: Transcripts | Sequence[Tensor] | None, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if self.ctc is None or audio is None or audio.ctc_log_probs_NPC is None or transcripts is None:
             return like.new_zeros(0), torch.zeros(0, dtype=torch.long, device=like.device)
-        return self.ctc.loss(audio.ctc_log_probs_NPC, audio.lengths_N, transcripts)
+        if not isinstance(transcripts, Transcripts):
+            transcripts = Transcripts.of(transcripts, audio.lengths_N.tolist()).to(like.device)
+        return self.ctc.loss(audio.ctc_log_probs_NPC, transcripts)
 
     def _tag_loss(
         self, audio: AudioFeatures | None, tags: Mapping[str, Tensor] | None
@@ -288,7 +318,8 @@ class EChatModel(nn.Module):
     def _run_audio_on_silence(self, device: torch.device) -> list[Tensor]:
         """Run the audio parts on one silent position; the sums of what came out, for a graph that reaches all their parameters."""
         feats_NTF = torch.zeros(1, _SILENT_FRAMES, self.config.encoder.mels, device=device)
-        audio = self.encode_audio(feats_NTF, torch.full((1,), _SILENT_FRAMES, device=device))
+        silence = RecordingPlan.of([_SILENT_FRAMES]).to(device)
+        audio = self.encode_audio(feats_NTF, torch.full((1,), _SILENT_FRAMES, device=device), silence)
         assert len(audio.embeds_PD) == audio_positions(_SILENT_FRAMES)
         outputs = [audio.embeds_PD, audio.tag_embeds_ND, audio.ctc_log_probs_NPC, *audio.tag_logits.values()]
         return [tensor.float().sum() for tensor in outputs if tensor is not None]
@@ -305,6 +336,23 @@ class EChatModel(nn.Module):
         marker_BT = torch.where(rows.ids_BT == self.vocabulary.audio_begin, after_BT, -1)
         marker_BT = torch.where(rows.ids_BT == self.vocabulary.audio_end, before_BT, marker_BT)
         return torch.where((marker_BT >= 0)[..., None], audio.tag_embeds_ND[marker_BT.clamp(min=0)], 0.0)
+
+
+def _check_audio(expected: int, audio: AudioFeatures | None) -> None:
+    found = 0 if audio is None else len(audio.embeds_PD)
+    if expected != found:
+        raise ValueError(
+            f"the rows have {expected} audio positions, the recordings {found}; lay out with `layout.audio_positions`"
+        )
+
+
+def _frames(lengths_N: Tensor | None, encoded: tuple[list[Tensor], Tensor] | None, audio: AudioFeatures | None) -> list[int]:
+    """Frames of recordings that are given in one of three forms; such that they come to the same number of positions."""
+    if audio is not None:
+        return [FRAMES_PER_POSITION * n for n in audio.lengths_N.tolist()]
+    if encoded is not None:
+        return [2 * n for n in encoded[1].tolist()]
+    return [] if lengths_N is None else lengths_N.tolist()
 
 
 def renumber(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osum_echat.model.blocks import NORM_EPS, Block, EndToEnd, run_block, valid_frames
-from osum_echat.model.config import EncoderConfig
+from osum_echat.model.config import EncoderConfig, Recompute
 from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, FRAMES_PER_SECOND
 
 
@@ -33,7 +33,7 @@ class AudioEncoder(nn.Module):
 
     positions_SE: Tensor
 
-    def __init__(self, config: EncoderConfig, recompute: bool = False) -> None:
+    def __init__(self, config: EncoderConfig, recompute: Recompute = False) -> None:
         super().__init__()
         self.config = config
         self.recompute = recompute
@@ -48,7 +48,9 @@ class AudioEncoder(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim, eps=NORM_EPS)
 
-    def forward(self, feats_NTF: Tensor, lengths_N: Tensor, layers: tuple[int, ...] = ()) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, feats_NTF: Tensor, lengths_N: Tensor, layers: tuple[int, ...] = (), rows: EndToEnd | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """Encode.
 
         Args:
@@ -56,6 +58,7 @@ class AudioEncoder(nn.Module):
             lengths_N: frames of each recording.
             layers: which layers to return: k for the output of block k, the number of blocks for the final (normed) output, 0 for the input of
                 the first block. Default: the final output.
+            rows: where its frames are valid (`plan.Plan.encoder`); worked out from ``lengths_N``, which are read to the host, when not given.
 
         Returns:
             The layers, each [N, S, E], in the order asked for, and the number of valid encoder frames of each recording.
@@ -76,13 +79,13 @@ class AudioEncoder(nn.Module):
                 "cut it, or raise encoder.max_positions"
             )
         x_NSE = x_NSE + self.positions_SE[: x_NSE.shape[1]].to(x_NSE.dtype)
-        rows = EndToEnd(lengths_N, x_NSE.shape[1])
+        rows = rows or EndToEnd.of(lengths_N.tolist(), x_NSE.shape[1]).to(x_NSE.device)
         x_1PE = self.dropout(rows.join(x_NSE))
         kept = {0: rows.part(x_1PE)} if 0 in layers else {}
         for number, block in enumerate(self.blocks, start=1):
             if number > max(layers):
                 break
-            x_1PE = run_block(block, x_1PE, rows.lengths, self.recompute and self.training)
+            x_1PE = run_block(block, x_1PE, rows.recordings, self.training and self.recompute)
             if number in layers:
                 kept[number] = rows.part(self.norm(x_1PE) if number == self.config.layers else x_1PE)
         return [kept[layer] for layer in layers], lengths_N

@@ -4,7 +4,8 @@ The LM head of the published model has 151,936 rows and the speech head 4,097: l
 gradient as much again. Here positions go through the heads in chunks, and a chunk's part of all gradients is computed while its logits are
 there: three matrix products a chunk (logits, gradient of the hidden states, gradient of the heads), the least that there can be. The gradient
 that comes from above is not known then; it is expected to be proportional to the targets' weights, which training knows, and only scales what
-is there. Where it turns out otherwise, the heads' gradient is computed again. The trade-off: the heads' gradient exists from the forward pass on.
+is there. The trade-off: the heads' gradient exists from the forward pass on. It is summed in float32 whatever the type of the heads: the
+published model needs some twenty chunks, and a sum of that many rounded terms loses what the last ones add.
 
 Where Liger's fused loss is installed (0.8 or newer, which takes a gradient per target) and the device runs Triton, it is used instead; its
 numbers are these to 1e-5.
@@ -18,7 +19,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def linear_nll(
     hidden_MD: Tensor,
     targets_M: Tensor,
     heads: Sequence[nn.Linear],
-    first_only_M: Tensor | None = None,
+    first_only: int = 0,
     weights_M: Tensor | None = None,
     chunk: int | None = None,
 ) -> Tensor:
@@ -46,18 +47,16 @@ def linear_nll(
         hidden_MD: hidden states.
         targets_M: class numbers; those of the second head follow those of the first.
         heads: linear layers (``weight`` [C, D], ``bias`` [C] or None), their classes side by side.
-        first_only_M: True where the softmax is over the classes of the first head alone (default: nowhere).
-        weights_M: what the gradient from above is expected to be proportional to (default: ones). Right or wrong, gradients are exact; when
-            it is right, they cost less.
+        first_only: so many positions, at the beginning, have a softmax over the classes of the first head alone.
+        weights_M: what the gradient from above is going to be proportional to. Where it is not, the heads' gradients are NaN; nothing is read
+            back to find out. None: not known; the value is read, and where it is not the same for all, the work is done a second time.
         chunk: positions at a time; default by `LOGIT_BUDGET`.
 
     Returns:
         [M] float32; gradients flow to hidden states, weights and biases.
     """
-    if first_only_M is None:
-        first_only_M = torch.zeros(len(targets_M), dtype=torch.bool, device=hidden_MD.device)
     if len(targets_M) and devices.runs_triton(hidden_MD.device) and (fused := _liger()) is not None:
-        return _liger_nll(fused, hidden_MD, targets_M, heads, first_only_M)
+        return _liger_nll(fused, hidden_MD, targets_M, heads, first_only)
     flat: list[Tensor | None] = []
     for head in heads:
         flat += [head.weight, head.bias]
@@ -65,10 +64,10 @@ def linear_nll(
     chunk = chunk or max(1, LOGIT_BUDGET // classes)
     device = hidden_MD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_MD.dtype
-    weights_M = torch.ones(len(targets_M), device=hidden_MD.device) if weights_M is None else weights_M.detach().float()
+    weights_M = None if weights_M is None else weights_M.detach().float()
     with torch.autocast(device, enabled=False):
         wanted = torch.is_grad_enabled()  # inside the function it never is
-        return _LinearNll.apply(hidden_MD.to(dtype), targets_M, first_only_M, weights_M, chunk, wanted, *flat)
+        return _LinearNll.apply(hidden_MD.to(dtype), targets_M, first_only, weights_M, chunk, wanted, *flat)
 
 
 @functools.cache
@@ -81,18 +80,17 @@ def _liger() -> Any:
     return module.LigerFusedLinearCrossEntropyFunction if "token_grad_output" in known else None
 
 
-def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], first_only_M: Tensor) -> Tensor:
+def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], first_only: int) -> Tensor:
     """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits saved)."""
-    nll_M = hidden_MD.new_zeros(len(targets_M), dtype=torch.float32)
-    for where, used in ((torch.nonzero(first_only_M)[:, 0], heads[:1]), (torch.nonzero(~first_only_M)[:, 0], heads)):
-        if len(where):
-            weights: list[Tensor] = [head.weight for head in used]
-            biases: list[Tensor] = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in used]
-            weight_CD = weights[0] if len(used) == 1 else torch.cat(weights)
-            bias_C = used[0].bias if len(used) == 1 else torch.cat(biases)
-            found_K = fused.apply(hidden_MD[where], weight_CD, targets_M[where], bias_C, None, -100, 0.0, 0.0, "none")[0]
-            nll_M = nll_M.index_put((where,), found_K.float())
-    return nll_M
+    found = []
+    for part, used in _parts(len(targets_M), first_only, heads):
+        weights: list[Tensor] = [head.weight for head in used]
+        biases: list[Tensor] = [head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias for head in used]
+        weight_CD = weights[0] if len(used) == 1 else torch.cat(weights)
+        bias_C = used[0].bias if len(used) == 1 else torch.cat(biases)
+        options = (None, -100, 0.0, 0.0, "none")
+        found.append(fused.apply(hidden_MD[part], weight_CD, targets_M[part], bias_C, *options)[0].float())
+    return torch.cat(found)
 
 
 class _LinearNll(torch.autograd.Function):
@@ -103,65 +101,70 @@ class _LinearNll(torch.autograd.Function):
         ctx: Any,
         hidden_MD: Tensor,
         targets_M: Tensor,
-        first_only_M: Tensor,
-        weights_M: Tensor,
+        first_only: int,
+        weights_M: Tensor | None,
         chunk: int,
         wanted: bool,
         *flat: Tensor | None,
     ) -> Tensor:
         heads = _pairs(flat, hidden_MD.dtype)
-        ctx.chunk, ctx.number = chunk, 6 + len(flat)
+        ctx.first_only, ctx.chunk = first_only, chunk
         ctx.head_needs = [wanted and needed for needed in ctx.needs_input_grad[6:]]
         nll_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
         unit_MD = torch.empty_like(hidden_MD) if wanted and ctx.needs_input_grad[0] else None
         grads = _zeros(flat, ctx.head_needs)
         space = _space(hidden_MD, chunk, heads)
-        for part_K, used in _chunks(first_only_M, chunk, heads):
-            hidden_KD, targets_K1 = hidden_MD[part_K], targets_M[part_K, None]
+        for part, used in _chunks(len(targets_M), first_only, chunk, heads):
+            hidden_KD, targets_K1 = hidden_MD[part], targets_M[part, None]
             error_KC = _logits(hidden_KD, used, space)
             found_K1 = error_KC.gather(1, targets_K1)
-            nll_M[part_K] = _softmax_(error_KC) - found_K1[:, 0]
+            nll_M[part] = _softmax_(error_KC) - found_K1[:, 0]
             if unit_MD is None and not any(ctx.head_needs):
                 continue
             error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))  # softmax - one-hot: the gradient by the logits
             if unit_MD is not None:
-                unit_MD[part_K] = _hidden_grad(error_KC, used)
-            _add_head_grads(grads, error_KC, hidden_KD, weights_M[part_K], used)
-        ctx.save_for_backward(hidden_MD, targets_M, first_only_M, weights_M, unit_MD, *flat)
+                unit_MD[part] = _hidden_grad(error_KC, used)
+            _add_head_grads(grads, error_KC, hidden_KD, None if weights_M is None else weights_M[part], used)
+        ctx.save_for_backward(hidden_MD, targets_M, weights_M, unit_MD, *flat)
         ctx.grads = grads if any(ctx.head_needs) else None
         return nll_M
 
     @staticmethod
     def backward(ctx: Any, grad_M: Tensor) -> tuple[Any, ...]:
-        hidden_MD, targets_M, first_only_M, weights_M, unit_MD, *flat = ctx.saved_tensors
+        hidden_MD, targets_M, weights_M, unit_MD, *flat = ctx.saved_tensors
         grad_MD = None if unit_MD is None else unit_MD * grad_M[:, None].to(unit_MD.dtype)
         grads, ctx.grads = ctx.grads, None  # used up: a second backward pass computes them again
         if any(ctx.head_needs):
             factor = _common_factor(grad_M, weights_M) if grads is not None else None
             if factor is not None:
                 for grad in filter(None.__ne__, grads):
-                    grad.mul_(factor.to(grad.dtype))
+                    grad.mul_(factor)
             else:
                 grads = _zeros(flat, ctx.head_needs)
                 heads = _pairs(flat, hidden_MD.dtype)
                 space = _space(hidden_MD, ctx.chunk, heads)
-                for part_K, used in _chunks(first_only_M, ctx.chunk, heads):
-                    error_KC = _logits(hidden_MD[part_K], used, space)
+                for part, used in _chunks(len(targets_M), ctx.first_only, ctx.chunk, heads):
+                    error_KC = _logits(hidden_MD[part], used, space)
                     _softmax_(error_KC)
-                    targets_K1 = targets_M[part_K, None]
+                    targets_K1 = targets_M[part, None]
                     error_KC.scatter_add_(1, targets_K1, error_KC.new_full(targets_K1.shape, -1.0))
-                    _add_head_grads(grads, error_KC, hidden_MD[part_K], grad_M[part_K], used)
+                    _add_head_grads(grads, error_KC, hidden_MD[part], grad_M[part], used)
+            grads = [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, flat, strict=True)]
         return (grad_MD, None, None, None, None, None, *(grads or [None] * len(flat)))
 
 
-def _common_factor(grad_M: Tensor, weights_M: Tensor) -> Tensor | None:
-    """f with grad = f x weights to rounding, None when there is none."""
+def _common_factor(grad_M: Tensor, weights_M: Tensor | None) -> Tensor | None:
+    """f with grad = f x weights to rounding; NaN when there is none. Without weights: None when there is none."""
     if not len(grad_M):
         return grad_M.new_ones(())
-    largest = weights_M.abs().argmax()
-    factor = grad_M[largest] / weights_M[largest]
-    same = ((grad_M - factor * weights_M).abs() <= 1e-6 * grad_M.abs()).all() & factor.isfinite()
-    return factor if bool(same) else None
+    expected_M = torch.ones_like(grad_M) if weights_M is None else weights_M
+    largest = expected_M.abs().max(dim=0, keepdim=True)
+    found = grad_M.gather(0, largest.indices) / expected_M.gather(0, largest.indices)
+    factor = torch.where(largest.values > 0, found, 0.0)[0]
+    same = ((grad_M - factor * expected_M).abs() <= 1e-6 * grad_M.abs()).all() & factor.isfinite()
+    if weights_M is None:
+        return factor if bool(same) else None
+    return torch.where(same, factor, torch.nan)
 
 
 def _pairs(flat: Sequence[Tensor | None], dtype: torch.dtype) -> list[Head]:
@@ -170,13 +173,24 @@ def _pairs(flat: Sequence[Tensor | None], dtype: torch.dtype) -> list[Head]:
 
 
 def _zeros(flat: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [torch.zeros_like(t) if t is not None and need else None for t, need in zip(flat, needed, strict=True)]
+    return [
+        torch.zeros_like(t, dtype=torch.float32) if t is not None and need else None for t, need in zip(flat, needed, strict=True)
+    ]
 
 
-def _chunks(first_only_M: Tensor, size: int, heads: list[Head]) -> list[tuple[Tensor, list[Head]]]:
-    """Indices of at most ``size`` positions that are scored over the same heads, and these heads."""
-    groups = ((first_only_M, heads[:1]), (~first_only_M, heads))
-    return [(part_K, used) for chosen_M, used in groups for part_K in torch.nonzero(chosen_M)[:, 0].split(size) if len(part_K)]
+def _parts(count: int, first_only: int, heads: Sequence[Any]) -> Iterator[tuple[slice, Sequence[Any]]]:
+    """Positions that are scored over the same heads, and these heads."""
+    assert 0 <= first_only <= count, f"{first_only} of {count} positions"
+    for start, end, used in ((0, first_only, heads[:1]), (first_only, count, heads)):
+        if end > start:
+            yield slice(start, end), used
+
+
+def _chunks(count: int, first_only: int, size: int, heads: list[Head]) -> Iterator[tuple[slice, Sequence[Head]]]:
+    """At most ``size`` positions that are scored over the same heads, and these heads."""
+    for part, used in _parts(count, first_only, heads):
+        for start in range(part.start, part.stop, size):
+            yield slice(start, min(start + size, part.stop)), used
 
 
 def _logits(hidden_KD: Tensor, heads: Sequence[Head], space: Tensor) -> Tensor:
@@ -218,18 +232,22 @@ def _hidden_grad(error_KC: Tensor, heads: Sequence[Head]) -> Tensor:
 
 
 def _add_head_grads(
-    grads: Sequence[Tensor | None], error_KC: Tensor, hidden_KD: Tensor, weights_K: Tensor, heads: Sequence[Head]
+    grads: Sequence[Tensor | None],
+    error_KC: Tensor,
+    hidden_KD: Tensor,
+    weights_K: Tensor | None,
+    heads: Sequence[Head],
 ) -> None:
-    """Add a chunk's part to the gradients of weights and biases (weight, bias, weight, bias ...; None: frozen)."""
-    scaled_KD = hidden_KD * weights_K[:, None].to(hidden_KD.dtype)
+    """Add a chunk's part to the float32 gradients of weights and biases (weight, bias, weight, bias ...; None: frozen)."""
+    scaled_KD = hidden_KD if weights_K is None else hidden_KD * weights_K[:, None].to(hidden_KD.dtype)
     start = 0
     for number, (head_CD, _) in enumerate(heads):
         part_KC = error_KC[:, start : start + len(head_CD)]
         start += len(head_CD)
         if (grad_CD := grads[2 * number]) is not None:
-            if grad_CD.dtype == hidden_KD.dtype:
-                grad_CD.addmm_(part_KC.to(hidden_KD.dtype).T, scaled_KD)
-            else:  # autocast: float32 master weights, products in half precision
+            if hidden_KD.dtype == torch.float32:
+                grad_CD.addmm_(part_KC.T, scaled_KD)
+            else:  # products in half precision, their sum is not
                 grad_CD += part_KC.to(hidden_KD.dtype).T @ scaled_KD
         if (grad_C := grads[2 * number + 1]) is not None:
-            grad_C += (weights_K @ part_KC).to(grad_C.dtype)
+            grad_C += part_KC.sum(dim=0) if weights_K is None else weights_K @ part_KC

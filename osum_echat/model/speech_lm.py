@@ -14,9 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from osum_echat.dialogue.packing import PAD_DOCUMENT
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.model import attention
-from osum_echat.model.config import LlmConfig
+from osum_echat.model.attention import Documents
+from osum_echat.model.config import LlmConfig, Recompute
+from osum_echat.model.recompute import checkpoint_options
 
 # Heads that change logits after the linear layer; the chunked loss and the two-head decoding work on the linear layer itself.
 _UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -54,7 +57,7 @@ def _round_to_bfloat16(module: nn.Module, args: Any, tables: tuple[Tensor, ...])
 class SpeechLM(nn.Module):
     """LLM, speech table and speech head."""
 
-    def __init__(self, config: LlmConfig, vocabulary: Vocabulary, recompute: bool = False) -> None:
+    def __init__(self, config: LlmConfig, vocabulary: Vocabulary, recompute: Recompute = False) -> None:
         super().__init__()
         self.vocabulary = vocabulary
         self.llm = build_llm(config)
@@ -69,7 +72,7 @@ class SpeechLM(nn.Module):
         nn.init.normal_(self.speech_head.weight, std=scale)
         nn.init.zeros_(self.speech_head.bias)
         if recompute:
-            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            self.llm.gradient_checkpointing_enable(checkpoint_options(recompute))
 
     @property
     def text_head(self) -> nn.Linear:
@@ -106,7 +109,7 @@ class SpeechLM(nn.Module):
         if documents_BT is not None and visible_BT is not None:
             assert cache is None and attention_mask is None, "packed rows are attended without a cache and bring their own mask"
             assert positions_BT is not None, "packed rows bring their position numbers"
-            return attention.packed_hidden(self.llm.get_decoder(), inputs_BTD, positions_BT, documents_BT, visible_BT)
+            return self._hidden_of_rows(inputs_BTD, positions_BT, documents_BT, visible_BT)
         out = self.llm.get_decoder()(
             inputs_embeds=inputs_BTD,
             position_ids=positions_BT,
@@ -116,6 +119,19 @@ class SpeechLM(nn.Module):
             **kwargs,
         )
         return out.last_hidden_state
+
+    def packed_hidden(self, inputs_PD: Tensor, positions_P: Tensor, documents: Documents) -> Tensor:
+        """The same for documents end to end without padding, [P, D]: what training computes. Nothing is read to the host."""
+        return attention.packed_hidden(self.llm.get_decoder(), inputs_PD, positions_P, documents)
+
+    def _hidden_of_rows(self, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
+        """Of every position of packed rows, hidden ones too; zeros at padding."""
+        where_P = torch.nonzero(documents_BT.flatten() != PAD_DOCUMENT)[:, 0]
+        numbers, visible = (x.flatten()[where_P].cpu().numpy() for x in (documents_BT, visible_BT))
+        documents = Documents.of(numbers, visible).to(inputs_BTD.device)
+        flat_ND = inputs_BTD.flatten(0, 1)
+        hidden_PD = self.packed_hidden(flat_ND.index_select(0, where_P), positions_BT.flatten()[where_P], documents)
+        return torch.zeros_like(flat_ND).index_copy(0, where_P, hidden_PD).view_as(inputs_BTD)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Logits over the text ids: [..., D] to [..., V]."""

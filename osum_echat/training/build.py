@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
@@ -24,6 +25,7 @@ from osum_echat.training.watchdog import Watchdog, shared_store
 from osum_echat.training.weights import load_start
 
 log = logging.getLogger(__name__)
+_WORDS: dict[bool | str, str] = {True: "on", False: "off", "selective": "selective"}
 
 
 def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = None, bar: bool = True) -> Trainer:
@@ -80,7 +82,12 @@ def make_trainer(
     _set_dtypes(model, config, name)
     model.to(device)
     _add_encoder_cache(model, config)
+<<<<<<< HEAD
     model.encoder_masks = config.encoder_masks
+=======
+    if config.engine.compile:
+        compile_blocks(stages.blocks(model))
+>>>>>>> 118763e (Training: a plan of lengths and indices made on the host, one wait a step, varlen attention, fused update, heads' gradients in float32, compiled layers, selective checkpointing, a rehearsed update)
     objective = Objective(model, config.loss, run_all_parts=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:
@@ -109,6 +116,12 @@ def make_trainer(
             on_phase=on_phase,
         )
     )
+
+
+def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
+    """Let each repeated layer be compiled when it is first called; all layers of one kind share the code. Shapes may change."""
+    for block in blocks:
+        block.compile(backend=backend, dynamic=True)
 
 
 def _with_fast_precision(config: TrainConfig, engine: str, device: torch.device) -> TrainConfig:
@@ -155,7 +168,7 @@ def describe(config: TrainConfig, engine: str, world: World, device: torch.devic
         "stage": config.stage,
         "code": code_version(),
         "device": f"{device}, {world.size} process(es), engine {engine}, {torch.get_num_threads()} threads",
-        "precision": f"{config.precision}, activation checkpointing {'on' if model.config.activation_checkpointing else 'off'}",
+        "precision": f"{config.precision}, activation checkpointing {_WORDS[model.config.activation_checkpointing]}, layers {'compiled' if config.engine.compile else 'not compiled'}",
         "attention": llm.attention,
         "batch": f"{config.accumulation} micro-batches x {world.size} rank(s) of up to {config.data.batch.rows} x {config.data.batch.row_positions} positions",
         "data mix": ", ".join(f"{k}: {v}" for k, v in mix.items()) or "given by the caller",

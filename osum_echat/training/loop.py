@@ -3,6 +3,9 @@
 One step: every rank fetches micro-batches and all agree on what the step holds and whether it is the last (`steps`); then forward and
 backward for each micro-batch, one update, a report. Anything that may end or change the run is decided in that agreement, never by one
 rank alone.
+
+An accelerator is not kept waiting: the next step is fetched, agreed on and sent while this one is computed, and only then are this step's
+numbers read, all at once. A checkpoint says the position in the data, and the random states, of before that fetch.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +36,7 @@ from osum_echat.training.distributed import World
 from osum_echat.training.engines import Engine, StepResult
 from osum_echat.training.folder import CHECKPOINTS, engine_family, latest, read_state
 from osum_echat.training.objective import MicroBatch, Objective, Outcome
-from osum_echat.training.steps import Steps
+from osum_echat.training.steps import Step, Steps
 from osum_echat.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -96,6 +100,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.config.out / CHECKPOINTS, self.world, self.config.keep, run.on_phase)
         self.progress: Progress | None = None
         self._stop = StopRequest()
+        self._position: dict[str, Any] = {}  # this rank's random states and data position behind the last step
         self._saved_step = -1
         self._window = report.Window()
         self._started, self._seconds_before = time.monotonic(), 0.0
@@ -161,6 +166,7 @@ class Trainer:
         )
         try:
             with self.progress, self._stop:
+                self._mark_position()
                 why = self._epochs()
                 if self.run.validation is not None and self.state.step % config.validate_every and not self._stop.wanted:
                     self.validate()
@@ -188,6 +194,7 @@ class Trainer:
                 raise ValueError("an epoch without a single batch: look at data.streams and at what the filters dropped")
             self.state.epoch += 1
             self.run.loader.set_epoch(self.state.epoch)
+            self._mark_position()
             why = self._limit_reached()
         return why
 
@@ -203,30 +210,45 @@ class Trainer:
         """Steps until the epoch ends ("") or the run does (the reason)."""
         config = self.config
         steps = Steps(iter(self.run.loader), self.objective, self.world, self.device, config.accumulation, config.input_noise)
-        while True:
-            self._phase("data")
-            minutes = (time.monotonic() - self._started) / 60
-            time_up = self.world.is_main and config.max_minutes is not None and minutes >= config.max_minutes
-            step = steps.next(flags=[self._stop.wanted, time_up])
-            if step is None:
-                return ""
-            self._window.waited += step.waited
-            self._step(step.micros, step.totals)
-            self.state.seconds = self._seconds_before + time.monotonic() - self._started
+        step = self._fetch(steps)
+        while step is not None:
+            why = self._flagged(step)  # of the first one: a run makes at least one step
+            outcomes, result, factor = self._compute(step.micros, step.totals)
+            if config.max_steps is not None and self.state.step >= config.max_steps:
+                why = f"max_steps={config.max_steps}"
+            self._mark_position()
+            following = None if why else self._fetch(steps)
+            self._account(step, outcomes, result, factor)
             if self.state.step % config.save_every == 0:
                 self.save()
             if self.run.validation is not None and self.state.step % config.validate_every == 0:
                 self.validate()
-            signalled, time_up = step.flags
-            if signalled:
-                return "a signal asked for it; start again to continue"
-            if time_up:
-                return f"max_minutes={config.max_minutes:g}"
-            if config.max_steps is not None and self.state.step >= config.max_steps:
-                return f"max_steps={config.max_steps}"
+            why = why or (self._flagged(following) if following is not None else "")
+            if why:
+                return why
+            step = following
+        return ""
 
-    def _step(self, micros: list[MicroBatch], totals: dict[str, float]) -> None:
-        """Forward, backward and update over this rank's micro-batches, and the report."""
+    def _fetch(self, steps: Steps) -> Step | None:
+        """The next step, on its way to the device (all ranks call together)."""
+        self._phase("data")
+        minutes = (time.monotonic() - self._started) / 60
+        time_up = self.world.is_main and self.config.max_minutes is not None and minutes >= self.config.max_minutes
+        return steps.next(flags=[self._stop.wanted, time_up])
+
+    def _flagged(self, step: Step) -> str:
+        """Why the run ends, as the ranks agreed when ``step`` was fetched."""
+        signalled, time_up = step.flags
+        if signalled:
+            return "a signal asked for it; start again to continue"
+        return f"max_minutes={self.config.max_minutes:g}" if time_up else ""
+
+    def _mark_position(self) -> None:
+        """What a checkpoint says of this rank from now on."""
+        self._position = {"rng": devices.rng_state(self.device), "data": self.run.loader.state_dict()}
+
+    def _compute(self, micros: list[MicroBatch], totals: dict[str, float]) -> tuple[list[Outcome], StepResult, float]:
+        """Forward, backward and update over this rank's micro-batches. Nothing is read from the device."""
         outcomes: list[Outcome] = []
         for i, micro in enumerate(micros):
             self._phase("forward")
@@ -240,28 +262,35 @@ class Trainer:
         factor = schedule.factor(optim, self.state.step + 1, optim.total_steps or self.run.expected_steps)
         result = self.engine.step(factor)
         self.state.step += 1
-        if result.updated:
+        return outcomes, result, factor
+
+    def _account(self, step: Step, outcomes: list[Outcome], result: StepResult, factor: float) -> None:
+        """Read what a step came to and report it."""
+        norm, outcomes = report.read(result.norm, outcomes)
+        if math.isfinite(norm):
             self.state.bad_steps = 0
         else:
-            self._bad_step(micros, outcomes, result)
-        self.state.targets += int(totals["lm"])
+            self._bad_step(step.micros, outcomes, norm)
+        self.state.targets += int(step.totals["lm"])
         self._window.steps += 1
-        for micro, outcome in zip(micros, outcomes, strict=True):
+        self._window.waited += step.waited
+        for micro, outcome in zip(step.micros, outcomes, strict=True):
             self._window.add(micro, outcome)
         assert self.progress is not None
-        self.progress.advance(self._report(result, factor) if self.state.step % self.config.log_every == 0 else None)
+        self.progress.advance(self._report(norm, factor) if self.state.step % self.config.log_every == 0 else None)
+        self.state.seconds = self._seconds_before + time.monotonic() - self._started
         self._phase("stepped", self.state.step)
 
     # ---- reports ------------------------------------------------------------------------------------------------------------------
 
-    def _bad_step(self, micros: list[MicroBatch], outcomes: list[Outcome], result: StepResult) -> None:
+    def _bad_step(self, micros: list[MicroBatch], outcomes: list[Outcome], norm: float) -> None:
         """The update was left out on all ranks; name the samples that did it, and stop when it does not end."""
         mine = report.suspects(self.world.rank, micros, outcomes)
         finite = not self.world.any(mine.kind == "loss")
         found = report.named(self.world.gather(mine))
         if self.world.is_main:
             what = "; ".join(f"rank {s.rank}, {s.kind}: {', '.join(filter(None, s.keys))}" for s in found)
-            log.error("step %d skipped, not finite (norm %s). Samples: %s", self.state.step, result.grad_norm, what)
+            log.error("step %d skipped, not finite (norm %s). Samples: %s", self.state.step, norm, what)
             assert self.progress is not None
             self.progress.write("skipped", self.state.step, {"samples": [key for s in found for key in s.keys if key]})
         if self.config.precision == "fp16" and finite:
@@ -273,11 +302,11 @@ class Trainer:
             "untouched"
         )
 
-    def _report(self, result: StepResult, factor: float) -> dict[str, str]:
+    def _report(self, norm: float, factor: float) -> dict[str, str]:
         """One line for metrics.jsonl, summed over ranks; returns what the bar shows."""
         window, self._window = self._window, report.Window()
         sums, speed = window.close(self.world, devices.peak_memory(self.device))
-        values: dict[str, Any] = {**sums.means(), "lr_factor": factor, "grad_norm": result.grad_norm, **speed}
+        values: dict[str, Any] = {**sums.means(), "lr_factor": factor, "grad_norm": norm, **speed}
         values |= {"epoch": self.state.epoch, "targets": self.state.targets}
         assert self.progress is not None
         self.progress.write("train", self.state.step, values)
@@ -298,8 +327,7 @@ class Trainer:
         if self.is_saved:
             return
         self._phase("save")
-        mine = {"rng": devices.rng_state(self.device), "data": self.run.loader.state_dict()}
-        if self.checkpoints.save(self.engine, self.state, mine, self.facts):
+        if self.checkpoints.save(self.engine, self.state, self._position, self.facts):
             self._saved_step = self.state.step
 
     @property

@@ -1,4 +1,4 @@
-"""Does it fit? The largest batch that the data config allows is run forward and backward before the first step.
+"""Does it fit? A step of the largest batch that the data config allows is run before the first one, with its update.
 
 Running out of memory after a night because two long samples met is avoidable: the batch's size is bounded by the config, so the worst case
 can be built from nothing but that.
@@ -47,31 +47,37 @@ def largest_batch(data: DataConfig, vocabulary: Vocabulary, mels: int) -> Batch:
 
 
 def rehearse(engine: Engine, objective: Objective, config: TrainConfig, device: torch.device) -> str:
-    """Run the largest batch; a line about memory.
+    """Run a step of the largest batch, with its update, that changes nothing; a line about memory.
 
     Raises:
         ConfigError: when it does not fit, naming the settings to change.
     """
     batch = largest_batch(config.data, objective.model.vocabulary, objective.model.config.encoder.mels)
-    micro = objective.prepare(batch, device)
-    rng = devices.rng_state(device)
-    devices.reset_peak_memory(device)
     shape = tuple(batch.rows.ids_BT.shape)
     what = f"largest batch {shape[0]} x {shape[1]} positions, {tuple(batch.feats_NTF.shape)[:2]} frames"
+    rng = devices.rng_state(device)
+    held = devices.PeakMemory(device, held=engine.tensors())
     try:
-        engine.rehearse(micro, dict(micro.counts))
+        with held:
+            rehearse_step(engine, objective, batch, config.accumulation, device)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
             raise
         raise ConfigError(f"out of memory: {what} does not fit; {advice(config)}") from error
     finally:
         devices.set_rng_state(rng, device)
-    peak, total = devices.peak_memory(device), devices.total_memory(device)
+    total = devices.total_memory(device)
     devices.empty_cache(device)
-    line = f"{what}: peak {peak / GB:.2f} GB of {total / GB:.1f} GB"
-    if peak > total:
+    line = f"{what}: peak {held.bytes / GB:.2f} GB of tensors in a step with its update, of {total / GB:.1f} GB"
+    if max(held.bytes, devices.peak_memory(device)) > total:
         raise ConfigError(f"{line}; {advice(config)}")
     return line
+
+
+def rehearse_step(engine: Engine, objective: Objective, batch: Batch, accumulation: int, device: torch.device) -> None:
+    """All micro-batches of a step are on the device, and those of the next one; from the second on, a backward pass has gradients beside it."""
+    micros = [objective.prepare(batch, device) for _ in range(2 * accumulation)]
+    engine.rehearse(micros[: min(2, accumulation)], dict(micros[0].counts))
 
 
 def advice(config: TrainConfig) -> str:
@@ -93,14 +99,28 @@ def advice(config: TrainConfig) -> str:
     return "; ".join(steps)
 
 
-def estimate(groups: list[Group], frozen: int, config: TrainConfig, world_size: int, shards_weights: bool) -> str:
-    """Bytes that weights, gradients and optimiser take on each device, before activations.
+def before_activations(
+    groups: list[Group], frozen: int, config: TrainConfig, world_size: int, shards_weights: bool
+) -> dict[str, float]:
+    """Bytes on each device before activations, by what takes them.
 
-    Mixed precision with masters: 2 bytes weight + 2 gradient + 4 master + 8 Adam = 16 a trained parameter; float32: 4 + 4 + 8 = 16 as well.
+    A trained parameter: bfloat16 weight 2 and gradient 2, float32 master 4, Adam 8; or float32 4 + 4 + 8. fsdp's shards are their own masters.
     """
     trained = sum(group.size for group in groups)
     low = config.precision == "bf16"
     share = world_size if shards_weights else 1
-    parts = {"trained weights, gradients, Adam": 16 * trained / share, "frozen weights": (2 if low else 4) * frozen / share}
+    own = sum(p.numel() * p.element_size() for group in groups for _, p in group.named)
+    masters = sum(4 * p.numel() for group in groups for _, p in group.named if low and p.dtype != torch.float32)
+    return {
+        "trained weights": own / share,
+        "gradients": own / share,
+        "masters and Adam": (masters + 8 * trained) / share,
+        "frozen weights": (2 if low else 4) * frozen / share,
+    }
+
+
+def estimate(groups: list[Group], frozen: int, config: TrainConfig, world_size: int, shards_weights: bool) -> str:
+    """`before_activations` as a line. What an update takes beside it for a moment is bounded by `optimizer.UPDATED_TOGETHER`."""
+    parts = before_activations(groups, frozen, config, world_size, shards_weights)
     text = ", ".join(f"{name} {value / GB:.2f} GB" for name, value in parts.items())
     return f"memory per device before activations: {text}; together {sum(parts.values()) / GB:.2f} GB"

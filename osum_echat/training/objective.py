@@ -10,24 +10,29 @@ D samples, N recordings, M targets, B rows, T positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from osum_echat import device as devices
 from osum_echat.data.batch import Batch, SampleInfo
 from osum_echat.dialogue.layout import IGNORE
 from osum_echat.dialogue.packing import PackedRows
 from osum_echat.dialogue.vocabulary import Vocabulary
+from osum_echat.model.ctc import Transcripts
 from osum_echat.model.echat import EChatModel
+from osum_echat.model.plan import Plan
 from osum_echat.training.config import LossConfig
 
 
 @dataclass
 class MicroBatch:
-    """A batch ready for the objective.
+    """A batch ready for the objective: what the device needs is there or on its way, what the program asks is on the host.
 
     Attributes:
-        batch: on the device.
+        batch: its features on the device, its rows on the host.
+        plan: the rows for the LLM, on the device, and all lengths.
         weights_D: weight of each sample's targets.
         transcripts: text ids of each recording (with a CTC head), else None.
         tags: label of each recording for each tag head (with tag heads), else None.
@@ -35,10 +40,17 @@ class MicroBatch:
     """
 
     batch: Batch
+    plan: Plan
     weights_D: Tensor
-    transcripts: list[Tensor] | None = None
+    transcripts: Transcripts | None = None
     tags: dict[str, Tensor] | None = None
     counts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[int]:
+        """Of each sample."""
+        found = self.plan.rows.targets
+        return found + [0] * (len(self.batch) - len(found))
 
 
 @dataclass
@@ -47,13 +59,12 @@ class Outcome:
 
     Attributes:
         loss: its share of the step's loss, with gradients.
-        nll_D, targets_D: summed negative log-likelihood and number of targets of each sample, without gradients.
+        nll_D: summed negative log-likelihood of each sample, without gradients.
         parts: the sums that belong to ``counts`` (lm weighted), without gradients.
     """
 
     loss: Tensor
     nll_D: Tensor
-    targets_D: Tensor
     parts: dict[str, Tensor]
 
 
@@ -83,20 +94,23 @@ class Objective(nn.Module):
         weights_D = torch.tensor([self.config.stream.get(sample.stream, 1.0) for sample in batch.samples])
         if input_noise > 0:
             batch = replace(batch, rows=add_input_noise(batch.rows, self.model.vocabulary, input_noise))
-        documents_BT, targets_BT = batch.rows.documents_BT, batch.rows.targets_BT
-        supervised_BT = targets_BT != IGNORE
-        counts = {"lm": float(weights_D[documents_BT[supervised_BT]].double().sum())}
+        plan = self.model.plan(batch.rows, batch.feats_lengths_N.tolist())
+        targets = plan.rows.targets
+        counts = {"lm": sum(weight * count for weight, count in zip(weights_D.tolist(), targets, strict=False))}
         transcripts, tags = None, None
         if "ctc" in self.names:
-            transcripts = batch.transcripts()
-            counts["ctc"] = float(sum(len(t) for t in transcripts))
+            positions = plan.recordings.adapter.lengths if plan.recordings is not None else []
+            transcripts = Transcripts.of(batch.transcripts(), positions)
+            counts["ctc"] = float(sum(transcripts.labels))
+            transcripts = transcripts.to(device)
         if self.config.tags > 0 and self.model.config.adapter.tags:
             tags = recording_tags(batch, self.model.config.adapter.tags)
             counts |= {f"tag.{name}": float((labels != IGNORE).sum()) for name, labels in tags.items()}
-            tags = {name: labels.to(device) for name, labels in tags.items()}
-        return MicroBatch(batch.to(device), weights_D.to(device), transcripts, tags, counts)
+            tags = {name: devices.send(labels, device) for name, labels in tags.items()}
+        sent: dict[str, Any] = {name: devices.send(getattr(batch, name), device) for name in ("feats_NTF", "feats_lengths_N")}
+        return MicroBatch(replace(batch, **sent), plan.to(device), devices.send(weights_D, device), transcripts, tags, counts)
 
-    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts of the step."""
         batch = micro.batch
         parts = self.model(
@@ -108,6 +122,7 @@ class Objective(nn.Module):
             weights_D=micro.weights_D,
             run_all_parts=self.run_all_parts,
             language=self.config.lm > 0,
+            plan=micro.plan,
         )
         samples = len(micro.weights_D)
         # One entry more than samples: a placeholder may hold none.
@@ -121,9 +136,7 @@ class Objective(nn.Module):
         loss = sum(
             (self._weight(name) / max(totals.get(name, 0.0), 1.0) * value for name, value in sums.items()), nll_D.new_zeros(())
         )
-        ones_M = torch.ones_like(parts.nll_M)
-        targets_D = nll_D.new_zeros(samples + 1).index_add(0, parts.documents_M, ones_M)[:samples]
-        return loss, nll_D.detach(), targets_D, {name: value.detach() for name, value in sums.items()}
+        return loss, nll_D.detach(), {name: value.detach() for name, value in sums.items()}
 
     def weights_read_directly(self) -> list[nn.Parameter]:
         """Parameters that the model reads other than by calling their module: heads (in the chunked loss) and the token table."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from osum_echat.data.batch import Batch
 from osum_echat.training.distributed import World
@@ -29,7 +31,7 @@ class Sums:
 
     def add(self, micro: MicroBatch, outcome: Outcome, finite_only: bool = False) -> None:
         """``finite_only`` leaves out what is not finite: training skips such steps and reports them apart."""
-        for sample, nll, targets in zip(micro.batch.samples, outcome.nll_D.tolist(), outcome.targets_D.tolist(), strict=True):
+        for sample, nll, targets in zip(micro.batch.samples, outcome.nll_D.tolist(), micro.targets, strict=True):
             if targets and not (finite_only and not math.isfinite(nll)):
                 self.nll[sample.task] += nll
                 self.targets[sample.task] += targets
@@ -48,6 +50,21 @@ class Sums:
         values = {"loss": sum(self.nll.values()) / max(sum(self.targets.values()), 1.0)}
         values |= {f"loss/{task}": self.nll[task] / self.targets[task] for task in sorted(self.targets)}
         return values | {name: self.parts[name] / max(self.counts.get(name, 0.0), 1.0) for name in sorted(self.parts)}
+
+
+def read(norm: Tensor, outcomes: Sequence[Outcome]) -> tuple[float, list[Outcome]]:
+    """The numbers of a step on the host, by one copy: its gradient norm and the outcomes, on the CPU. The only wait for the device in a step."""
+    device = outcomes[0].loss.device
+    pieces = [norm.to(device).reshape(1)]
+    for outcome in outcomes:
+        pieces += [outcome.loss.reshape(1), outcome.nll_D, *(value.reshape(1) for value in outcome.parts.values())]
+    numbers = iter(torch.cat([piece.detach().float() for piece in pieces]).tolist())
+
+    def host(like: Tensor) -> Tensor:
+        return torch.tensor([next(numbers) for _ in range(like.numel())]).view(like.shape)
+
+    found = next(numbers)
+    return found, [Outcome(host(o.loss), host(o.nll_D), {name: host(value) for name, value in o.parts.items()}) for o in outcomes]
 
 
 @dataclass
@@ -93,8 +110,10 @@ def spoiled(batch: Batch, nll_D: torch.Tensor) -> list[int]:
 
     Inside a packed row a NaN spreads to the samples behind it (a masked key counts zero times NaN), so the recordings are asked first.
     """
-    bad_N = ~torch.isfinite(batch.feats_NTF).flatten(1).all(dim=1) if len(batch.feats_NTF) else torch.zeros(0, dtype=torch.bool)
-    by_recording = sorted({int(d) for d in batch.sample_N[bad_N] if int(d) < len(batch)})
+    finite_N = (
+        torch.isfinite(batch.feats_NTF).flatten(1).all(dim=1).cpu() if len(batch.feats_NTF) else torch.ones(0, dtype=torch.bool)
+    )
+    by_recording = sorted({int(d) for d in batch.sample_N[~finite_N] if int(d) < len(batch)})
     return by_recording or torch.nonzero(~torch.isfinite(nll_D))[:, 0].tolist()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,25 @@ from osum_echat.training.config import TrainConfig
 from osum_echat.training.distributed import World
 from osum_echat.training.folder import DCP
 from osum_echat.training.objective import MicroBatch, Objective, Outcome
-from osum_echat.training.optimizer import Group, Optimizer
+from osum_echat.training.optimizer import FloatSums, Group, Optimizer
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step: the norm of all gradients before clipping, and whether the update was made."""
+    """Of one optimiser step. ``norm``: of all gradients before clipping, on the device; when it is not finite, no update was made.
 
-    grad_norm: float
-    updated: bool
+    Reading ``grad_norm`` and ``updated`` waits for the device.
+    """
+
+    norm: Tensor
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self.norm)
+
+    @property
+    def updated(self) -> bool:
+        return math.isfinite(self.grad_norm)
 
 
 class Engine(abc.ABC):
@@ -72,8 +82,8 @@ class Engine(abc.ABC):
         """Clip and update, or drop the gradients when they are not finite (on all ranks alike)."""
 
     @abc.abstractmethod
-    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
-        """Forward and backward without any effect on weights, gradients or optimiser, to see whether memory suffices."""
+    def rehearse(self, micros: Sequence[MicroBatch], totals: dict[str, float]) -> None:
+        """A step of these micro-batches that takes the memory of a real one and changes nothing: no weight, no state of the optimiser."""
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:
@@ -82,6 +92,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same or another number of ranks."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What lies in memory between two steps, as far as the engine knows it."""
+        yield from self.module.parameters()
+        yield from self.module.buffers()
 
     def extra_state(self) -> dict[str, Any]:
         """State that is neither weight nor optimiser (loss scale)."""
@@ -111,6 +126,8 @@ class TorchEngine(Engine):
         named = dict(module.named_parameters())  # fsdp replaces the parameters of a module
         self.groups = [Group(g.part, g.lr, [(name, named[name]) for name, _ in g.named]) for g in groups]
         self.optimizer = Optimizer(self.groups, config.optim, masters=config.precision == "bf16")
+        low = [p for p in module.weights_read_directly() if p.requires_grad and p.dtype == torch.bfloat16]
+        self.sums = FloatSums(low if config.accumulation > 1 else [])
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.compute = {"autocast": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
 
@@ -123,6 +140,7 @@ class TorchEngine(Engine):
             return Outcome(*self.runner(micro, totals))
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self.sums.last = last
         with self.sync(last):
             self.scaler.scale(loss * self.world.size).backward()
 
@@ -131,22 +149,23 @@ class TorchEngine(Engine):
         return contextlib.nullcontext()
 
     def step(self, lr_factor: float) -> StepResult:
-        self.optimizer.fill_missing_gradients()
+        self.sums.finish()
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer.inner)
-        limit = self.config.optim.clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, limit)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if math.isfinite(value):
-            self.optimizer.step(lr_factor)
+        norm = self.optimizer.update(lr_factor, self.config.optim.clip)
         if self.scaler.is_enabled():
             self.scaler.update()
-        self.optimizer.zero_grad()
-        return StepResult(value, math.isfinite(value))
+        return StepResult(norm)
 
-    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
-        self.backward(self.forward(micro, totals).loss, last=True)
-        self.optimizer.zero_grad()
+    def rehearse(self, micros: Sequence[MicroBatch], totals: dict[str, float]) -> None:
+        for micro in micros:
+            self.backward(self.forward(micro, totals).loss, last=micro is micros[-1])
+        self.sums.finish()
+        self.optimizer.update(1.0, self.config.optim.clip, keep=True)
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from super().tensors()
+        yield from (tensor for _, tensor in self.optimizer.tensors())
 
     def _state(self) -> dict[str, dict[str, Any]]:
         weights = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad or self.config.save_frozen}

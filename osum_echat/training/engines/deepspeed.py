@@ -134,11 +134,13 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         skipped = bool(getattr(self.engine.optimizer, "overflow", False))
         norm = self.engine.get_global_grad_norm()
-        return StepResult(math.nan if skipped or norm is None else float(norm), not skipped)
+        return StepResult(torch.tensor(math.nan if skipped or norm is None else float(norm)))
 
-    def rehearse(self, micro: MicroBatch, totals: dict[str, float]) -> None:
-        """ZeRO keeps reduced gradients in places of its own; its way out for non-finite ones clears them all and updates nothing."""
-        self.backward(self.forward(micro, totals).loss * math.nan, last=True)
+    def rehearse(self, micros: Sequence[MicroBatch], totals: dict[str, float]) -> None:
+        """ZeRO keeps reduced gradients in places of its own; its way out for non-finite ones clears them all and updates nothing, so the
+        memory of the update itself is not seen."""
+        for micro in micros:
+            self.backward(self.forward(micro, totals).loss * math.nan, last=micro is micros[-1])
         self.step(0.0)
 
     def save(self, folder: Path) -> None:
