@@ -216,10 +216,25 @@ def test_the_watchdog_speaks_once_when_a_step_hangs() -> None:
 
     heard: list[str] = []
     dog = watchdog.Watchdog(World(), watchdog.LocalStore(), seconds=0.2, tell=heard.append)
+    dog.start()
     dog.beat(3, "forward")
     time.sleep(1.0)
     dog.close()
     assert len(heard) == 1 and "rank 0 silent at step 3 in 'forward'" in heard[0]
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_no_watchdog_behind(tmp_path: Path) -> None:
+    """Its line would come a minute later, into whatever is printed then."""
+    import threading
+
+    known = set(threading.enumerate())
+    first = case(tmp_path, max_steps=1)
+    tc.run(first)
+    state = next((tmp_path / "run" / "checkpoints").glob("step_*/state.json"))
+    state.write_text(json.dumps({**json.loads(state.read_text()), "engine_family": "deepspeed"}))
+    with pytest.raises(ValueError, match="keep the engine"):
+        tc.run(first)
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog" and thread not in known]
 
 
 def test_the_largest_batch_is_run_before_step_one_and_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -135,20 +135,14 @@ class EChatModel(nn.Module):
             return self.encoder_cache(self.encoder, feats_NTF, lengths_N)
         return self.encoder(feats_NTF, lengths_N, self.config.encoder_layers, rows)
 
-<<<<<<< HEAD
-    def adapt(self, layers: list[Tensor], lengths_N: Tensor) -> AudioFeatures:
-        """From what `encode` returned to what the LLM hears."""
-        if self.encoder_masks is not None and self.training:
-            layers = self.encoder_masks(layers, lengths_N)
-        adapted_NPA, down_NPA, lengths_N = self.adapter(layers, lengths_N)
-=======
     def adapt(self, layers: list[Tensor], lengths_N: Tensor, rows: EndToEnd | None = None) -> AudioFeatures:
         """From what `encode` returned to what the LLM hears. ``rows``: of the adapter's positions, else worked out from the lengths."""
+        if self.encoder_masks is not None and self.training:
+            layers = self.encoder_masks(layers, lengths_N)
         if rows is None:
             frames = -(-layers[0].shape[1] // DOWN_SAMPLE_RATE)
             rows = EndToEnd.of([-(-n // DOWN_SAMPLE_RATE) for n in lengths_N.tolist()], frames).to(lengths_N.device)
         adapted_NPA, down_NPA, lengths_N = self.adapter(layers, lengths_N, rows)
->>>>>>> 118763e (Training: a plan of lengths and indices made on the host, one wait a step, varlen attention, fused update, heads' gradients in float32, compiled layers, selective checkpointing, a rehearsed update)
         embeds_NPD = self.projection(adapted_NPA)
         visible_NP, log_probs_NPC = valid_frames(lengths_N, embeds_NPD.shape[1]), None
         if self.ctc is not None:

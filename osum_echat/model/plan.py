@@ -171,7 +171,9 @@ class _Rows:
             "documents_M": self.documents[asked],
         }
         rest: dict[str, Any] = {"documents": Documents.of(documents, seen), "targets": counted.tolist()}
-        tensors: dict[str, Any] = {name: torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64)) for name, index in indices.items()}
+        tensors: dict[str, Any] = {
+            name: torch.from_numpy(np.ascontiguousarray(index, dtype=np.int64)) for name, index in indices.items()
+        }
         return RowPlan(**tensors, **rest, text_only=int(self.text[asked].sum()))
 
 

@@ -82,12 +82,9 @@ def make_trainer(
     _set_dtypes(model, config, name)
     model.to(device)
     _add_encoder_cache(model, config)
-<<<<<<< HEAD
     model.encoder_masks = config.encoder_masks
-=======
     if config.engine.compile:
         compile_blocks(stages.blocks(model))
->>>>>>> 118763e (Training: a plan of lengths and indices made on the host, one wait a step, varlen attention, fused update, heads' gradients in float32, compiled layers, selective checkpointing, a rehearsed update)
     objective = Objective(model, config.loss, run_all_parts=world.size > 1)
     engine = engine_class(objective, groups, stages.blocks(model), config, world, device)
     if world.is_main:

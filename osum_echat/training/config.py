@@ -13,12 +13,8 @@ from typing import Any, ClassVar, Literal
 from osum_echat import config as config_io
 from osum_echat.config import ConfigError, InputPath
 from osum_echat.data.config import DataConfig, older_model_keys
-<<<<<<< HEAD
-from osum_echat.model.config import LoraConfig, ModelConfig
-from osum_echat.model.encoder_masks import EncoderMasks
-=======
 from osum_echat.model.config import LoraConfig, ModelConfig, Recompute
->>>>>>> 118763e (Training: a plan of lengths and indices made on the host, one wait a step, varlen attention, fused update, heads' gradients in float32, compiled layers, selective checkpointing, a rehearsed update)
+from osum_echat.model.encoder_masks import EncoderMasks
 from osum_echat.run import config as run_config
 from osum_echat.run.config import OptimConfig
 

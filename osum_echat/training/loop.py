@@ -164,6 +164,8 @@ class Trainer:
         self.progress = Progress(
             config.out, self.run.expected_steps, self.state.step, world.is_main, self.run.bar, config.tensorboard
         )
+        if self.run.watchdog is not None:
+            self.run.watchdog.start()
         try:
             with self.progress, self._stop:
                 self._mark_position()

@@ -58,7 +58,7 @@ def report(beats: dict[int, tuple[int, str, float]], now: float) -> str:
 
 
 class Watchdog:
-    """``beat`` from the training thread; `close` at the end. Does nothing for ``seconds`` <= 0."""
+    """`start` and, at the end, `close`, on all ranks; ``beat`` from the training thread meanwhile. Does nothing for ``seconds`` <= 0."""
 
     def __init__(self, world: World, store: Store, seconds: float, abort: bool = False, tell: Callable[[str], None] = log.error):
         self.world, self.store, self.seconds, self.abort, self.tell = world, store, seconds, abort, tell
@@ -66,9 +66,12 @@ class Watchdog:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        if seconds > 0:
+
+    def start(self) -> None:
+        """Begin to watch (all ranks call together)."""
+        if self.seconds > 0:
             self.beat(0, "start")
-            world.barrier()  # every rank has a first entry before anyone reads
+            self.world.barrier()  # every rank has a first entry before anyone reads
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
