@@ -24,6 +24,7 @@ from osum_echat.serving.app import Server, ServerSettings
 from osum_echat.serving.backend import Ended, Sound, Text, ThoughtDone, Turn
 from osum_echat.serving.live import LiveModel
 from osum_echat.serving.realtime.settings import SessionLimits
+from osum_echat.serving.shared import SharedEChat
 from tests.live_case import live
 from tests.test_live_server import _no_uname, serving  # noqa: F401  the fixture is used by being here
 
@@ -53,7 +54,7 @@ async def collect(model: LiveModel, turn: Turn) -> tuple[str, ThoughtDone | None
 
 @live
 async def test_a_turn_is_what_the_model_answers_alone_though_others_talk_too(echat: EChat) -> None:
-    model = LiveModel(echat, EngineLimits(piece=16))
+    model = LiveModel(SharedEChat(echat, EngineLimits(piece=16), voice_workers=2))
     model.start_threads()
     try:
         heard = await model.hear(to_mono_16k(SPEECH))
@@ -73,7 +74,7 @@ async def test_a_turn_is_what_the_model_answers_alone_though_others_talk_too(ech
 
 @live
 async def test_a_spoken_turn_over_the_wire_is_cut_when_the_client_cancels(echat: EChat) -> None:
-    model = LiveModel(echat)
+    model = LiveModel(SharedEChat(echat))
     samples = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
     data = (np.concatenate([samples, np.zeros(24000)]) * 32767).astype("<i2").tobytes()
     async with serving(model, limits=SessionLimits()) as running, connect(f"{running.ws}/v1/realtime") as socket:
@@ -109,7 +110,7 @@ async def test_a_spoken_turn_over_the_wire_is_cut_when_the_client_cancels(echat:
 
 @live
 async def test_rest_with_the_openai_client(echat: EChat) -> None:
-    model = LiveModel(echat)
+    model = LiveModel(SharedEChat(echat))
     async with serving(model) as running, running.openai() as client:
         with SPEECH.open("rb") as file:
             heard = await client.audio.transcriptions.create(model="any", file=file)
@@ -122,5 +123,5 @@ async def test_rest_with_the_openai_client(echat: EChat) -> None:
 
 
 def test_the_server_takes_the_model(echat: EChat) -> None:
-    server = Server(LiveModel(echat), settings=ServerSettings())
+    server = Server(LiveModel(SharedEChat(echat)), settings=ServerSettings())
     assert b"osum_echat_queue 0.0" in server.metrics.render()

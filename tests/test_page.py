@@ -42,7 +42,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEChat]:
     model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
     folder = tmp_path_factory.mktemp("token2wav")
     write_directory(folder)
-    found = SharedEChat(EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker()))
+    found = SharedEChat(EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker())).start()
     yield found
     found.close()
 

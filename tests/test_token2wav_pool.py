@@ -52,7 +52,7 @@ def work(pool: StreamPool) -> int:
 
 
 def test_replies_in_company_sound_as_alone_and_share_calls(model: Token2Wav, speaker: Speaker) -> None:
-    pool = StreamPool(model)
+    pool = StreamPool(model, workers=2)
     replies = [codes(count, i) for i, count in enumerate((90, 15, 61, 0))]
     voices = [listen(pool, speaker, seed=i) for i in range(4)]
     for (voice, _), reply in zip(voices, replies, strict=True):

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             loaded[name] = load_echat(second)
         feedback = None if args.no_feedback else args.feedback
         page = Page(
-            {name: SharedEChat(echat) for name, echat in loaded.items()},
+            {name: SharedEChat(echat).start() for name, echat in loaded.items()},
             PageOptions(feedback, demo_examples(Path("assets/demo"))),
         )
         print(f"http://{args.host}:{args.port}   (stop with Ctrl-C)", flush=True)

@@ -51,6 +51,12 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     limits.add_argument("--queue", type=int, default=64, help="answers that may wait (default: 64)")
     limits.add_argument(
+        "--voice-workers",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        help="threads that make the sound of several answers side by side on a CPU (default: one a core, 4 at most)",
+    )
+    limits.add_argument(
         "--turn-seconds", type=float, default=60.0, help="sound of one turn (default: 60, or what the model takes)"
     )
     limits.add_argument("--session-seconds", type=float, default=7200.0, help="length of a session (default: 7200)")
@@ -76,6 +82,7 @@ def build_server(args: argparse.Namespace) -> Server:
     from osum_echat.serving.live import LiveModel
     from osum_echat.serving.realtime.settings import SessionLimits
     from osum_echat.serving.safety import check_host
+    from osum_echat.serving.shared import SharedEChat
 
     key = api_key_of(args)
     check_host(args.host, key)
@@ -97,7 +104,8 @@ def build_server(args: argparse.Namespace) -> Server:
     )
     engine = EngineLimits(rows=args.rows, positions=args.positions, queue=args.queue)
     name = args.checkpoint if args.checkpoint == "mini" else Path(args.checkpoint).stem
-    model = LiveModel(load_echat(args), engine, name=f"osum-echat-{name}", interleaved=args.interleaved)
+    shared = SharedEChat(load_echat(args), engine, args.voice_workers)
+    model = LiveModel(shared, name=f"osum-echat-{name}", interleaved=args.interleaved)
     if model.pool is None:
         logging.getLogger(__name__).warning("this checkpoint has no token2wav: answers are text; give --token2wav FOLDER")
     return Server(model, settings=settings)

@@ -281,7 +281,7 @@ class EChat:
         offset = time.perf_counter() - began
         for number, event in self._generate([_said(asks[row], answers[row][1]) for row in rows]):
             if isinstance(event, Done):
-                yield rows[number], _joined(answers[rows[number]][0], event, offset)
+                yield rows[number], said_done(answers[rows[number]][0], event, offset)
             elif not isinstance(event, TextDelta):  # the text to say has been told
                 yield rows[number], event
 
@@ -442,7 +442,7 @@ def _said(ask: Ask, answer: str) -> Ask:
     return replace(ask, kind=MODES[ask.mode.then].kind, text=answer)
 
 
-def _joined(text: Done, speech: Done, offset: float) -> Done:
+def said_done(text: Done, speech: Done, offset: float) -> Done:
     """One end for a text that was answered and then said; the second began ``offset`` seconds after the first."""
     first_speech = speech.timings.first_speech
     return replace(

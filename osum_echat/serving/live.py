@@ -1,4 +1,4 @@
-"""The model behind the live server: an `EChat` whose requests run in the engine and whose speech is made by the pool.
+"""The model behind the live server: a `SharedEChat`, in the words of the session machine (`backend`).
 
 Three threads work: the event loop of the server, the engine's (the language model and the encoder) and the pool's (token2wav). Events cross to the
 loop by `call_soon_threadsafe`; nothing blocks it. No path and no URL of a client is opened here: voices are names that the server knows.
@@ -17,12 +17,13 @@ from osum_echat.audio.pauses import is_silent
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn
 from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
-from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Load, Ticket
+from osum_echat.generation.engine import EngineFull, Load
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta
 from osum_echat.generation.events import Event as RowEvent
 from osum_echat.generation.request import Request, build_request
 from osum_echat.generation.session import Session
 from osum_echat.pipeline import Ask, parts
+from osum_echat.pipeline.ask import AudioChunk, StreamEvent
 from osum_echat.rates import CODES_PER_SECOND
 from osum_echat.serving.backend import (
     Ended,
@@ -38,14 +39,12 @@ from osum_echat.serving.backend import (
     ThoughtDone,
     Turn,
 )
+from osum_echat.serving.shared import RATE, Answer, Saying, SharedEChat, Voice
 
 if TYPE_CHECKING:
-    from osum_echat.pipeline import EChat
     from osum_echat.token2wav import Speaker
-    from osum_echat.token2wav.pool import PooledVoice, StreamPool
 
 log = logging.getLogger(__name__)
-RATE = 16_000
 TAGS = ("transcript", "age", "gender", "emotion", "event")
 MAX_TURNS, MAX_POSITIONS = 5, 2000
 
@@ -72,16 +71,10 @@ class LiveModel:
 
     codes_per_second = float(CODES_PER_SECOND)
 
-    def __init__(
-        self, echat: EChat, limits: EngineLimits | None = None, name: str = "osum-echat", interleaved: bool = False
-    ) -> None:
-        self.echat, self.name = echat, name
-        self.engine = Engine(echat.generator, limits)
-        self.pool: StreamPool | None = None
-        if echat.token2wav is not None:
-            from osum_echat.token2wav.pool import StreamPool
-
-            self.pool = StreamPool(echat.token2wav)
+    def __init__(self, shared: SharedEChat, name: str = "osum-echat", interleaved: bool = False) -> None:
+        echat = shared.echat
+        self.shared, self.echat, self.name = shared, echat, name
+        self.engine, self.pool = shared.engine, shared.pool
         learnt = echat.dialect.learnt
         self.max_seconds = echat.max_seconds
         self.interleaved = interleaved if learnt.modes is None else "speech2text_token_streaming" in learnt.modes
@@ -107,18 +100,14 @@ class LiveModel:
     def start_threads(self) -> None:
         """Call it on the running event loop, once."""
         self.loop = asyncio.get_running_loop()
-        self.engine.start()
-        if self.pool is not None:
-            self.pool.start()
+        self.shared.start()
 
     def close(self) -> None:
         """End the threads; what runs is cancelled."""
-        self.engine.close()
-        if self.pool is not None:
-            self.pool.close()
+        self.shared.close()
 
     def load(self) -> Load:
-        return self.engine.load()
+        return self.shared.load()
 
     # ---- backend ------------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +130,7 @@ class LiveModel:
         if is_silent(samples):
             return Heard(None, len(samples) / RATE)  # answered without the model
         try:
-            [features] = await asyncio.wrap_future(self.engine.run(lambda: self.echat.hear([(samples, RATE)])))
+            features = await asyncio.wrap_future(self.shared.hear(samples))
         except EngineFull as error:
             raise Refused(str(error)) from error
         return Heard(features, len(samples) / RATE, int(features.lengths_N[0]))
@@ -281,52 +270,37 @@ class LiveModel:
 
 
 class LiveJob:
-    """See `backend.Job`. Its callbacks run on the engine's and the pool's thread, one after the other for each of them."""
+    """See `backend.Job`: the events of a `shared.Answer`, on the event loop and in the words of the session machine."""
 
     def __init__(self, model: LiveModel, turn: Turn, memory: LiveMemory | None = None) -> None:
         assert model.loop is not None, "call start_threads first"
         self._model, self._turn, self._memory = model, turn, memory
         self._loop = model.loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self._ticket: Ticket | None = None
-        self._voice: PooledVoice | None = None
         self._request: Request | None = None
-        self._thought, self._text = "", ""
+        self._answer: Answer | None = None
+        self._thought = ""
         self._thought_open = True
         self._codes: list[int] = []
-        self._generated: dict[str, Sequence[int]] = {}
-        self._answered: Done | None = None  # the text of an answer that is to be said by another request
-        self._done = Done("cancelled")
-        self._cancelled = False
 
     def begin(self, request: Request) -> None:
         """Raises Refused when the engine does not take it."""
-        speaks = OUTPUTS[request.output_type].speech != "none"
-        if speaks and self._turn.speak:
-            self._open_voice()
-        try:
-            self._submit(request)
-        except EngineFull as error:
-            if self._voice is not None:
-                self._voice.on_samples = lambda _: None
-                self._voice.cancel()
-            raise Refused(str(error)) from error
-
-    def _open_voice(self) -> None:
-        model = self._model
-        speaker = model.speaker(self._turn.voice)
-        if model.pool is not None and speaker is not None and self._voice is None:
-            self._voice = model.pool.open(speaker, self._turn.seed, self._on_samples)
-
-    def _submit(self, request: Request) -> None:
+        turn, model = self._turn, self._model
         self._request = request
-        self._ticket = self._model.engine.submit(request, self._on_event)
-        if self._cancelled:
-            self._ticket.cancel()
+        speaker = model.speaker(turn.voice) if turn.speak else None
+        voice = None if speaker is None or model.pool is None else Voice(speaker, turn.seed)
+        saying = None
+        if voice is not None and request.output_type == "text2text":
+            saying, voice = Saying(self._say, voice), None
+        elif OUTPUTS[request.output_type].speech == "none":
+            voice = None
+        try:
+            self._answer = model.shared.answer(request, self._on_event, voice, saying, self._on_decoded)
+        except EngineFull as error:
+            raise Refused(str(error)) from error
 
     def tell(self, text: str) -> None:
         """A text that is known before anything is asked."""
-        self._text += text
         self._events.put_nowait(Text(text))
 
     def end(self) -> None:
@@ -334,17 +308,12 @@ class LiveJob:
         self._events.put_nowait(Ended("stop"))
 
     def cancel(self) -> None:
-        self._cancelled = True
-        if self._ticket is not None:
-            self._ticket.cancel()
-        if self._voice is not None:
-            self._voice.cancel()
+        if self._answer is not None:
+            self._answer.cancel()
 
     def slow(self, on: bool) -> None:
-        if self._ticket is not None:
-            self._ticket.hold(on)
-        if self._voice is not None:
-            self._voice.slow(on)
+        if self._answer is not None:
+            self._answer.slow(on)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         while True:
@@ -353,7 +322,7 @@ class LiveJob:
             if isinstance(event, Ended):
                 return
 
-    # ---- the engine's thread ------------------------------------------------------------------------------------------------------
+    # ---- the model's and the pool's thread ------------------------------------------------------------------------------------------
 
     def _post(self, event: Event) -> None:
         try:
@@ -361,83 +330,45 @@ class LiveJob:
         except RuntimeError:
             log.debug("an event came after the server had stopped")
 
-    def _on_event(self, event: RowEvent) -> None:
-        if isinstance(event, SpeechToken):
+    def _on_event(self, event: StreamEvent) -> None:
+        if isinstance(event, AudioChunk):
+            self._post(Sound(event.samples, event.rate))
+        elif isinstance(event, SpeechToken):
             self._codes.append(event.code)
-            if self._voice is not None:
-                self._voice.push([event.code])
         elif isinstance(event, ThinkDelta):
             self._thought += event.text
             self._post(Thought(event.text))
         elif isinstance(event, TextDelta):
             self._close_thought()
-            if self._answered is None and not self._turn.say:  # the text of text to speech is known
-                self._text += event.text
+            if not self._turn.say:  # the text of text to speech is known
                 self._post(Text(event.text))
         else:
-            self._on_done(event)
+            self._close_thought()
+            self._finish(event)
 
     def _close_thought(self) -> None:
         if self._thought and self._thought_open:
             self._thought_open = False
             self._post(ThoughtDone(self._thought, self._model.tags(self._thought, self._turn.think)))
 
-    def _on_done(self, done: Done) -> None:
+    def _on_decoded(self, done: Done) -> None:
+        """The dialogue keeps what was read as soon as it can."""
         request, memory = self._request, self._memory
-        assert request is not None
-        self._close_thought()
-        self._generated[request.output_type] = done.generated
-        if memory is not None and request.cache is not None:
+        if memory is not None and request is not None and request.cache is not None:
             memory.session.kept = request.cache
             self._model.engine.remember(memory.session)
-        says = self._turn.speak and request.output_type == "text2text" and self._model.pool is not None
-        if says and self._answered is None and done.reason != "cancelled" and self._text.strip():
-            self._answered = done
-            self._say(done)
-        elif self._voice is not None and done.reason != "cancelled" and self._codes:
-            self._done = done
-            self._voice.finish()
-        else:
-            self._done = done
-            if self._voice is not None:
-                self._voice.on_samples = lambda _: None
-                self._voice.cancel()
-            self._finish()
 
-    def _say(self, done: Done) -> None:
-        """A written question has been answered: say the answer."""
-        model = self._model
-        self._open_voice()
-        try:
-            said = Turn(say=self._text.strip(), voice=self._turn.voice, seed=self._turn.seed, temperature=self._turn.temperature)
-            self._submit(model.request(said, None))
-        except (Refused, EngineFull) as error:
-            log.warning("an answer is not said: %s", error)
-            self._done = done
-            if self._voice is not None:
-                self._voice.on_samples = lambda _: None
-                self._voice.cancel()
-            self._finish()
+    def _say(self, text: str) -> Request:
+        """What says a written answer."""
+        turn = self._turn
+        self._request = self._model.request(Turn(say=text, voice=turn.voice, seed=turn.seed, temperature=turn.temperature), None)
+        return self._request
 
-    # ---- the pool's thread, or the engine's where there is no sound -----------------------------------------------------------------
-
-    def _on_samples(self, samples: Samples | None) -> None:
-        token2wav = self._model.echat.token2wav
-        assert token2wav is not None
-        if samples is not None:
-            self._post(Sound(samples, token2wav.sample_rate))
-        elif not self._cancelled:
-            self._finish()
-        # A job that was cancelled is ended by the engine, which knows what had been made.
-
-    def _finish(self) -> None:
-        done, request = self._done, self._request
+    def _finish(self, done: Done) -> None:
+        answer, request = self._answer, self._request
         assert request is not None
-        failed = self._ticket.failed if self._ticket is not None else None
-        failed = failed or (self._voice.failed if self._voice is not None else None)
-        reason = "failed" if failed is not None else "cancelled" if self._cancelled else done.reason
-        kind = request.output_type
-        first = self._answered or done
+        first, last = (answer.decoded[0], answer.decoded[-1]) if answer is not None and answer.decoded else (done, done)
+        failed = None if answer is None else answer.failed
         tokens = {
             "read": len(request.prompt),
             "heard": 0 if self._turn.heard is None else self._turn.heard.positions,
@@ -447,5 +378,7 @@ class LiveJob:
         }
         timings = {name: float(v) for name, v in asdict(first.timings).items() if isinstance(v, (int, float))}
         message = "" if failed is None else "the model failed in this answer; ask again"
-        ends = self._model.word_ends(self._generated.get(kind, ()), kind)
+        ends = self._model.word_ends(last.generated, request.output_type)
+        reason = "failed" if failed is not None else done.reason
         self._post(Ended(reason, tuple(self._codes), ends, tokens, timings, dict(done.guards), message))
+        self._answer = self._memory = None  # references in a circle would keep what it has heard

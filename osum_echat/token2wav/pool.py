@@ -5,8 +5,9 @@
     voice = pool.open(speaker, seed, on_samples)     # on_samples(samples) on the pool's thread
     voice.push(codes); voice.finish()                # from any thread; on_samples(None) comes last
 
-One thread owns the networks. A reply sounds as `Token2Wav.stream` makes it alone, to rounding. A reply may be told to pause (`slow`): its windows
-wait, and the others have the time.
+One thread owns the networks; on a CPU it may share the windows of a call out among workers, each on a core of its own (``workers``): a packed call
+saves little there. A reply sounds as `Token2Wav.stream` makes it alone, to rounding. A reply may be told to pause (`slow`): its windows wait, and
+the others have the time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -99,8 +101,16 @@ class PooledVoice:
 class StreamPool:
     """See the module. Without `start`, `work` does one call, for tests."""
 
-    def __init__(self, token2wav: Token2Wav, config: StreamConfig | None = None, solver: SolverOptions | None = None) -> None:
+    def __init__(
+        self, token2wav: Token2Wav, config: StreamConfig | None = None, solver: SolverOptions | None = None, workers: int = 1
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers={workers} must be at least 1")
         self.token2wav, self.config, self.solver = token2wav, config or StreamConfig(), solver or SolverOptions()
+        self._workers = (
+            ThreadPoolExecutor(workers - 1, "osum-echat-voice") if workers > 1 and token2wav.device.type == "cpu" else None
+        )
+        self._shares = workers if self._workers is not None else 1
         self._voices: list[PooledVoice] = []
         self._changed = threading.Condition()
         self._awake = self._closed = False
@@ -132,6 +142,8 @@ class StreamPool:
         self.wake()
         if self._thread is not None:
             self._thread.join()
+        if self._workers is not None:
+            self._workers.shutdown()
 
     def wake(self) -> None:
         with self._changed:
@@ -166,12 +178,23 @@ class StreamPool:
             ) <= BATCH_FRAMES or not batch:
                 batch.append((voice, window))
         if batch:
-            self._solve(batch)
+            self._solve_shares(batch)
             with self._changed:  # those that were served go behind those that were not
                 served = [voice for voice, _ in batch if voice in self._voices]
                 self._voices = [voice for voice in self._voices if voice not in served] + served
         return bool(ready)
 
+    def _solve_shares(self, batch: list[tuple[PooledVoice, Window]]) -> None:
+        """The windows, shared out among the workers; one worker is this thread. Windows of similar length go together."""
+        ordered = sorted(batch, key=lambda entry: entry[1].condition.frames)
+        size = -(-len(ordered) // self._shares)
+        mine, *others = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        waiting = [self._workers.submit(self._solve, share) for share in others] if self._workers is not None else []
+        self._solve(mine)
+        for share in waiting:
+            share.result()
+
+    @torch.inference_mode()
     def _solve(self, batch: list[tuple[PooledVoice, Window]]) -> None:
         solver = self.solver
         try:
