@@ -40,7 +40,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from osum_echat import device as devices
 from osum_echat.audio import features
 from osum_echat.audio.resample import resample_sinc
-from osum_echat.cpu_linear import PackedLinear, can_pack
+from osum_echat.cpu_linear import PackedLinear
+from osum_echat.device import cpu
 from osum_echat.token2wav import Speaker, StreamConfig, Token2Wav, released_yaml
 from osum_echat.token2wav.checkpoint import load_into, read_weights
 from osum_echat.token2wav.config import Token2WavConfig, mel_frames
@@ -107,7 +108,7 @@ def product_rate(frames: int) -> float:
     """Operations a second of the U-Net's largest product, as fast as this machine's kernels do it with the current threads."""
     rows, width, out = frames, 256, 3 * 512  # joined queries, keys and values at half rate, two rows
     x, weight = torch.randn(rows, width), torch.randn(out, width)
-    product = PackedLinear(weight, None, rows_hint=rows) if can_pack(CPU) else torch.nn.Linear(width, out, bias=False)
+    product = PackedLinear(weight, None, rows_hint=rows) if cpu.packs(torch.float32) else torch.nn.Linear(width, out, bias=False)
     repeats = 20
     wall = torch.get_num_threads() > 1
     best = min(seconds(lambda: [product(x) for _ in range(repeats)], wall) for _ in range(4))

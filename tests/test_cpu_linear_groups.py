@@ -21,6 +21,7 @@ from osum_echat.model import checkpoint as model_io
 from osum_echat.model import quantized
 from osum_echat.model.storage import SafetensorsSource, open_source
 from osum_echat.pipeline import EChat
+from osum_echat.pipeline.load import load_llm
 
 MINI = Path(__file__).parent.parent / "checkpoints" / "mini"
 CPU = torch.device("cpu")
@@ -247,3 +248,21 @@ def test_other_sessions_open_after_the_common_pool(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "-1.0\n"
+
+
+@needs_mini
+@needs_nbits
+def test_a_config_says_how_weights_are_kept_and_a_call_overrides_it(tmp_path: Path) -> None:
+    written = tmp_path / "config.yaml"
+    written.write_text((MINI / "config.yaml").read_text(encoding="utf-8") + "\nweights: int8\n", encoding="utf-8")
+
+    def rounded(config: Path, weights: str) -> bool:
+        model, _ = load_llm(MINI, config, CPU, "auto", weights, pack=False)
+        return any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+    assert rounded(written, "auto")
+    assert not rounded(written, "float32")
+    assert not rounded(MINI / "config.yaml", "auto")
+    written.write_text((MINI / "config.yaml").read_text(encoding="utf-8") + "\nweights: int3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="weights"):
+        load_llm(MINI, written, CPU, "auto", "auto", pack=False)

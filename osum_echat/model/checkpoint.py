@@ -90,7 +90,7 @@ def load_model(
         ValueError: no config or no tokenizer where one is needed.
     """
     path = local_path(path)
-    model_config = _config_for(path, config)
+    model_config = config_for(path, config)
     source = open_source(path)
     model = _assemble(model_config, source, torch.device(device), dtype, str(path))
     return model.eval(), load_tokenizer(path, model_config, tokenizer)
@@ -105,7 +105,7 @@ def load_weights(
 ) -> EChatModel:
     """`load_model` without a tokenizer."""
     path = local_path(path)
-    return _assemble(_config_for(path, config), open_source(path), torch.device(device), dtype, str(path)).eval()
+    return _assemble(config_for(path, config), open_source(path), torch.device(device), dtype, str(path)).eval()
 
 
 def load_tokenizer(path: Path, config: ModelConfig, tokenizer: str | Path | None = None) -> Any:
@@ -191,7 +191,8 @@ def local_path(path: str | Path) -> Path:
         raise CheckpointError(str(error)) from error
 
 
-def _config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelConfig:
+def config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelConfig:
+    """The config that was given, else the one beside the weights of ``path``. Raises ValueError when there is none."""
     if isinstance(config, ModelConfig):
         return config
     if config is not None:
@@ -317,7 +318,7 @@ def save_quantized(
     path, folder = local_path(path), Path(folder)
     if folder.exists() and folder.samefile(path):
         raise ValueError(f"{folder} is the checkpoint itself; name another folder to write")
-    model_config = _config_for(path, config)
+    model_config = config_for(path, config)
     model = build_meta(model_config)
     source = open_source(path)
     try:

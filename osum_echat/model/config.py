@@ -156,7 +156,8 @@ class ModelConfig:
     """The whole model.
 
     ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: what
-    of each block is computed again in the backward pass instead of kept (`Recompute`).
+    of each block is computed again in the backward pass instead of kept (`Recompute`). ``weights``: how a CPU keeps the weights when it answers and the call does not say (`device.WEIGHTS`);
+    training and accelerators do not look at it.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -167,6 +168,7 @@ class ModelConfig:
     dialect: Dialect = field(default_factory=Dialect)
     tokenizer: InputPath | None = None
     activation_checkpointing: Recompute = False
+    weights: Literal["auto", "float32", "bf16", "int8", "int4"] = "auto"
 
     def __post_init__(self) -> None:
         chosen = self.adapter.encoder_layers

@@ -78,7 +78,7 @@ class EChat:
                 and no sound).
             dtype: ``auto``, float32, bfloat16 or float16: what to compute in.
             weights: ``auto``, ``float32``, ``bf16``, ``int8`` or ``int4``: how to keep the weights. ``auto`` is bfloat16 on accelerators. On a CPU it is
-                what the checkpoint holds if it is rounded already (`osum-echat quantize`), else float32; for a large one bfloat16 where the CPU does that
+                what ``weights:`` of the model config says, else what the checkpoint holds if it is rounded already (`osum-echat quantize`), else float32; for a large one bfloat16 where the CPU does that
                 well, else int8. int8 and int4 are for CPUs: docs/speed.md has what they cost and gain.
             profile: a published prompt profile, ``as_trained`` or ``as_released``, instead of the checkpoint's own strings.
             speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the

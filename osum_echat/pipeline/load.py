@@ -13,7 +13,7 @@ from osum_echat import device as devices
 from osum_echat.cpu_linear import lighten, pack_linears
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig, older_dialect_keys
-from osum_echat.model.checkpoint import load_model
+from osum_echat.model.checkpoint import config_for, load_model
 from osum_echat.model.config import ModelConfig
 from osum_echat.model.echat import EChatModel
 
@@ -29,6 +29,9 @@ def load_llm(
     checkpoint: str | Path, config: str | Path | ModelConfig | None, target: torch.device, dtype: str, weights: str, pack: bool
 ) -> tuple[EChatModel, Any]:
     """Model and tokenizer, ready to decode; arguments as of `EChat.load`."""
+    config = config_for(Path(checkpoint), config)
+    if weights == "auto" and dtype == "auto" and target.type == "cpu":
+        weights = config.weights
     chosen = functools.partial(devices.model_weights, weights, dtype, target)
     model, tokenizer = load_model(checkpoint, config, device=target, dtype=chosen)
     if model.lm.llm.config._attn_implementation == "eager":

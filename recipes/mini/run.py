@@ -81,6 +81,7 @@ STEPS = (
     Step("speaker", "speaker embedding", sound("speaker"), ("speech",)),
     Step("flow", "codes to log-mel", sound("flow"), ("tokens", "speaker")),
     Step("vocoder", "log-mel to samples", sound("vocoder"), ("speech",)),
+    Step("distill", "... and codes to log-mel in two steps", sound("distill"), ("flow", "vocoder")),
     Step("text", "a language model that reads", stage("text", "generation"), ("encoder", "text_lists")),
     Step("generation_tts", "... and speaks", stage("generation_tts", "generation"), ("text", "speak_lists")),
     Step("understanding_ctc", "an adapter that hears", stage("understanding_ctc", "understanding"), ("encoder", "hear_lists")),
