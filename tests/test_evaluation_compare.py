@@ -86,6 +86,8 @@ def test_the_comparison_is_written_to_read(runs: dict[str, Path], tmp_path: Path
 def test_only_runs_of_one_suite_with_common_items_are_compared(runs: dict[str, Path], tmp_path: Path):
     with pytest.raises(ValueError, match=r"not the folder of a run: report\.json"):
         compare.compare(tmp_path, runs["worse"])
+    with pytest.raises(ValueError, match="it holds runs of several suites, name one: better, twin, worse"):
+        compare.compare(runs["worse"].parent, runs["worse"])
     other = tmp_path / "other"
     other.mkdir()
     (other / "report.json").write_text(json.dumps({"suite": "speech", "system": "x", "about": [], "summaries": []}))

@@ -232,6 +232,28 @@ def test_the_command_writes_files_in_step_and_a_report(
     assert (out / "report.html").is_file()
 
 
+def test_a_conversation_that_failed_is_held_again_and_one_that_was_held_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("one", "two"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        audio_io.write(tmp_path / "in" / name / "input.wav", spoken((0.3, True), (0.4, False)), RATE)
+    server = Server(latency=0.1, answer=0.1)
+    known: list[str] = []
+
+    def hold_one(settings: Settings, samples: np.ndarray) -> Recording:
+        known.append("x")
+        if len(known) == 2:
+            raise LiveError("nobody there")
+        return held(server, samples, tail=0.1)
+
+    monkeypatch.setattr(duplex, "hold", hold_one)
+    results = [list(duplex.play_all(Settings(server.url), tmp_path / "in", tmp_path / "out")) for _ in range(3)]
+    assert [[(r.id, r.error) for r in found] for found in results] == [
+        [("one", None), ("two", "nobody there")],
+        [("two", None)],
+        [],
+    ]
+
+
 def test_a_conversation_runs_by_the_clock_of_this_machine_too():
     """The one test in real time: how long it takes at least, and the order of what happens."""
 

@@ -13,6 +13,7 @@ import pytest
 
 from osum_echat.config import ConfigError
 from osum_echat.evaluation import results
+from osum_echat.evaluation.claim import fingerprint
 from osum_echat.evaluation.generate import ask_of, generate
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.report import Report
@@ -87,6 +88,48 @@ def test_items_that_ask_the_same_are_asked_once_and_heard_emotions_are_kept(tmp_
     assert [ask.kind for ask in parrot.asked] == ["chat", "chat", "understand", "understand"]
     assert [a.id for a in answers] == [f"k{n}/{kind}" for n in range(2) for kind in ("gender", "age", "emotion", "multi")]
     assert {a.heard_emotion for a in answers} == {"angry"} and len({a.wav for a in answers}) == 2
+
+
+def test_answers_of_another_checkpoint_or_to_other_questions_are_never_taken_for_this_ones(tmp_path: Path):
+    data, out = write_list(tmp_path / "l.jsonl", write_wav(tmp_path / "a.wav"), 2), tmp_path / "out"
+    weights = tmp_path / "mini" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    suite = plain("replies")
+
+    def answered(suite: Suite, **options: Any) -> Report:
+        plan = Plan(suite, str(data), out, checkpoint=fingerprint(weights.parent), **options)
+        return run_suite(plan, Parrot(lambda ask, n: Reply(f"answer {n}")))
+
+    assert answered(suite).reached == answered(suite, limit=1).reached + 1 == 2
+    with pytest.raises(ConfigError, match=r"holds answers to part 'p' with other settings .*choose another --out"):
+        answered(dataclasses.replace(suite, seed=7))
+    assert answered(dataclasses.replace(suite, batch_size=2)).reached == 2
+    weights.write_bytes(b"another")
+    with pytest.raises(
+        ConfigError, match=r"holds the answers of mini \(model\.safetensors, 3 bytes, .* not of mini \(.* 7 bytes"
+    ):
+        answered(suite)
+    assert answered(suite, steps=["score"]).reached == 2  # nothing is asked
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"scorers": ["were"]}, {}, "there is no scorer 'were'"),
+        ({"judge": "nobody"}, {}, "there is no judge prompt 'nobody'"),
+        ({}, {"exports": ["excel"]}, "--export excel: use voicebench"),
+        ({}, {"steps": ["guess"]}, "--steps guess: use generate"),
+        ({}, {"limit": 0}, "--limit 0: use a number from 1 on"),
+    ],
+)
+def test_what_is_named_wrongly_is_said_before_anything_is_asked(change: Any, options: Any, message: str, tmp_path: Path):
+    data = write_list(tmp_path / "l.jsonl", write_wav(tmp_path / "a.wav"), 2)
+    parrot = Parrot(lambda ask, n: Reply("x"))
+    suite = Suite("try", normalizer="own", parts={"p": Part(**change)})
+    with pytest.raises(ConfigError, match=message):
+        run_suite(Plan(suite, str(data), tmp_path / "out", **options), parrot)
+    assert not parrot.asked and not (tmp_path / "out").exists()
 
 
 # ---- conversations -------------------------------------------------------------------------------------------------------------------

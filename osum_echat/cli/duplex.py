@@ -58,7 +58,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         for result in play_all(settings, args.source, args.out, args.limit, lambda line: print(line, file=sys.stderr)):
             if result.error:
                 print(f"{result.id}: {result.error}", file=sys.stderr)
-        plan = Plan(load_suite(SUITE), str(args.source), args.out, args.name or args.url, args.limit, args.out / FILE)
+        plan = Plan(
+            load_suite(SUITE),
+            str(args.source),
+            args.out,
+            args.name or args.url,
+            limit=args.limit,
+            results=args.out / FILE,
+        )
         report = run_suite(plan)
         text = (args.out / "report.md").read_text(encoding="utf-8")
         print(text.partition("## Pictures")[0].partition("## What is missing")[0].partition("## Examples")[0])

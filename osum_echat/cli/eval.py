@@ -149,7 +149,7 @@ def _without_model(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
-    from osum_echat.evaluation.run import run_suite
+    from osum_echat.evaluation.run import check, run_suite
     from osum_echat.evaluation.suite import changes_of, load_suite
 
     mine = {given: changes_of(given, args.suite, changes) for given in args.suite}
@@ -167,6 +167,7 @@ def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
         if args.part != "0/1":
             return _share(plan, Model(args), args.part)
         try:
+            check(plan)
             if args.devices and args.results is None and "generate" in plan.steps:
                 _on_devices(plan, args, [given, *mine[given]])
             report = run_suite(plan, model)
@@ -203,6 +204,7 @@ def _plan(
         data,
         out,
         system=args.name or (args.results.parent.name or args.results.stem if args.results else Path(args.checkpoint).name),
+        checkpoint="" if args.results else _fingerprint(args.checkpoint),
         limit=args.limit,
         results=args.results,
         steps=[step.strip() for step in args.steps.split(",") if step.strip()],
@@ -225,6 +227,14 @@ def _own_token2wav(checkpoint: str) -> str | None:
         folder = find_checkpoint(checkpoint) / "token2wav"
         return str(folder) if folder.is_dir() else None
     return None
+
+
+def _fingerprint(checkpoint: str) -> str:
+    from osum_echat.evaluation.claim import fingerprint
+
+    with contextlib.suppress(UserError, FileNotFoundError):  # said when the model is loaded
+        return fingerprint(find_checkpoint(checkpoint))
+    return ""
 
 
 def _judges(args: argparse.Namespace) -> list[Judge]:
@@ -266,8 +276,10 @@ def _on_devices(plan: Plan, args: argparse.Namespace, suite: Sequence[str]) -> N
     Raises:
         UserError: a process failed.
     """
+    from osum_echat.evaluation.claim import claim
     from osum_echat.evaluation.parallel import generate_on
 
+    claim(plan.out, plan.suite, plan.checkpoint)
     name, *changes = suite
     options = ["--suite", name, "--data", plan.data, "--out", str(plan.out), "--checkpoint", args.checkpoint, *changes]
     for name in ("config", "token2wav", "speaker", "dtype", "profile", "threads", "limit"):

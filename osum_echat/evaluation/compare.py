@@ -73,7 +73,9 @@ def compare(a: Path, b: Path) -> tuple[list[Compared], list[str]]:
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / REPORT
     if not path.is_file():
-        raise ValueError(f"{folder} is not the folder of a run: {REPORT} is not there")
+        inside = sorted(report.parent.name for report in folder.glob(f"*/{REPORT}"))
+        hint = f"; it holds runs of several suites, name one: {', '.join(inside)}" if inside else ""
+        raise ValueError(f"{folder} is not the folder of a run: {REPORT} is not there{hint}")
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -17,10 +17,11 @@ from osum_echat.config import ConfigError
 from osum_echat.evaluation import generate as generation
 from osum_echat.evaluation import judge as judging
 from osum_echat.evaluation import maker, readers, results, score, summary
-from osum_echat.evaluation.exports import export
+from osum_echat.evaluation.claim import claim
+from osum_echat.evaluation.exports import EXPORTS, export
 from osum_echat.evaluation.items import Entry, Item, ItemError
 from osum_echat.evaluation.report import Report
-from osum_echat.evaluation.scorers import Tools
+from osum_echat.evaluation.scorers import Tools, scorer_class
 from osum_echat.evaluation.suite import Suite
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Plan:
     Attributes:
         data: what is read, a file or folder. out: folder of results and report.
         system: name of what is measured, for reports. limit: items at most of each set.
+        checkpoint: which weights answer (`claim.fingerprint`): answers of others in ``out`` are refused; "": not known.
         results: answers of another system, instead of generating. steps: which of `STEPS` to do.
         judges, max_calls: for the third step; without judges it is left out.
         exports: forms to write besides (`exports.EXPORTS`).
@@ -55,6 +57,7 @@ class Plan:
     data: str
     out: Path
     system: str = "system"
+    checkpoint: str = ""
     limit: int | None = None
     results: Path | None = None
     steps: Sequence[str] = STEPS
@@ -133,9 +136,7 @@ def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> R
     Raises:
         ValueError: data, results or settings that cannot be used at all.
     """
-    unknown = [step for step in plan.steps if step not in STEPS]
-    if unknown:
-        raise ConfigError(f"--steps {','.join(unknown)}: use {', '.join(STEPS)}")
+    check(plan)
     suite = plan.suite
     sets = read_sets(suite, plan.data, plan.limit)
     for name, why in sets.skipped.items():
@@ -143,6 +144,7 @@ def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> R
     plan.out.mkdir(parents=True, exist_ok=True)
     source = plan.results or plan.out / results.FILE
     if plan.results is None and "generate" in plan.steps:
+        claim(plan.out, suite, plan.checkpoint)
         _generate(plan, sets, echat)
     answers, faults = results.read_results(source, suite.name)
     rows, strange = score.join(suite, sets.items, answers, source)
@@ -170,6 +172,24 @@ def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> R
         for path in export(rows, plan.out / "export", plan.exports, plan.system):
             plan.say(f"exported {path}")
     return report
+
+
+def check(plan: Plan) -> None:
+    """Look at everything that is named before anything is computed. Raises ConfigError for what is not there."""
+    unknown = [step for step in plan.steps if step not in STEPS]
+    if unknown:
+        raise ConfigError(f"--steps {','.join(unknown)}: use {', '.join(STEPS)}")
+    unknown = [name for name in plan.exports if name not in EXPORTS]
+    if unknown:
+        raise ConfigError(f"--export {','.join(unknown)}: use {', '.join(EXPORTS)}")
+    if plan.limit is not None and plan.limit < 1:
+        raise ConfigError(f"--limit {plan.limit}: use a number from 1 on")
+    for part in plan.suite.parts.values():
+        for spec in part.scorers:
+            scorer_class(spec)
+        if part.judge:
+            judging.load_prompt(part.judge)
+    paper(plan.suite.paper)
 
 
 def _generate(plan: Plan, sets: Sets, echat: Callable[[], EChat] | EChat | None) -> None:

@@ -44,9 +44,10 @@ def cases(folder: Path) -> list[Case]:
 def play_all(
     settings: Settings, source: Path, out: Path, limit: int | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[Result]:
-    """Hold the conversations that were not held yet, one after the other; a server that fails in one is a result with ``error``."""
+    """Hold the conversations that were not held yet, one after the other; a server that fails in one is a result with ``error``, and that one is held again
+    in the next run."""
     lines = Lines(out / FILE)
-    done = {row["id"] for row in lines.rows()}
+    done = {row["id"] for row in lines.rows() if "error" not in row}
     todo = cases(source)[:limit]
     with lines:
         for number, case in enumerate(todo, start=1):

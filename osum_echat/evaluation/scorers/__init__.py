@@ -10,7 +10,7 @@ A suite names scorers as ``name`` or ``name:argument``; `make` builds them. A sc
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -129,13 +129,16 @@ SCORERS = {
 }
 
 
+def scorer_class(spec: str) -> Callable[[Tools, str], Scorer]:
+    """The class that a spec names. Raises ConfigError for an unknown one."""
+    name = spec.partition(":")[0]
+    if name not in SCORERS:
+        raise ConfigError(f"there is no scorer {name!r}: use {', '.join(SCORERS)}")
+    module, _, cls = SCORERS[name].partition(":")
+    found: Callable[[Tools, str], Scorer] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+    return found
+
+
 def make(specs: Sequence[str], tools: Tools) -> dict[str, Scorer]:
     """The scorers of a part, by their spec. Raises ConfigError for an unknown one."""
-    out: dict[str, Scorer] = {}
-    for spec in specs:
-        name, _, argument = spec.partition(":")
-        if name not in SCORERS:
-            raise ConfigError(f"there is no scorer {name!r}: use {', '.join(SCORERS)}")
-        module, _, cls = SCORERS[name].partition(":")
-        out[spec] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)(tools, argument)
-    return out
+    return {spec: scorer_class(spec)(tools, spec.partition(":")[2]) for spec in specs}

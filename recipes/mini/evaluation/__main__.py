@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from osum_echat.evaluation.claim import fingerprint
 from osum_echat.evaluation.run import Plan, run_suite
 from osum_echat.evaluation.suite import Suite, load_suite
 from osum_echat.pipeline import EChat
@@ -72,7 +73,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     try:
         suite = with_people(suite, args.people, args.out)
         plan = Plan(
-            suite, str(args.sets), args.out, Path(args.checkpoint).name, args.limit, wheels=args.wheels, say=say, progress=tell
+            suite,
+            str(args.sets),
+            args.out,
+            Path(args.checkpoint).name,
+            checkpoint=fingerprint(Path(args.checkpoint)),
+            limit=args.limit,
+            wheels=args.wheels,
+            say=say,
+            progress=tell,
         )
         report = run_suite(plan, lambda: EChat.load(args.checkpoint, token2wav=args.token2wav))
     except ValueError as error:
