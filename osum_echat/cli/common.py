@@ -39,6 +39,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--profile", help="published prompt profile instead of the checkpoint's own strings: as_trained or as_released"
     )
+    group.add_argument(
+        "--llm-engine",
+        choices=["own", "vllm"],
+        default="own",
+        help="what decodes: our own engine (default), or a process of vLLM (docs/scale.md)",
+    )
+    group.add_argument(
+        "--vllm-folder",
+        help="with --llm-engine vllm: what osum-echat export --for vllm wrote (default: it is exported at every start)",
+    )
     group.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
 
 
@@ -82,7 +92,15 @@ def load_echat(args: argparse.Namespace, speech: bool = True) -> EChat:
         config = "package:ct_config.yaml"
     voice: dict[str, Any] = {"token2wav": args.token2wav, "speaker": args.speaker} if speech else {}
     return EChat.load(
-        checkpoint, config=config, device=args.device, dtype=args.dtype, weights=args.weights, profile=args.profile, **voice
+        checkpoint,
+        config=config,
+        device=args.device,
+        dtype=args.dtype,
+        weights=args.weights,
+        profile=args.profile,
+        llm_engine=args.llm_engine,
+        vllm_folder=args.vllm_folder,
+        **voice,
     )
 
 

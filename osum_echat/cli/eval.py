@@ -282,9 +282,9 @@ def _on_devices(plan: Plan, args: argparse.Namespace, suite: Sequence[str]) -> N
     claim(plan.out, plan.suite, plan.checkpoint)
     name, *changes = suite
     options = ["--suite", name, "--data", plan.data, "--out", str(plan.out), "--checkpoint", args.checkpoint, *changes]
-    for name in ("config", "token2wav", "speaker", "dtype", "profile", "threads", "limit"):
+    for name in ("config", "token2wav", "speaker", "dtype", "profile", "threads", "limit", "llm_engine", "vllm_folder"):
         if getattr(args, name, None) is not None:
-            options += [f"--{name}", str(getattr(args, name))]
+            options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     devices = [device.strip() for device in args.devices.split(",") if device.strip()]
     failed = generate_on(devices, options, plan.out, say)
     if failed:

@@ -1,6 +1,6 @@
 """Penalty, guards and sampling: from the logits of one head to an id for every row that chooses from it.
 
-These are the rules of every way of decoding: the generator applies them to the logits of our own model, `vllm_rules` to those that vLLM
+These are the rules of every way of decoding: the generator applies them to the logits of our own model, `vllm.rules` to those that vLLM
 computed. A row's choice depends on its own ids, settings and seed alone, never on the rows beside it.
 
 R rows, V classes of the head (text or speech), W last ids, G generated ids.
@@ -92,6 +92,12 @@ class Choice:
         """Whether the age guard may act on a row that begins."""
         guard = self.config.guards.age
         return guard is None or not guard.spoken_only or state.form != "none"
+
+    def age_acts(self, row: ChoosingRow) -> bool:
+        """Whether the age guard acts on the id that the row chooses now. It depends on ids alone, so it can be asked again later."""
+        if self.age is None or not row.age_armed or row.state.in_speech:
+            return False
+        return tuple(row.state.generated[-self.age.memory :]) == self.age.trigger_ids
 
     def pick(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, in_speech: bool) -> list[Picked]:
         """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one. The rows are not changed; see `ChoosingRow.acted`."""

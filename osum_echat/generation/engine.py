@@ -24,7 +24,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -118,6 +118,24 @@ class Ticket:
     @property
     def positions(self) -> int:
         return len(self.request.prompt) + (0 if self.read_only else self.request.mode.max_new)
+
+
+class LlmEngine(Protocol):
+    """What servers need of an engine: `Engine`, and `vllm.engine.VllmEngine`."""
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def submit(self, request: Request, on_event: OnEvent, read_only: bool = False) -> Ticket: ...
+
+    def run(self, work: Callable[[], T]) -> Future[T]: ...
+
+    def remember(self, session: Session) -> None: ...
+
+    def forget(self, session: Session) -> None: ...
+
+    def load(self) -> Load: ...
 
 
 class Engine:

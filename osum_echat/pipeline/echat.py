@@ -17,10 +17,12 @@ from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.engine import Engine, EngineLimits, LlmEngine
 from osum_echat.generation.events import Done, Event, TextDelta, ThinkDelta, speech_codes
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request, build_request, encode_recordings, split_audio
 from osum_echat.generation.session import Session
+from osum_echat.generation.vllm.engine import VllmGenerator
 from osum_echat.locations import find_checkpoint
 from osum_echat.model.checkpoint import local_path
 from osum_echat.model.config import ModelConfig
@@ -46,10 +48,12 @@ class EChat:
         token2wav: Token2Wav | None = None,
         speaker: Speaker | None = None,
         dialect: Dialect | None = None,
+        generator: Generator | None = None,
     ) -> None:
+        """``generator``: what decodes, when not a `Generator` of this model with these settings."""
         self.model, self.tokenizer = model, tokenizer
         self.config = config or GenerationConfig()
-        self.generator = Generator(model, tokenizer, self.config, dialect)
+        self.generator = generator or Generator(model, tokenizer, self.config, dialect)
         self.sound = Sound(token2wav, speaker)
         self._log_mel = LogMel(model.config.encoder.mels)
         self.max_seconds = min(MAX_SECONDS, model.config.max_seconds)
@@ -68,6 +72,8 @@ class EChat:
         generation: str | Path | GenerationConfig | None = None,
         pack: bool = True,
         compile: bool = False,
+        llm_engine: str = "own",
+        vllm_folder: str | Path | None = None,
     ) -> EChat:
         """Load everything.
 
@@ -86,15 +92,22 @@ class EChat:
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
             pack: reorder the weights for decoding on a CPU (`cpu_linear`); the model cannot be trained or saved then.
             compile: `torch.compile` the LLM (see `Generator.compile`).
+            llm_engine: ``own``, or ``vllm``: the LLM runs in a process of vLLM's, which starts with the first request (docs/scale.md).
+            vllm_folder: what ``osum-echat export --for vllm`` wrote (default: it is written to a temporary folder now).
 
         Raises:
             ValueError: what is missing or does not fit together.
         """
         target, path = devices.resolve(device), local_path(find_checkpoint(checkpoint))
-        model, tokenizer = load.load_llm(path, config, target, dtype, weights, pack)
+        folder: Path | None = None
+        if load.uses_vllm(llm_engine, vllm_folder, weights):
+            model, tokenizer, folder = load.load_for_vllm(path, config, target, dtype, vllm_folder)
+        else:
+            model, tokenizer = load.load_llm(path, config, target, dtype, weights, pack)
         sound = load.load_token2wav(path, token2wav, target)
         settings, dialect = load.read_settings(path, generation, model.config.dialect, profile)
-        echat = cls(model, tokenizer, settings, sound, dialect=dialect)
+        generator = load.load_generator(model, tokenizer, settings, dialect, folder)
+        echat = cls(model, tokenizer, settings, sound, dialect=dialect, generator=generator)
         if compile:
             echat.generator.compile()
         if sound is not None:
@@ -122,6 +135,11 @@ class EChat:
     def speaker(self, voice: Voice) -> Speaker:
         """A voice for ``speaker=``; see `Sound.speaker`."""
         return self.sound.speaker(voice)
+
+    def engine(self, limits: EngineLimits | None = None) -> LlmEngine:
+        """What decodes the requests of several people together; `start` it. vLLM's exists once, with the limits of the first call."""
+        generator = self.generator
+        return generator.engine(limits) if isinstance(generator, VllmGenerator) else Engine(generator, limits)
 
     # ---- one request --------------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Load, Ticket
+from osum_echat.generation.engine import EngineFull, EngineLimits, Load, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, TextDelta
 from osum_echat.generation.request import Request
 from osum_echat.model.echat import AudioFeatures
@@ -214,7 +214,7 @@ class SharedEChat:
 
     def __init__(self, echat: EChat, limits: EngineLimits | None = None, voice_workers: int = 1) -> None:
         self.echat = echat
-        self.engine = Engine(echat.generator, limits)
+        self.engine = echat.engine(limits)
         self.pool: StreamPool | None = None
         if echat.token2wav is not None:
             from osum_echat.token2wav.pool import StreamPool
