@@ -117,8 +117,8 @@ def test_a_layer_of_the_static_step_is_sixteen_kernels() -> None:
     assert (counts[1] - counts[0]) / (len(step.layers) - 1) <= 16, counts
 
 
-def test_a_chunk_of_sound_waits_no_more_often_than_it_did(tmp_path: Path) -> None:
-    """Of two more windows of 40 codes. Bounds of today, to be lowered to 1."""
+def test_a_chunk_of_sound_waits_once(tmp_path: Path) -> None:
+    """Of two more windows of 40 codes: the samples come back."""
     model = tiny_model(tmp_path)
     counts = []
     for codes in (150, 230):
@@ -127,4 +127,4 @@ def test_a_chunk_of_sound_waits_no_more_often_than_it_did(tmp_path: Path) -> Non
         counts.append((waits, len(chunks)))
     (short, few), (long, many) = counts
     assert many > few
-    assert (long.total - short.total) / (many - few) <= 9, str(long)
+    assert (long.total - short.total) / (many - few) <= 1, str(long)

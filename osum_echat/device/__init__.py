@@ -33,13 +33,15 @@ from osum_echat.device.accelerators import (
     send,
     send_together,
     set_rng_state,
+    short_products,
     side_stream,
+    sums_in_float64,
     synchronize,
     threads,
     total_memory,
     training_precision,
 )
-from osum_echat.device.graphs import Packet, fetch, memory_pool, record, records
+from osum_echat.device.graphs import Packet, Recordings, fetch, memory_pool, record, records
 from osum_echat.device.memory import PeakMemory, bytes_of
 from osum_echat.device.varlen import varlen_attention
 
@@ -48,6 +50,7 @@ __all__ = [
     "WEIGHTS",
     "Packet",
     "PeakMemory",
+    "Recordings",
     "Weights",
     "activate",
     "arithmetic",
@@ -79,7 +82,9 @@ __all__ = [
     "send",
     "send_together",
     "set_rng_state",
+    "short_products",
     "side_stream",
+    "sums_in_float64",
     "synchronize",
     "threads",
     "total_memory",

@@ -196,6 +196,32 @@ def synchronize(device: torch.device) -> None:
         module.synchronize(device)
 
 
+def sums_in_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64 at all."""
+    return device.type != "npu"
+
+
+@contextlib.contextmanager
+def short_products(device: torch.device, on: bool = True) -> Iterator[None]:
+    """A block in which products of float32 numbers round them to 10 bits of mantissa, where the device has units for that (TF32, HF32): several times
+    faster. Elsewhere nothing happens. The switches are those of the whole process, so what runs beside may be rounded too."""
+    module = _accelerator(device.type) if on else None
+    backends: Any = (
+        {"cuda": [torch.backends.cuda.matmul, torch.backends.cudnn]}.get(device.type, []) if module is not None else []
+    )
+    name = "allow_tf32"
+    if device.type == "npu" and module is not None:
+        backends, name = [part for part in (getattr(module, "matmul", None), getattr(module, "conv", None)) if part], "allow_hf32"
+    before = [getattr(part, name) for part in backends]
+    try:
+        for part in backends:
+            setattr(part, name, True)
+        yield
+    finally:
+        for part, value in zip(backends, before, strict=True):
+            setattr(part, name, value)
+
+
 def send(values: Tensor | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Numbers of the host on ``device``, without waiting for it: a copy from memory that the device reads by itself. A tensor of the host is not to be
     written to afterwards."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osum_echat import device as devices
 from osum_echat.cpu_linear import PackedLinear
 from osum_echat.token2wav.config import EstimatorConfig
 
@@ -36,9 +38,19 @@ class Padding:
     statistics: str = "real"
 
     @classmethod
-    def of(cls, lengths_B: Tensor, frames: int, dtype: torch.dtype = torch.float32) -> Padding | None:
-        """Padding for rows of these lengths, or None when every row is full."""
-        if bool((lengths_B == frames).all()):
+    def of(
+        cls,
+        lengths: Tensor | Sequence[int],
+        frames: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> Padding | None:
+        """Padding for rows of these lengths, or None when every row is full. With a list nothing waits for ``device``."""
+        if isinstance(lengths, Tensor):
+            lengths_B, full = lengths, bool((lengths == frames).all())
+        else:
+            lengths_B, full = devices.send(lengths, device or torch.device("cpu")), all(length == frames for length in lengths)
+        if full:
             return None
         real = torch.arange(frames, device=lengths_B.device) < lengths_B[:, None]
         return cls(real[..., None].to(dtype))

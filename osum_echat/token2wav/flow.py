@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,9 @@ class FlowDecoder(nn.Module):
         super().__init__()
         self.config: SolverConfig = config.solver
         self.estimator = Estimator(mel_bins, config.estimator)
+        self.short_products = False
+        """Round products as `device.short_products` says."""
+        self._recordings = devices.Recordings()
 
     def solve(
         self,
@@ -72,9 +76,20 @@ class FlowDecoder(nn.Module):
         """
         steps, guidance, schedule = self.config.chosen(steps, guidance, schedule)
         grid = time_grid(steps, schedule)
-        times_S = torch.tensor(grid[:-1], device=noise_BTM.device)
+        times_S = devices.send(grid[:-1], noise_BTM.device, torch.float32)
+        embedded_SE = self.estimator.time_mlp(times_S).to(self.estimator.final_proj.weight.dtype)
+        mask = () if padding is None else (padding.mask_BT1,)
+        fixed = (tuple(grid), guidance, "" if padding is None else padding.statistics)
+        with devices.short_products(noise_BTM.device, self.short_products):
+            return self._recordings(self._euler, noise_BTM, mu_BTM, spk_BM, cond_BTM, embedded_SE, *mask, fixed=fixed)
+
+    def _euler(self, *arguments: Any) -> Tensor:
+        """All steps as one function of tensors and numbers, so that it can be recorded: noise, condition, speaker, prompt mel, embedded times, the
+        padding's mask if there is one; then times, guidance and what norms average (see `solve`)."""
+        *tensors, grid, guidance, statistics = arguments
+        noise_BTM, mu_BTM, spk_BM, cond_BTM, embedded_SE = tensors[:5]
+        padding = Padding(tensors[5], statistics) if len(tensors) > 5 else None
         dtype = self.estimator.final_proj.weight.dtype  # the ODE itself stays float32
-        embedded_SE = self.estimator.time_mlp(times_S).to(dtype)
         x_BTM = noise_BTM * self.config.temperature
         batch, _, bins = x_BTM.shape
         guided = guidance != 0.0
@@ -83,7 +98,7 @@ class FlowDecoder(nn.Module):
         inputs[:batch, :, bins:] = torch.cat((mu_BTM, spk_BM[:, None].expand_as(mu_BTM), cond_BTM), dim=-1)
         if padding is not None and guided:
             padding = Padding(padding.mask_BT1.repeat(2, 1, 1).to(dtype), padding.statistics)
-        for step in range(steps):
+        for step in range(len(grid) - 1):
             inputs.view(-1, batch, *inputs.shape[1:])[..., :bins] = x_BTM
             v = self.estimator.velocity(inputs, embedded_SE[step : step + 1], padding).to(x_BTM)
             if guided:
@@ -141,9 +156,21 @@ class FlowModel(nn.Module):
             x_BLI = x_BLI * mask_BL[..., None]
         return self.encoder_proj(self.encoder(x_BLI, mask_BL))
 
-    def condition(self, tokens_N: Tensor, prompt_tokens_P: Tensor, prompt_mel_TM: Tensor, spk_M: Tensor) -> Condition:
+    def checked(self, tokens: Tensor | Sequence[int]) -> Tensor:
+        """Ids on the model's device, after `check_tokens`; a list is looked at on the host and sent without waiting."""
+        if isinstance(tokens, Tensor):
+            self.check_tokens(tokens)
+            return tokens
+        size = self.config.vocab_size
+        if any(not 0 <= token < size for token in tokens):
+            self.check_tokens(torch.tensor(tokens))
+        return devices.send(tokens, self.input_embedding.weight.device, torch.long)
+
+    def condition(
+        self, tokens_N: Tensor | Sequence[int], prompt_tokens_P: Tensor, prompt_mel_TM: Tensor, spk_M: Tensor
+    ) -> Condition:
         """The condition of one reply after one prompt (both prompt parts may be empty). Checks the ids."""
-        self.check_tokens(tokens_N)
+        tokens_N = self.checked(tokens_N)
         h_1LM = self.encode(torch.cat((prompt_tokens_P, tokens_N))[None])
         prompt, count = h_1LM[:, : len(prompt_tokens_P)], len(prompt_mel_TM)
         stretched = stretch_reply(h_1LM[:, len(prompt_tokens_P) :], self.config.input_frame_rate)
@@ -163,13 +190,13 @@ class FlowModel(nn.Module):
         schedule: str | None = None,
     ) -> list[Tensor]:
         """Mel of each row without its prompt, [T_i, M], float32. ``noises`` are [T_i, M], prompt frames included."""
-        lengths_B = torch.tensor([c.frames for c in conditions])
-        frames = int(lengths_B.max())
+        lengths = [c.frames for c in conditions]
+        frames = max(lengths)
 
         def padded(rows: Sequence[Tensor]) -> Tensor:
             return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
-        padding = Padding.of(lengths_B.to(noises[0].device), frames, noises[0].dtype)
+        padding = Padding.of(lengths, frames, noises[0].dtype, noises[0].device)
         mel_BTM = self.decoder.solve(
             padded(noises),
             padded([c.mu_TM for c in conditions]),

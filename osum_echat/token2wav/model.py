@@ -155,7 +155,7 @@ class Token2Wav:
             draws = [self.draws(seed) for _ in rows]
             prompts = [self.prompt_state(speakers[i]) for i in rows]
             conditions = [
-                self.flow.condition(replies[i].to(self.device), p.tokens_P, p.mel_TM, p.spk_M)
+                self.flow.condition(replies[i].tolist(), p.tokens_P, p.mel_TM, p.spk_M)
                 for i, p in zip(rows, prompts, strict=True)
             ]
             noises = [reply_noise(d, c) for d, c in zip(draws, conditions, strict=True)]
@@ -288,7 +288,7 @@ def _as_samples(chunks: Iterator[Tensor]) -> Iterator[Samples]:
 
 
 def _array(wave_S: Tensor) -> Samples | None:
-    return wave_S.float().cpu().numpy() if len(wave_S) else None
+    return devices.fetch(wave_S.float()).wait().numpy() if len(wave_S) else None
 
 
 def _is_single(tokens: object) -> bool:

@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
+from osum_echat import device as devices
 from osum_echat.token2wav.model import BATCH_FRAMES, Samples, Token2Wav
 from osum_echat.token2wav.prompt import Speaker
 from osum_echat.token2wav.streaming import FlowStream, SolverOptions, StreamConfig, Window
@@ -87,7 +87,7 @@ class PooledVoice:
         was_last = not self._flow.ready
         wave_S = self._vocoder.push(self._flow.settle(window, mel_TM), was_last)
         if len(wave_S) and not self.cancelled:
-            self.on_samples(wave_S.float().cpu().numpy().astype(np.float32, copy=False))
+            self.on_samples(devices.fetch(wave_S.float()).wait().numpy())
         return was_last
 
     def end(self) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from osum_echat import device as devices
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, mel_frames
 from osum_echat.token2wav.draws import Draws
 from osum_echat.token2wav.encoder import stretch
@@ -142,8 +143,7 @@ class FlowStream:
         if total == self._start:
             return None
         if self._start == 0:  # the whole reply is here
-            tokens_N = torch.tensor(self._tokens, device=self.prompt.tokens_P.device)
-            condition = self.flow.condition(tokens_N, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
+            condition = self.flow.condition(self._tokens, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
             return Window(condition, reply_noise(self.draws, condition), 0, None, total)
         return self._window(total, total)
 
@@ -164,14 +164,13 @@ class FlowStream:
         """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""
         first = mel_frames(self._kept, self._rate)
         own, stop = mel_frames(self._start, self._rate), mel_frames(end, self._rate)
-        tokens_N = torch.tensor(self._tokens[: seen - self._kept], device=self.prompt.tokens_P.device)
+        tokens_N = self.flow.checked(self._tokens[: seen - self._kept])
         condition = self._condition(tokens_N, first, mel_frames(seen, self._rate))
         return Window(condition, reply_noise(self.draws, condition, first), own - first, stop - first, end)
 
     def _condition(self, tokens_N: Tensor, first: int, stop: int) -> Condition:
         """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies between tokens
         does not depend on where the window begins."""
-        self.flow.check_tokens(tokens_N)
         prompt, frames = self.prompt, len(self.prompt.mel_TM)
         h_LM = self.flow.encode(torch.cat((prompt.tokens_P, tokens_N))[None])[0]
         per_token = SAMPLE_RATE / MEL_HOP / self._rate
@@ -193,7 +192,7 @@ def reply_noise(draws: Draws, condition: Condition, first: int = 0) -> Tensor:
     """Starting noise [T, M] of a condition whose reply part begins at frame ``first`` of the reply."""
     frames = condition.frames - condition.prompt_frames
     prompt, reply = draws.prompt.rows(0, condition.prompt_frames), draws.reply.rows(first, first + frames)
-    return torch.cat((prompt, reply)).to(condition.mu_TM)
+    return devices.send(torch.cat((prompt, reply)), condition.mu_TM.device, condition.mu_TM.dtype)
 
 
 def change_speed(mel_TM: Tensor, speed: float) -> Tensor:

@@ -9,11 +9,13 @@ Shapes: B batch, T mel frames, M mel bins, C channels, S = 256 * T samples, H ha
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from osum_echat import device as devices
 from osum_echat.token2wav.config import MEL_HOP, VocoderConfig
 
 PERIOD = 2**15
@@ -88,12 +90,15 @@ class SineSource(nn.Module):
         ``start_BH`` continues an earlier signal. The sum runs over frames in float64, samples within a frame are added in float32:
         a sum over samples in float32, as published, loses the phase of long replies.
         """
-        harmonic_H = torch.arange(1, (harmonics or self.config.nb_harmonics + 1) + 1, dtype=torch.float64)
-        step_BTH = f0_BT.detach().to("cpu", torch.float64)[..., None] * harmonic_H / self.config.sample_rate  # turns per sample
-        ends_BTH = torch.cumsum(step_BTH * MEL_HOP, dim=1)
+        exact = torch.float64 if devices.sums_in_float64(f0_BT.device) else torch.float32
+        harmonic_H = torch.arange(1, (harmonics or self.config.nb_harmonics + 1) + 1, dtype=exact, device=f0_BT.device)
+        step_BTH = f0_BT.detach().to(exact)[..., None] * harmonic_H / self.config.sample_rate  # turns per sample
+        frame_BTH = step_BTH * MEL_HOP
+        # Without float64 whole turns are left out before they are summed: what is left is as exact.
+        ends_BTH = torch.cumsum(frame_BTH if exact == torch.float64 else frame_BTH % 1, dim=1)
         if start_BH is not None:
             ends_BTH = ends_BTH + start_BH[:, None]
-        begins_BT1H = ((ends_BTH - step_BTH * MEL_HOP) % 1).to(f0_BT)[:, :, None]
+        begins_BT1H = ((ends_BTH - frame_BTH) % 1).to(f0_BT)[:, :, None]
         sample_N1 = torch.arange(1, MEL_HOP + 1, device=f0_BT.device, dtype=f0_BT.dtype)[:, None]
         turns_BSH = (begins_BT1H + step_BTH.to(f0_BT)[:, :, None] * sample_N1).flatten(1, 2)
         return turns_BSH % 1, ends_BTH[:, -1] % 1
@@ -136,6 +141,17 @@ class SineSource(nn.Module):
         return excitation_BS[:, None], end_B1
 
 
+def inverse_stft(complex_BFW: Tensor, n_fft: int, hop: int, window_N: Tensor) -> Tensor:
+    """`torch.istft` of a centred STFT, [B, hop * (W - 1)], without its look at the values (it waits for the device to see that no sum of windows is 0)."""
+    pieces_BWN = torch.fft.irfft(complex_BFW.transpose(1, 2), n=n_fft) * window_N
+    count, length = pieces_BWN.shape[1], n_fft + hop * (pieces_BWN.shape[1] - 1)
+    add: Any = torch.ops.aten.unfold_backward
+    wave_BS = add(pieces_BWN, [len(pieces_BWN), length], 1, n_fft, hop)
+    weight_1S = add(window_N.square().expand(1, count, n_fft), [1, length], 1, n_fft, hop)
+    inner = slice(n_fft // 2, length - n_fft // 2)
+    return wave_BS[:, inner] / weight_1S[:, inner]
+
+
 class Vocoder(nn.Module):
     """Log-mel to samples."""
 
@@ -166,6 +182,7 @@ class Vocoder(nn.Module):
             for size, dilations in zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True):
                 self.resblocks.append(ResBlock(channels, size, dilations))
         self.conv_post = nn.Conv1d(channels, config.istft_n_fft + 2, 7, padding=3)
+        self._recordings = devices.Recordings()
 
     def margin_frames(self) -> int:
         """Mel frames to either side that a sample depends on through `decode` (14 in the released size), the pitch not counted."""
@@ -205,6 +222,10 @@ class Vocoder(nn.Module):
         spectrum_BFW = self.spectrum(source_B1S)
         return self.to_wave(self.shape(mel_BMT, spectrum_BFW), spectrum_BFW)
 
+    def recorded_decode(self, mel_BMT: Tensor, source_B1S: Tensor) -> Tensor:
+        """`decode` of pieces whose lengths come again."""
+        return self._recordings(self.decode, mel_BMT, source_B1S)
+
     def shape(self, mel_BMT: Tensor, spectrum_BFW: Tensor) -> Tensor:
         """The network proper: mel and excitation spectrum to the log magnitude and phase of `to_wave`, [B, n_fft + 2, W]."""
         config = self.config
@@ -238,7 +259,7 @@ class Vocoder(nn.Module):
         if self.config.head == "filter":
             assert spectrum_BFW is not None, "the filter head needs the excitation's spectrum"
             complex_BFW = complex_BFW * torch.complex(spectrum_BFW[:, :half].float(), spectrum_BFW[:, half:].float())
-        wave = torch.istft(complex_BFW, n_fft, self.config.istft_hop, window=self._window(magnitude))
+        wave = inverse_stft(complex_BFW, n_fft, self.config.istft_hop, self._window(magnitude))
         return wave.clamp(-self.config.audio_limit, self.config.audio_limit)
 
     def _window(self, like: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from osum_echat import device as devices
 from osum_echat.token2wav.config import MEL_HOP
 from osum_echat.token2wav.draws import Draws
 from osum_echat.token2wav.vocoder import Vocoder
@@ -53,7 +54,7 @@ class VocoderStream:
         right = min(settled + self.margin, pitched)
         mel = self._mel_TM[left - self._kept : right - self._kept]
         source = self._source_1S[:, (left - self._kept) * MEL_HOP : (right - self._kept) * MEL_HOP]
-        wave = self.vocoder.decode(mel.T[None], source[None])[0]
+        wave = self.vocoder.recorded_decode(mel.T[None], source[None])[0]
         samples = wave[(self._emitted - left) * MEL_HOP : (settled - left) * MEL_HOP]
         self._emitted = settled
         keep = max(0, settled - self.delay)
@@ -73,7 +74,7 @@ class VocoderStream:
             return
         left = max(self._kept, start - self.vocoder.f0_predictor.margin)
         f0_1T = self.vocoder.f0(self._mel_TM[left - self._kept :].T[None])[:, start - left : stop - left]
-        noise = self.draws.source(start, stop).to(f0_1T)
+        noise = devices.send(self.draws.source(start, stop), f0_1T.device, f0_1T.dtype)
         source_11S, self._turns_1H = self.vocoder.m_source(f0_1T, self._phase_1H.to(f0_1T), noise, self._turns_1H)
         self._source_1S = torch.cat((self._source_1S, source_11S[0].to(self._source_1S)), dim=1)
 
