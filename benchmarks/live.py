@@ -6,8 +6,10 @@
     python benchmarks/live.py --pool             # only the pool of voices, without a server
 
 First sound is counted from the moment the turn is committed (push to talk, so that no silence is in it) to the first delta of sound, by the client's
-clock, for each form of thought, with 1, 4 and 16 sessions that speak at the same moment. Stop time is counted from the message that completes the
-confirmed speech to `response.done`. The time that turn detection takes is shown apart. Numbers of one run belong together; machines differ.
+clock, for each form of thought, with 1, 4 and 16 sessions that speak at the same moment; the silences inside their answers are counted by the
+server. Stop time is counted from the message that completes the confirmed speech to `response.done`. The time that turn detection takes is shown apart.
+What a session costs in the pool of voices is its time, with one worker and with one a core, and its processor time. Numbers of one run belong
+together; machines differ.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import asyncio
 import base64
 import json
 import os
-import platform
 import re
 import signal
 import socket
@@ -164,29 +165,36 @@ def metric(address: str, name: str) -> float:
     return sum(float(v) for v in re.findall(rf"^osum_echat_{name}(?:{{[^}}]*}})? (\S+)$", text, re.M))
 
 
-def pool_cost(counts: Sequence[int], seconds: float = 4.0) -> dict[int, float]:
-    """Seconds of work for so many replies of ``seconds`` each, spoken at the same time by one pool."""
+def pool_cost(counts: Sequence[int], workers: int, seconds: float = 4.0) -> dict[str, Any]:
+    """For so many replies of ``seconds`` each, spoken at the same time by one pool: seconds by the clock and of the processor, and the ratios."""
     from osum_echat.pipeline import EChat
     from osum_echat.token2wav.pool import StreamPool
 
     echat = EChat.load(ROOT / "checkpoints" / "mini", device="cpu")
     assert echat.token2wav is not None and echat.voice is not None
     codes = list(echat.chat(str(SPEECH), speak=True).speech_tokens) * 4
-    found = {}
+    clock: dict[int, float] = {}
+    processor: dict[int, float] = {}
     for count in counts:
-        best = float("inf")
         for _ in range(2):
-            pool = StreamPool(echat.token2wav)
+            pool = StreamPool(echat.token2wav, workers=workers)
             voices = [pool.open(echat.voice, seed, lambda _: None) for seed in range(count)]
             for voice in voices:
                 voice.push(codes[: round(seconds * 25)])
                 voice.finish()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             while pool.work():
                 pass
-            best = min(best, time.perf_counter() - began)
-        found[count] = best
-    return found
+            clock[count] = min(clock.get(count, float("inf")), time.perf_counter() - began)
+            processor[count] = min(processor.get(count, float("inf")), time.process_time() - used)
+            pool.close()
+    return {
+        "workers": workers,
+        "seconds": {str(count): round(value, 3) for count, value in clock.items()},
+        "processor_seconds": {str(count): round(value, 3) for count, value in processor.items()},
+        "by_the_first": {str(count): round(value / clock[counts[0]], 2) for count, value in clock.items()},
+        "processor_by_the_first": {str(count): round(value / processor[counts[0]], 2) for count, value in processor.items()},
+    }
 
 
 def turn_detection() -> dict[str, float]:
@@ -216,17 +224,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def measure(address: str, quick: bool) -> dict[str, Any]:
+async def measure(address: str, rounds: int, quick: bool) -> dict[str, Any]:
     speech = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
     await first_sounds(address, speech, None, 1, 2)  # warm
-    rounds = 1 if quick else 3
-    result: dict[str, Any] = {"first_sound": {}}
+    result: dict[str, Any] = {"first_sound": {}, "server_first_sound": {}, "gaps": {}}
+    inside = ("time_to_first_audio_seconds_sum", "time_to_first_audio_seconds_count")
     for think in (None, "tag", "language"):
         for sessions in (1,) if quick and think else (1, 4, 16):
+            before = [metric(address, name) for name in (*inside, "audio_gaps_total", "audio_gap_seconds_total")]
             found = await first_sounds(address, speech, think, sessions, rounds * (4 if sessions == 1 else 1))
-            result["first_sound"][f"{think or 'no thought'}, {sessions}"] = spread(found)
-    result["gaps"] = metric(address, "audio_gaps_total")
-    result["stop"] = spread(await stops(address, speech, 5 if quick else 20))
+            after = [metric(address, name) for name in (*inside, "audio_gaps_total", "audio_gap_seconds_total")]
+            total, count, gaps, seconds = (b - a for a, b in zip(before, after, strict=True))
+            case = f"{think or 'no thought'}, {sessions}"
+            result["first_sound"][case] = spread(found)
+            result["server_first_sound"][case] = round(total / max(count, 1), 3)
+            result["gaps"][case] = {"answers": len(found), "gaps": round(gaps), "seconds": round(seconds, 2)}
+    result["stop"] = spread(await stops(address, speech, 5 if quick else 6 * rounds))
     result["stop_inside"] = round(
         metric(address, "barge_in_stop_seconds_sum") / max(metric(address, "barge_in_stop_seconds_count"), 1), 4
     )
@@ -236,25 +249,26 @@ async def measure(address: str, quick: bool) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="of the server's language model (default: 1)")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (4 times as many of one session; default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one round, thoughts with one session only")
     parser.add_argument("--pool", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     import torch
 
+    from osum_echat.device import cpu
+
     torch.set_num_threads(args.threads)
     result: dict[str, Any] = {
         "cpus": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
+        "machine": cpu.summary(),
         "load": os.getloadavg()[0],
     }
     if not args.pool:
         with serving(args.threads) as address:
-            result |= asyncio.run(measure(address, args.quick))
+            result |= asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick))
     result["turn_detection"] = turn_detection()
-    cost = pool_cost((1, 4, 16))
-    result["voices"] = {str(count): round(seconds, 3) for count, seconds in cost.items()}
-    result["voices_16_to_1"] = round(cost[16] / cost[1], 2)
+    result["voices"] = [pool_cost((1, 4, 16), workers) for workers in sorted({1, os.cpu_count() or 1})]
     print(json.dumps(result) if args.json else json.dumps(result, indent=2))
     return 0
 
