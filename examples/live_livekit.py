@@ -3,7 +3,11 @@
 
 python examples/live_livekit.py console      # talk in the terminal
 python examples/live_livekit.py dev          # serve rooms of a LiveKit server (LIVEKIT_URL, LIVEKIT_API_KEY, LIVEKIT_API_SECRET)
+
+OSUM_ECHAT_URL: another server.
 """
+
+import os
 
 from livekit.agents import Agent, AgentServer, AgentSession, JobContext, cli
 from livekit.plugins import openai
@@ -11,11 +15,14 @@ from livekit.plugins import openai
 server = AgentServer()
 
 
+def conversation() -> AgentSession:
+    url = os.environ.get("OSUM_ECHAT_URL", "http://127.0.0.1:8000/v1")
+    return AgentSession(llm=openai.realtime.RealtimeModel(base_url=url, api_key="any"))
+
+
 @server.rtc_session()
 async def entry(job: JobContext) -> None:
-    model = openai.realtime.RealtimeModel(base_url="http://127.0.0.1:8000/v1", api_key="any")
-    session = AgentSession(llm=model)
-    await session.start(agent=Agent(instructions="Be kind."), room=job.room)
+    await conversation().start(agent=Agent(instructions="Be kind."), room=job.room)
 
 
 if __name__ == "__main__":

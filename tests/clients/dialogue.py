@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
+import os
 import sys
 import time
 import wave
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
 
 RATE = 24_000
 PIECE = 960  # samples: 40 ms
@@ -45,6 +49,14 @@ class Microphone:
         self.speech, self.send = speech, send
         self.left = b""
         self.said = asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._running = asyncio.create_task(self.run())
+
+    def stop(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
 
     def say(self) -> None:
         self.left = self.speech
@@ -59,6 +71,17 @@ class Microphone:
             await self.send(piece.ljust(PIECE * 2, b"\0"))
             number += 1
             await asyncio.sleep(max(0.0, begun + number * PIECE / RATE - time.monotonic()))
+
+
+def example(name: str, url: str) -> ModuleType:
+    """A script of examples/, imported, that speaks to the server at ``url``."""
+    os.environ["OSUM_ECHAT_URL"] = url
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 async def until(test: Callable[[], object], what: str, seconds: float = 40.0) -> None:
