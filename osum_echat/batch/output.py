@@ -12,6 +12,8 @@ from typing import IO, Any
 
 from osum_echat.batch.work import Outcome
 
+NO_PARQUET = "Parquet needs pyarrow: pip install 'osum-echat[ray]', or write jsonl"
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file that appears under its name only when it is whole."""
@@ -40,7 +42,7 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], order: Sequence
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError("Parquet needs pyarrow: pip install 'osum-echat[ray]', or write jsonl") from error
+        raise ValueError(NO_PARQUET) from error
     names = [*order, *sorted({name for row in rows for name in row} - set(order))]
     columns = {name: _column(pyarrow, [row.get(name) for row in rows]) for name in names}
     temporary = path.with_name(f".{path.name}.tmp")

@@ -205,17 +205,25 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
     if ray.is_initialized():
         yield ""
         return
-    started: dict[str, Any] = {"address": "local", "include_dashboard": dashboard} if address is None else {"address": address}
-    try:
-        context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **started)
-    except ConnectionError as error:
-        raise ValueError(f"no Ray cluster at {address} ({error}); start one with `ray start --head`") from error
-    except Exception as error:  # Ray has no class of its own for a node that does not come up
-        raise ValueError(f"Ray did not start: {error}") from error
+    context = _start(ray, address, dashboard)
     try:
         yield f", dashboard http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
+
+
+def _start(ray: Any, address: str | None, dashboard: bool, tries: int = 3) -> Any:
+    """Connect, or start a cluster; Ray gives a node 30 s to come up, which a busy machine may not have, so it is tried again."""
+    where: dict[str, Any] = {"address": "local", "include_dashboard": dashboard} if address is None else {"address": address}
+    try:
+        return ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
+    except ConnectionError as error:
+        raise ValueError(f"no Ray cluster at {address} ({error}); start one with `ray start --head`") from error
+    except Exception as error:  # Ray has no class of its own for a node that does not come up
+        if address is None and tries > 1 and "timed out during startup" in str(error):
+            ray.shutdown()
+            return _start(ray, address, dashboard, tries - 1)
+        raise ValueError(f"Ray did not start: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ A run that was stopped goes on where it was. The list may be shared out over a R
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from osum_echat.batch.options import add_engine_arguments, check_engine_arguments, make_engine
-from osum_echat.batch.output import Lines, write_files, write_parquet, write_whole
+from osum_echat.batch.output import NO_PARQUET, Lines, write_files, write_parquet, write_whole
 from osum_echat.batch.work import Unit
 from osum_echat.cli.batch_answers import Answering, list_type
 from osum_echat.cli.common import UserError, add_model_arguments, add_request_arguments, request_options, run
@@ -192,6 +193,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     check_engine_arguments(parser, args)
 
     def command() -> int:
+        if args.format == "parquet" and importlib.util.find_spec("pyarrow") is None:
+            raise UserError(NO_PARQUET)
         folder, parts = (args.join, args.parts) if args.join is not None else answer_list(args)
         if args.join is None and args.part is not None:
             return 0

@@ -38,9 +38,9 @@ def serve_on_ray(args: argparse.Namespace, build_server: BuildServer) -> int:
     if args.ssl_certfile:
         raise UserError("on Ray Serve the load balancer in front has the certificate; leave --ssl-certfile out")
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with connected(args.address, dashboard=True) as where:
+        for number in (signal.SIGINT, signal.SIGTERM):  # behind Ray, which sets handlers of its own
+            signal.signal(number, lambda *_: stop.set())
         try:
             from ray import serve
             from ray.serve.config import HTTPOptions

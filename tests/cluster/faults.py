@@ -23,11 +23,11 @@ COUNT, BLOCK = 96, 8
 
 
 def when(log: Path, blocks: int, act: Callable[[], None]) -> threading.Thread:
-    """A thread that acts when so many blocks are done and one is worked on."""
+    """A thread that acts when so many blocks are done and both workers are at one."""
 
     def wait() -> None:
         for _ in range(6000):
-            if sum(len(some) for some in done(log).values()) >= blocks and busy(log):
+            if sum(len(some) for some in done(log).values()) >= blocks and len(busy(log)) == 2:
                 act()
                 return
             time.sleep(0.05)

@@ -6,12 +6,15 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from osum_echat.batch.local import LocalEngine
 from osum_echat.cli import main as command
-from osum_echat.pipeline.ask import MODES
+from osum_echat.cli.batch_answers import AnswerWorker
+from osum_echat.pipeline import EChat
+from osum_echat.pipeline.ask import MODES, find_mode
 from tests.cluster.case import DEMO, ROOT, Bench, Question, differences, done, rows_of, write_forms, write_list
 
 PROCESSES = 2
@@ -75,14 +78,23 @@ def forms(bench: Bench) -> None:
         bench.check(f"ray: {form}, two workers had part", len(done(log)) == 2, done(log).keys())
 
 
+@dataclass
+class Loaded:
+    """A question's work with a model that is there already."""
+
+    echat: EChat
+    question: Question
+
+    def open(self, device: str) -> AnswerWorker:
+        return AnswerWorker(self.echat, self.question.args, find_mode(self.question.task))
+
+
 def tasks(bench: Bench) -> None:
     """Eight records of every other task that the checkpoint has learnt: text, tags, speech tokens and the bytes of the wav files."""
-    from osum_echat.pipeline import EChat
-
     folder = bench.folder / "tasks"
     folder.mkdir()
     path = write_list(folder, 8)
-    echat = EChat.load("mini", device="cpu", token2wav=None)
+    echat = EChat.load("mini", device="cpu")
     learnt = [
         (name, think)
         for name, mode in MODES.items()
@@ -93,7 +105,7 @@ def tasks(bench: Bench) -> None:
     bench.found["tasks"] = [f"{name} {think}" if MODES[name].thinks else name for name, think in learnt]
     for name, think in learnt:
         question = Question(str(path), name, ("--think", think, "--batch-size", "4"))
-        local = rows_of(LocalEngine("cpu", 4).run(question.work(folder / "l"), question.units()))
+        local = rows_of(LocalEngine("cpu", 4).run(Loaded(echat, question), question.units()))
         rows = rows_of(bench.engine(block_size=4).run(question.work(folder / "r"), question.units()))
         sounds = sum(len(files) for _, files, _ in rows.values())
         bench.check(
