@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,16 +160,20 @@ class RayEngine:
         pool = ActorPoolStrategy(size=min(placement.workers, len(todo)), max_tasks_in_flight_per_actor=1 if alone else 2)
         packed = [{"block": pickle.dumps(list(block))} for block in todo]
         try:
-            results = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
-                RayWorker,
-                fn_constructor_args=(work, placement.kind, os.getcwd(), self.tries),
-                batch_size=None,
-                batch_format="pyarrow",
-                compute=pool,
-                max_restarts=-1,
-                max_task_retries=0,
-                **placement.options,
-            )
+            with (
+                warnings.catch_warnings()
+            ):  # Ray 2.64 will take restarts and retries of actors in another place; pyproject.toml stays below it
+                warnings.simplefilter("ignore")
+                results = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
+                    RayWorker,
+                    fn_constructor_args=(work, placement.kind, os.getcwd(), self.tries),
+                    batch_size=None,
+                    batch_format="pyarrow",
+                    compute=pool,
+                    max_restarts=-1,
+                    max_task_retries=0,
+                    **placement.options,
+                )
             tables: Iterator[Any] = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
             for table in tables:
                 for outcomes in map(pickle.loads, table["outcomes"].to_pylist()):
