@@ -124,7 +124,7 @@ def _weights(module: torch.nn.Module) -> int:
 
 
 def flow_flops(load: Load) -> float:
-    """Operations of the flow for a reply with its prompt, 10 steps with guidance (two rows); 50 mel frames for 25 codes."""
+    """Operations of the flow for a reply with its prompt, 10 steps with guidance (two rows); 86 mel frames a second."""
     if not load.codes:
         return 0.0
     config = Token2WavConfig().flow
@@ -192,17 +192,31 @@ HEADROOM = 0.5
 """Mean load over what a full device does, so that turns that come together still answer at once."""
 
 
+def row(device: Device, found: dict[str, float]) -> str:
+    return (
+        f"| {device.name} | "
+        + " | ".join(f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for value in found.values())
+        + " |"
+    )
+
+
 def main() -> None:
     parts = count_parts()
     print(json.dumps(asdict(parts)))
-    print(f"operations: encoder {parts.encode(SPOKEN):.2e}, prefill {parts.prefill(SPOKEN):.2e}, flow {flow_flops(SPOKEN):.2e}")
-    for device in DEVICES:
-        for name, found in {
-            "a million transcripts": labelling(parts, device, LABELLING),
-            "a million spoken replies": labelling(parts, device, SPOKEN),
-            "a thousand sessions": live(parts, device, SPOKEN),
-        }.items():
-            print(f"{device.name}, {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()))
+    print(
+        f"operations of a live turn: encoder {parts.encode(SPOKEN):.2e}, prefill {parts.prefill(SPOKEN):.2e}, flow {flow_flops(SPOKEN):.2e}"
+    )
+    for title, find in {
+        "a million transcripts": lambda device: labelling(parts, device, LABELLING),
+        "a million spoken replies": lambda device: labelling(parts, device, SPOKEN),
+        "a thousand sessions": lambda device: live(parts, device, SPOKEN),
+    }.items():
+        print(f"\n{title}")
+        for number, device in enumerate(DEVICES):
+            found = find(device)
+            if not number:
+                print(f"| device | {' | '.join(found)} |\n|{'---|' * (len(found) + 1)}")
+            print(row(device, found))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+LIST_LIMITS = EngineLimits(rows=128)
+"""Of an engine that nobody starts with limits of his own: for lists, where many rows at once cost little more than one."""
 
 
 class VllmGenerator(Generator):
@@ -49,7 +51,7 @@ class VllmGenerator(Generator):
     Args:
         model: only its embedding tables, encoder and adapter are used (see `drop_decoder`).
         start: makes the decoder for the limits of the engine.
-        limits: of the engine that `generate` uses when nobody has started one.
+        limits: of the engine that `generate` uses when nobody has started one (default: `LIST_LIMITS`).
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class VllmGenerator(Generator):
     def engine(self, limits: EngineLimits | None = None) -> VllmEngine:
         """The engine, which exists once: vLLM is started with its limits."""
         if self._engine is None:
-            limits = limits or self._limits or EngineLimits()
+            limits = limits or self._limits or LIST_LIMITS
             self._engine = VllmEngine(self, self._start(limits), limits)
         return self._engine
 
