@@ -83,8 +83,8 @@ class Case:
         model, tokenizer = tiny64
         limits = limits or EngineLimits()
         self.generator = Generator(model, tokenizer, config, dialect)
-        told = to_settings(self.generator.config, self.generator.dialect)
-        self.decoder = StandIn(folder, limits.rows, told, **options)
+        decoding = to_settings(self.generator.config, self.generator.dialect)
+        self.decoder = StandIn(folder, limits.rows, decoding, **options)
         self.engine = VllmEngine(self.generator, self.decoder, limits)
 
     def submit(self, requests: list[Request]) -> list[list[Event]]:
@@ -285,7 +285,7 @@ def test_numbers_that_are_none_end_their_own_request_only(tiny64: tuple[Any, Any
         same(rows[1:], ours(tiny64, True)[1:4])
 
 
-def test_when_the_decoder_dies_every_request_is_told_and_no_other_is_taken(tiny64: tuple[Any, Any], folder: Path) -> None:
+def test_when_the_decoder_dies_every_request_ends_and_no_other_is_taken(tiny64: tuple[Any, Any], folder: Path) -> None:
     case = Case(tiny64, folder, limits=EngineLimits(rows=2))
     rows = case.submit(every_kind_for(tiny64[0], greedy=True)[:4])
     case.engine.tick()
@@ -395,8 +395,8 @@ def test_the_command_exports_mini_and_mini_knows_its_folder(tmp_path: Path, caps
     model, _ = load_model(MINI, dtype=torch.float32)
     settings_found = export.check_folder(tmp_path / "out", model)
     assert export.folder_dtype(tmp_path / "out") == "float32"
-    told = to_settings(*read_settings(MINI, None, model.config.dialect, None))
-    assert settings_found["decoding"] == json.loads(json.dumps(told))
+    decoding = to_settings(*read_settings(MINI, None, model.config.dialect, None))
+    assert settings_found["decoding"] == json.loads(json.dumps(decoding))
     plain = Qwen2ForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     ids = torch.tensor([[3, model.vocabulary.text_size + 1, 5, model.vocabulary.speech_delimiter]])
     with torch.inference_mode():

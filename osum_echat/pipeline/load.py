@@ -79,8 +79,8 @@ def load_generator(
     from osum_echat.generation.vllm.engine import VllmGenerator
     from osum_echat.generation.vllm.rules import to_settings
 
-    told = to_settings(settings, dialect)
-    return VllmGenerator(model, tokenizer, settings, dialect, lambda limits: VllmDecoder(vllm_folder, limits, told))
+    decoding = to_settings(settings, dialect)
+    return VllmGenerator(model, tokenizer, settings, dialect, lambda limits: VllmDecoder(vllm_folder, limits, decoding))
 
 
 def load_for_vllm(

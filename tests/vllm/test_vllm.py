@@ -43,9 +43,9 @@ class Tiny:
         self.model, tokenizer = plain_tiny(torch.float32)
         export_for_vllm(self.model, tokenizer, config, Dialect(), folder)
         self.own = Generator(self.model, tokenizer, config)
-        told = to_settings(config, self.own.dialect)
+        settings = to_settings(config, self.own.dialect)
         self.vllm = VllmGenerator(
-            self.model, tokenizer, config, None, lambda limits: VllmDecoder(folder, limits, told, options=options), limits
+            self.model, tokenizer, config, None, lambda limits: VllmDecoder(folder, limits, settings, options=options), limits
         )
 
 

@@ -81,7 +81,8 @@ class VllmDecoder:
     ) -> None:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one takes no embeddings on CPUs
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if _on_cpu():  # eager as all else there: the one function that vLLM would compile needs a C++ compiler and most of a minute
+        if _on_cpu():
+            # Eager as all else there: the one function that vLLM would compile needs a C++ compiler and most of a minute.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine

@@ -397,7 +397,7 @@ class VllmEngine:
         self._tell(entry, [event for _, event in self.generator.was_read(entry.row)])
 
     def _end(self, entry: _Running, reason: Reason) -> None:
-        """The last events of a request. vLLM ends it by itself, unless it was told to."""
+        """The last events of a request. vLLM ends it by itself, where it was not aborted."""
         del self._running[entry.name]
         state = entry.row.state
         if state.finished is None:
