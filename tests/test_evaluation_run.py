@@ -163,6 +163,18 @@ def test_a_checkpoint_that_takes_no_past_turns_answers_the_first_and_the_others_
     assert "turn 2 of conversation 'd0' was not answered: this checkpoint" in holes["d0/3"]
 
 
+def test_refusals_count_as_answers_without_words_where_a_part_says_so(tmp_path: Path):
+    data = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav"))
+    suite = plain("contains", "think_closed", refusals_count=True)
+    report = run_suite(Plan(suite, str(data), tmp_path / "out"), Talker(lambda ask, n: Reply(f"{n} 1", think()), past_turns=0))
+    assert report.headline["p.contains"].value == pytest.approx(100 / 3)
+    assert find(report.summaries, "p.think_missing").value == pytest.approx(200 / 3)
+    holes = report.holes()
+    assert report.reached == 2 and {hole["reason"] for hole in holes} == {"refused"} and len(holes) == 4
+    messages = {hole["id"]: hole["message"] for hole in holes}
+    assert "counts as an answer without words: this checkpoint has not learnt dialogues" in messages["d0/2"]
+
+
 def test_a_conversation_that_was_stopped_goes_on_with_its_own_answers(tmp_path: Path):
     data, out = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav")), tmp_path / "out"
 

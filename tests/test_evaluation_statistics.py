@@ -15,6 +15,7 @@ from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.normalizer import Normalizer, language_of
 from osum_echat.evaluation.statistics import (
     macro_f1,
+    macro_recall,
     paired_difference,
     ratio_interval,
     spearman,
@@ -76,6 +77,13 @@ def test_labels_are_scored_as_scikit_learn_does(numbers):
     assert table.accuracy == pytest.approx(labels["accuracy"])
     assert table.macro_recall == pytest.approx(labels["macro_recall"])
     assert macro_f1([]) == 0.0
+
+
+def test_balanced_accuracy_is_the_mean_of_the_recalls_of_the_true_labels():
+    pairs = [("f", "f"), ("f", "m"), ("f", "f"), ("m", "m"), ("m", "(none)"), ("x", "f")]
+    assert macro_recall(pairs) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
+    assert macro_recall(pairs) == pytest.approx(metrics.confusion(*zip(*pairs, strict=True)).macro_recall)
+    assert macro_recall([]) == 0.0
 
 
 def test_bootstrap_interval_is_that_of_scipy(numbers):

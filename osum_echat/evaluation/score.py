@@ -6,6 +6,7 @@ answers changed scores those again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -19,7 +20,7 @@ from osum_echat.evaluation.items import Item, ItemError
 from osum_echat.evaluation.maker import MADE_OF
 from osum_echat.evaluation.results import Lines, Result
 from osum_echat.evaluation.scorers import Measure, Score, Scorer, Tools, make
-from osum_echat.evaluation.suite import Suite
+from osum_echat.evaluation.suite import Part, Suite
 
 log = logging.getLogger(__name__)
 FILE = "scores.jsonl"
@@ -27,13 +28,14 @@ FILE = "scores.jsonl"
 
 @dataclass
 class Row:
-    """An item, its answer, and what was found. ``hole``: why there is no answer that counts."""
+    """An item, its answer, and what was found. ``hole``: why there is no answer that counts; ``refusal``: why one without words counts (`Part.refusals_count`)."""
 
     part: str
     item: Item
     result: Result | None = None
     score: Score = field(default_factory=Score)
     hole: str = ""
+    refusal: str = ""
     judged: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -65,12 +67,22 @@ def join(
                 continue
             used.add(key)
             result = by_part[key]
-            rows.append(Row(name, item, result, hole=f"not answered: {result.error}" if result.error is not None else ""))
+            rows.append(_row(name, item, result, part))
     strange = [result for key, result in by_part.items() if key not in used]
     faults = [
         ItemError("unknown_id", f"the suite has no such item (part {r.part or 'any'})", str(source), 0, r.id) for r in strange
     ]
     return rows, faults
+
+
+def _row(name: str, item: Item, result: Result, part: Part) -> Row:
+    if result.error is None:
+        return Row(name, item, result)
+    if part.refusals_count:
+        return Row(
+            name, item, dataclasses.replace(result, error=None), refusal=f"counts as an answer without words: {result.error}"
+        )
+    return Row(name, item, result, hole=f"not answered: {result.error}")
 
 
 def score(

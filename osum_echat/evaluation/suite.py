@@ -56,6 +56,8 @@ class Part:
         listen: the task by which the system then hears its own spoken reply (empathy: ``<EMOTION>``); its answer goes to the judge.
         same_as: results are those of another part, so that the question is put once and scored twice; only items of that part are taken.
         optional: the part is left out, with a sentence, when its data are not there.
+        refusals_count: what could not be asked (the checkpoint refuses the recording or the past turns) counts as an answer without words, so that a
+            refusal is never better than a wrong answer; else it is a hole.
     """
 
     about: str = ""
@@ -72,6 +74,7 @@ class Part:
     listen: str = ""
     same_as: str = ""
     optional: bool = False
+    refusals_count: bool = False
 
     def __post_init__(self) -> None:
         known = {"kind", "task", "prompt", "think", "speak", "interleaved", "temperature", "max_tokens"}

@@ -41,7 +41,7 @@ class Report:
 
     @property
     def reached(self) -> int:
-        return sum(not row.hole for row in self.rows)
+        return sum(not row.hole and not row.refusal for row in self.rows)
 
     @property
     def headline(self) -> dict[str, Number]:
@@ -53,13 +53,15 @@ class Report:
         return {name: number for name, number in found.items() if number is not None}
 
     def holes(self) -> list[dict[str, Any]]:
-        """Everything that is missing: faults of files, unanswered items, judge's holes."""
+        """Everything that is missing: faults of files, unanswered and refused items, judge's holes."""
         out = [_hole(f"{f.source}:{f.line}" if f.line else f.source, f.id, f.reason, str(f)) for f in self.faults]
         for row in self.rows:
             where = f"{row.item.source}:{row.item.line}" if row.item.line else row.item.source or row.part
             about = f"{where}: {row.part}, id {row.item.id!r}: "
             if row.hole:
                 out.append(_hole(where, row.item.id, row.hole.partition(":")[0], about + row.hole))
+            if row.refusal:
+                out.append(_hole(where, row.item.id, "refused", about + row.refusal))
             for fault in row.score.notes.get("faults", ()):
                 out.append(_hole(where, row.item.id, "not scored", about + fault))
             for name, judged in row.judged.items():
