@@ -68,13 +68,15 @@ def test_the_mates_of_a_unit_that_spoils_its_block_are_done() -> None:
 
 
 def test_work_that_cannot_be_done_is_one_sentence(engine: Engine) -> None:
+    if isinstance(engine, RayEngine):
+        engine = replace(engine, workers=1)
     with pytest.raises(ValueError, match=r"^this checkpoint has not learnt it$"):
         list(engine.run(Doubling(refuses="this checkpoint has not learnt it"), UNITS))
     assert list(engine.run(Doubling(refuses="never opened"), [])) == []
 
 
 def test_a_unit_that_kills_its_worker_is_counted_and_costs_no_other(ray_engine: RayEngine, tmp_path: Path) -> None:
-    engine = replace(ray_engine, tries=2)
+    engine = replace(ray_engine, tries=2, workers=1)
     found = by_number(engine.run(Doubling(log=str(tmp_path), kills=frozenset([13])), UNITS))
     assert {n: o.error for n, o in found.items() if o.error} == {13: "given up after 2 tries: its worker died each time"}
     assert len(found) == len(UNITS) and all(found[n].value["twice"] == 2 * n for n in found if n != 13)

@@ -174,14 +174,15 @@ class RayEngine:
                     max_task_retries=0,
                     **placement.options,
                 )
-            tables: Iterator[Any] = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
-            for table in tables:
-                for outcomes in map(pickle.loads, table["outcomes"].to_pylist()):
-                    if isinstance(outcomes, str):
-                        raise ValueError(outcomes)
-                    for outcome in outcomes:
-                        if left.pop(outcome.number, None) is not None:
-                            yield outcome
+            tables: Any = iter(results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+            with contextlib.closing(tables):  # its actors leave their devices before the next round begins
+                for table in tables:
+                    for outcomes in map(pickle.loads, table["outcomes"].to_pylist()):
+                        if isinstance(outcomes, str):
+                            raise ValueError(outcomes)
+                        for outcome in outcomes:
+                            if left.pop(outcome.number, None) is not None:
+                                yield outcome
         except ray.exceptions.RayError as error:
             log.warning("ray: the run was broken off (%s: %s); what is missing is done again", type(error).__name__, error)
             return error
