@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import asyncio
 
-from dialogue import Microphone, Report, arguments, example, three_turns
-from pipecat.frames.frames import LLMRunFrame
-from pipecat.pipeline.task import PipelineTask
-from pipecat_parts import Ear, Mouth, hold
+from dialogue import Report, arguments, example
+from pipecat.frames.frames import TranscriptionFrame
+from pipecat.observers.base_observer import BaseObserver, FramePushed
+from pipecat_parts import Ear, Mouth, greeting_and_three_turns, hold
+
+
+class Transcripts(BaseObserver):
+    """What was said: the context keeps it for itself, before it comes to the microphone."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
+
+    async def on_push_frame(self, data: FramePushed) -> None:
+        if isinstance(data.frame, TranscriptionFrame) and data.frame.text not in self.report.transcripts:
+            self.report.transcripts.append(data.frame.text)
 
 
 async def main() -> None:
@@ -15,14 +27,9 @@ async def main() -> None:
     report = Report("examples/live_pipecat.py")
     ear = Ear(report)
 
-    async def talk(task: PipelineTask, microphone: Microphone) -> None:
-        await task.queue_frame(LLMRunFrame())
-        await asyncio.sleep(4.0)  # the greeting
-        report.turns = report.completed = report.interrupted = 0
-        microphone.start()
-        await three_turns(microphone, report, lambda: ear.seconds)
-
-    await hold(example("live_pipecat", url).conversation(Mouth(report), ear), speech, report, talk)
+    task = example("live_pipecat", url).conversation(Mouth(report), ear)
+    task.add_observer(Transcripts(report))
+    await hold(task, speech, report, greeting_and_three_turns(report, ear))
 
 
 asyncio.run(main())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from dialogue import RATE, Microphone, Report, arguments, three_turns
+from dialogue import RATE, Microphone, Report, arguments, three_turns, until
 from livekit import rtc
 from livekit.agents import llm
 from livekit.plugins import openai
@@ -57,7 +57,8 @@ async def main() -> None:
     session.on("error", lambda event: report.errors.append(str(event.error)))
     greeting = await session.generate_reply(instructions="Greet the user.")
     assert greeting.user_initiated, "the answer to generate_reply is known by its metadata"
-    await asyncio.sleep(4.0)
+    await until(lambda: report.completed, "the greeting")
+    await asyncio.sleep(3.0)  # it is played
     report.turns = report.completed = report.interrupted = 0
     cut.clear()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from dialogue import Microphone, Report, arguments, three_turns
-from pipecat.frames.frames import LLMRunFrame
-from pipecat.pipeline.task import PipelineTask
+from dialogue import Report, arguments
 from pipecat.services.openai.realtime.events import (
     AudioConfiguration,
     AudioInput,
@@ -15,7 +13,7 @@ from pipecat.services.openai.realtime.events import (
     TurnDetection,
 )
 from pipecat.services.openai.realtime.llm import OpenAIRealtimeLLMService
-from pipecat_parts import Ear, Mouth, hold, pipeline
+from pipecat_parts import Ear, Mouth, greeting_and_three_turns, hold, pipeline
 
 
 async def main() -> None:
@@ -28,14 +26,7 @@ async def main() -> None:
     service = OpenAIRealtimeLLMService(api_key="sk-test", base_url=url, settings=settings)
     ear = Ear(report)
 
-    async def talk(task: PipelineTask, microphone: Microphone) -> None:
-        await task.queue_frame(LLMRunFrame())
-        await asyncio.sleep(4.0)  # the greeting
-        report.turns = report.completed = report.interrupted = 0
-        microphone.start()
-        await three_turns(microphone, report, lambda: ear.seconds)
-
-    await hold(pipeline(service, Mouth(report), ear, greeting=True), speech, report, talk)
+    await hold(pipeline(service, Mouth(report), ear, greeting=True), speech, report, greeting_and_three_turns(report, ear))
 
 
 asyncio.run(main())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from dialogue import RATE, Microphone, Report
+from dialogue import RATE, Microphone, Report, three_turns, until
 from pipecat.frames.frames import (
     EndFrame,
     ErrorFrame,
     Frame,
     InputAudioRawFrame,
     InterruptionFrame,
+    LLMRunFrame,
     OutputAudioRawFrame,
     TranscriptionFrame,
     TTSStartedFrame,
@@ -74,6 +75,20 @@ def pipeline(service: FrameProcessor, mouth: Mouth, ear: Ear, greeting: bool) ->
         params=PipelineParams(audio_in_sample_rate=RATE, audio_out_sample_rate=RATE),
         idle_timeout_secs=None,
     )
+
+
+def greeting_and_three_turns(report: Report, ear: Ear) -> Talk:
+    """The service greets; behind that `three_turns`."""
+
+    async def talk(task: PipelineTask, microphone: Microphone) -> None:
+        await task.queue_frame(LLMRunFrame())
+        await until(lambda: report.completed, "the greeting")
+        await asyncio.sleep(3.0)  # it is played
+        report.turns = report.completed = report.interrupted = 0
+        microphone.start()
+        await three_turns(microphone, report, lambda: ear.seconds)
+
+    return talk
 
 
 async def hold(task: PipelineTask, speech: bytes, report: Report, talk: Talk) -> None:
