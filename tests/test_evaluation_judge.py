@@ -336,7 +336,7 @@ def test_a_run_that_was_killed_in_the_middle_goes_on_and_comes_to_the_same_score
     assert count(calls) <= 80 + judging.run.__globals__["WORKERS"]  # only what was on its way at the kill was paid for twice
 
 
-def _wait(until: Any, seconds: float = 60.0) -> None:
+def _wait(until: Any, seconds: float = 600.0) -> None:
     end = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < end, "it did not come to that in time"
