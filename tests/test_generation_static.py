@@ -173,6 +173,12 @@ def test_rows_that_join_leave_and_wait_in_the_engine(
             assert found == whole, f"row {number}"
 
 
+def test_a_compiled_layer_gives_the_same_ids() -> None:
+    made = static(SIZES["as on an accelerator"])
+    made.compile(backend="eager")
+    same(replies(made, [mixed()[2]]), [expected()[2]])
+
+
 def test_a_step_is_taken_by_settings_and_by_device() -> None:
     assert isinstance(generator().rows(), UsualRows)
     assert isinstance(generator(GenerationConfig(static_step="always")).rows(), StaticRows)

@@ -16,7 +16,7 @@ from osum_echat.token2wav import Speaker, StreamConfig, Token2Wav
 from osum_echat.token2wav.compat import hamming_fade
 from osum_echat.token2wav.config import mel_frames
 from osum_echat.token2wav.draws import Draws
-from osum_echat.token2wav.streaming import FlowStream, SolverOptions, cross_fade, reply_noise
+from osum_echat.token2wav.streaming import FlowStream, SolverOptions, cross_fade, reply_noise, sound_in_hand
 from osum_echat.token2wav.vocoder_stream import VocoderStream, vocode
 from tests.token2wav_case import recorded_speaker, recorded_tokens, tiny_model
 
@@ -74,9 +74,26 @@ def test_sound_starts_when_it_should(model: Token2Wav, speaker: Speaker) -> None
 
     stream = model.stream(tokens(), speaker, steps=1)
     first = next(stream)
-    assert taken == StreamConfig().tokens_to_first_sound == 20
-    assert len(first) == 256 * (mel_frames(12) - 19)  # the vocoder holds back 19 frames
+    assert taken == StreamConfig().tokens_to_first_sound == 24
+    assert len(first) == 256 * (mel_frames(16) - 19)  # the vocoder holds back 19 frames
     stream.close()
+
+
+def test_sound_once_begun_goes_on_where_windows_are_made_faster_than_they_sound(model: Token2Wav) -> None:
+    """The plan of windows against the time that they take: up to 0.65 of real time nothing stops."""
+    held_back = VocoderStream(model.vocoder, Draws(0, 80, 9)).delay / mel_frames(1000) * 1000
+    assert held_back == pytest.approx(19 / 3.445, rel=0.01)
+    for pace in (0.1, 0.3, 0.5, 0.65):
+        assert min(sound_in_hand(StreamConfig(), pace, held_back)) >= 0, pace
+    assert StreamConfig().hops(6) == [16, 16, 24, 36, 40, 40]
+
+
+def test_windows_lie_where_the_plan_says(model: Token2Wav, speaker: Speaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+    window = FlowStream.window
+    monkeypatch.setattr(FlowStream, "window", lambda self: (ends.append(window(self).end), window(self))[1])
+    list(model.stream(recorded_tokens(110), speaker, steps=1))
+    assert ends == [16, 32, 56, 92]
 
 
 def test_streamed_mel_agrees_with_offline(model: Token2Wav, speaker: Speaker) -> None:
@@ -109,7 +126,7 @@ def test_all_windows_are_bounded(model: Token2Wav, speaker: Speaker, monkeypatch
     list(model.stream(recorded_tokens(200), speaker, steps=1, config=SMALL))
     prompt = len(speaker.tokens)
     widest = prompt + SMALL.left_context + SMALL.hop + SMALL.look_ahead
-    assert len(seen) == 17 and max(seen) <= widest
+    assert len(seen) == 18 and max(seen) <= widest
     assert seen[3:-1] == [widest] * (len(seen) - 4)
     assert max(vocoded) <= mel_frames(SMALL.hop) + 2 * 14 + 19 + 2
 

@@ -27,8 +27,7 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 
 
 class Slots(Protocol):
-    """What decoding needs of the rows that are decoded together. `DecoderState` is the one that runs everywhere; a fixed shape for accelerators
-    fits behind the same calls.
+    """What `rows.UsualRows` needs of the rows that are decoded together.
 
     ``hidden_BD`` is the hidden state of the last position of each row; rows are numbered in the order they joined, and `select` closes gaps.
     """

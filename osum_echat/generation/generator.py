@@ -61,12 +61,16 @@ class Generator:
         self._looked = False
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the LLM's decoder with `torch.compile`, in place; meant for accelerators.
+        """Compile the LLM's decoder with `torch.compile`, in place; meant for accelerators. Of the static step one layer is compiled, for all of them.
 
-        Lengths are dynamic, so a few graphs serve all steps. The first steps wait for the compiler (minutes on a CPU, where
+        Else lengths are dynamic, so a few graphs serve all steps. The first steps wait for the compiler (minutes on a CPU, where
         `packed.pack_linears` gives more).
         """
-        self.model.lm.llm.get_decoder().compile(dynamic=True, backend=backend)
+        decoder = self._static_decoder()
+        if decoder is not None:
+            decoder.compile(dynamic=False, backend=backend)
+        else:
+            self.model.lm.llm.get_decoder().compile(dynamic=True, backend=backend)
 
     def generate(
         self, requests: Sequence[Request], on_logits: OnLogits | None = None, audio: AudioFeatures | None = None

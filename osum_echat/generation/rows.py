@@ -74,7 +74,7 @@ class UsualRows:
 
     @property
     def held(self) -> Sequence[LiveRow]:
-        return [row for row, _ in self._held.values()]
+        return [row for row, _ in list(self._held.values())]
 
     def join(self, rows: Sequence[LiveRow], batch: Slots) -> None:
         if self._batch is None:

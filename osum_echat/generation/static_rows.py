@@ -144,11 +144,11 @@ class StaticRows:
 
     @property
     def live(self) -> Sequence[LiveRow]:
-        return [row.live for number, row in self._rows.items() if number not in self._held]
+        return [row.live for number, row in list(self._rows.items()) if number not in self._held]
 
     @property
     def held(self) -> Sequence[LiveRow]:
-        return [row.live for number, row in self._rows.items() if number in self._held]
+        return [row.live for number, row in list(self._rows.items()) if number in self._held]
 
     # ---- joining and leaving ------------------------------------------------------------------------------------------------------
 

@@ -72,6 +72,7 @@ class EChat:
         generation: str | Path | GenerationConfig | None = None,
         pack: bool = True,
         compile: bool = False,
+        voice_dtype: str = "float32",
         llm_engine: str = "own",
         vllm_folder: str | Path | None = None,
     ) -> EChat:
@@ -92,6 +93,7 @@ class EChat:
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
             pack: reorder the weights for decoding on a CPU (`cpu_linear`); the model cannot be trained or saved then.
             compile: `torch.compile` the LLM (see `Generator.compile`).
+            voice_dtype: what token2wav computes in: ``float32``, ``tf32`` or ``bfloat16`` (see `Token2Wav.load`).
             llm_engine: ``own``, or ``vllm``: the LLM runs in a process of vLLM's, which starts with the first request (docs/scale.md).
             vllm_folder: what ``osum-echat export --for vllm`` wrote (default: it is written to a temporary folder now).
 
@@ -104,7 +106,7 @@ class EChat:
             model, tokenizer, folder = load.load_for_vllm(path, config, target, dtype, vllm_folder)
         else:
             model, tokenizer = load.load_llm(path, config, target, dtype, weights, pack)
-        sound = load.load_token2wav(path, token2wav, target)
+        sound = load.load_token2wav(path, token2wav, target, voice_dtype)
         settings, dialect = load.read_settings(path, generation, model.config.dialect, profile)
         generator = load.load_generator(model, tokenizer, settings, dialect, folder)
         echat = cls(model, tokenizer, settings, sound, dialect=dialect, generator=generator)

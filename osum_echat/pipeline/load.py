@@ -160,7 +160,9 @@ def read_settings(
     return (settings.as_released() if dialect.as_released else settings), dialect
 
 
-def load_token2wav(checkpoint: Path, given: str | Path | Token2Wav | None, device: torch.device) -> Token2Wav | None:
+def load_token2wav(
+    checkpoint: Path, given: str | Path | Token2Wav | None, device: torch.device, dtype: str = "float32"
+) -> Token2Wav | None:
     """The one given, else the checkpoint's own, if it has one."""
     if given is None and (checkpoint / TOKEN2WAV_FOLDER).is_dir():
         given = checkpoint / TOKEN2WAV_FOLDER
@@ -168,7 +170,7 @@ def load_token2wav(checkpoint: Path, given: str | Path | Token2Wav | None, devic
         return given
     from osum_echat.token2wav import Token2Wav
 
-    return Token2Wav.load(given, device=str(device))
+    return Token2Wav.load(given, device=str(device), dtype=dtype)
 
 
 def default_voice(checkpoint: Path, token2wav: Token2Wav) -> Speaker | None:

@@ -48,7 +48,9 @@ Samples = npt.NDArray[np.float32]
 Tokens = Sequence[int] | Tensor | npt.NDArray[np.integer]
 
 BATCH_FRAMES = 4000
-"""Frames (prompts included) that one call of the U-Net takes at most; a batch is solved in parts of this size."""
+"""Frames (prompts included) that one call of the U-Net takes at most on a CPU, whose cache sets the limit; a batch is solved in parts of this size."""
+_ACCELERATOR_BATCHES = 8
+"""An accelerator takes so many times more: its limit is memory."""
 
 
 class Token2Wav:
@@ -65,6 +67,9 @@ class Token2Wav:
     def load(cls, directory: str | os.PathLike[str], device: str = "auto", dtype: str = "float32") -> Token2Wav:
         """Read a directory of the CosyVoice-300M-25Hz shape (other sizes by its ``cosyvoice.yaml``).
 
+        ``dtype``: of the flow's U-Net. "float32"; "tf32": float32 numbers whose products are rounded to 10 bits of mantissa, on accelerators that have
+        units for it (elsewhere float32); "bfloat16". docs/speed.md has the errors.
+
         The ONNX models are opened when a recording is first read; ``llm.pt`` is never touched.
         Raises ValueError for files that are missing, broken or do not fit the configuration.
         """
@@ -80,7 +85,9 @@ class Token2Wav:
         load_into(flow, state, str(where))
         state, where = read_weights(directory, "hift")
         load_into(vocoder, vocoder_state(state), str(where))
-        flow.to(target).eval().prepare(devices.arithmetic(devices.dtype(dtype, target), target))
+        flow.decoder.short_products = dtype == "tf32"
+        kept = devices.dtype("float32" if dtype == "tf32" else dtype, target)
+        flow.to(target).eval().prepare(devices.arithmetic(kept, target))
         vocoder.to(target).eval()
         if isinstance(vocoder, FastVocoder):
             vocoder.prepare()
@@ -91,6 +98,11 @@ class Token2Wav:
     @property
     def device(self) -> torch.device:
         return self.vocoder.conv_pre.weight.device
+
+    @property
+    def batch_frames(self) -> int:
+        """Frames that one call of the U-Net takes at most."""
+        return BATCH_FRAMES * (_ACCELERATOR_BATCHES if devices.overlaps(self.device) else 1)
 
     @overload
     def synthesize(
@@ -165,7 +177,7 @@ class Token2Wav:
         return waves
 
     def _parts(self, replies: list[Tensor], speakers: list[Speaker]) -> Iterator[list[int]]:
-        """Indices of replies to be solved together: of similar length, and few enough for `BATCH_FRAMES`."""
+        """Indices of replies to be solved together: of similar length, and few enough for `batch_frames`."""
         lengths = {
             i: len(s.mel) + self.config.flow.mel_frames(len(t))
             for i, (t, s) in enumerate(zip(replies, speakers, strict=True))
@@ -173,7 +185,7 @@ class Token2Wav:
         }
         part: list[int] = []
         for i in sorted(lengths, key=lambda i: -lengths[i]):
-            if part and (len(part) + 1) * lengths[part[0]] > BATCH_FRAMES:
+            if part and (len(part) + 1) * lengths[part[0]] > self.batch_frames:
                 yield part
                 part = []
             part.append(i)
@@ -193,7 +205,7 @@ class Token2Wav:
     ) -> Iterator[Samples]:
         """Chunks of samples while tokens arrive (one by one, or in groups of any size).
 
-        The first chunk comes after ``config.tokens_to_first_sound`` tokens (20 by default, 0.8 s of speech). Together the chunks are as
+        The first chunk comes after ``config.tokens_to_first_sound`` tokens (24 by default, 0.96 s of speech). Together the chunks are as
         long as `synthesize` makes the reply, and do not depend on how tokens were grouped. ``compat`` runs the published algorithm
         instead, faults included (first chunk after 70 tokens). Raises ValueError for ids outside the codebook.
         """

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from osum_echat import device as devices
-from osum_echat.token2wav.model import BATCH_FRAMES, Samples, Token2Wav
+from osum_echat.token2wav.model import Samples, Token2Wav
 from osum_echat.token2wav.prompt import Speaker
 from osum_echat.token2wav.streaming import FlowStream, SolverOptions, StreamConfig, Window
 from osum_echat.token2wav.vocoder_stream import VocoderStream
@@ -175,7 +175,7 @@ class StreamPool:
                 self._drop(voice)
             elif (len(batch) + 1) * max(
                 [window.condition.frames, *(w.condition.frames for _, w in batch)]
-            ) <= BATCH_FRAMES or not batch:
+            ) <= self.token2wav.batch_frames or not batch:
                 batch.append((voice, window))
         if batch:
             self._solve_shares(batch)

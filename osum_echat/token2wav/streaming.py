@@ -30,13 +30,15 @@ from osum_echat.token2wav.flow import Condition, FlowModel
 class StreamConfig:
     """Where windows lie, in tokens (40 ms each).
 
-    The first window advances ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound starts early and the cost
-    per second falls as soon as there is some sound in hand. ``fade_frames`` mel frames of the look-ahead are cross-faded.
+    The first two windows advance ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound starts early and the cost
+    per second falls as soon as there is some sound in hand. The second may not be longer than the first, because the vocoder holds 19 frames (5.5
+    tokens) of the first back: what sounds while the second is made is ``first_hop - 5.5`` tokens long, so sound goes on where a window takes at
+    most 0.66 of the time of its own speech. `sound_in_hand` computes this for other values. ``fade_frames`` mel frames of the look-ahead are cross-faded.
     """
 
-    first_hop: int = 12
+    first_hop: int = 16
     hop: int = 40
-    growth: float = 2.0
+    growth: float = 1.5
     left_context: int = 30
     look_ahead: int = 8
     fade_frames: int = 8
@@ -52,6 +54,34 @@ class StreamConfig:
     @property
     def tokens_to_first_sound(self) -> int:
         return self.first_hop + self.look_ahead
+
+    def hops(self, windows: int) -> list[int]:
+        """Tokens that each of the first windows advances."""
+        hop, hops = float(self.first_hop), list[int]()
+        for window in range(windows):
+            hops.append(int(hop))
+            hop = self.next_hop(window, hop)
+        return hops
+
+    def next_hop(self, window: int, hop: float) -> float:
+        """Of the window behind number ``window`` (0 the first), which advanced ``hop``."""
+        return min(hop * self.growth, float(self.hop)) if window > 0 else hop
+
+
+def sound_in_hand(config: StreamConfig, pace: float, held_back: float, windows: int = 12) -> list[float]:
+    """Tokens' worth of sound that is left to play when each window after the first is ready; below 0 playback stands still.
+
+    Args:
+        pace: time that a window takes, from the one before it, over the time that its own tokens sound: 1 is real time.
+        held_back: tokens of the first window that the vocoder holds back (its delay).
+    """
+    first, *rest = config.hops(windows)
+    left, found = first - held_back, list[float]()
+    for hop in rest:
+        left -= pace * hop
+        found.append(left)
+        left = max(left, 0.0) + hop
+    return found
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,7 @@ class FlowStream:
         self._kept = 0
         self._start = 0  # first token of the next window's own part
         self._hop = float(config.first_hop)
+        self._windows = 0
         self._tail_TM: Tensor | None = None  # the last window's version of the frames at ``_start``
 
     def push(self, token: int) -> Tensor | None:
@@ -154,7 +185,8 @@ class FlowStream:
             frames_TM = cross_fade(self._tail_TM, frames_TM)
         self._tail_TM = None if window.stop is None else mel_TM[window.stop : window.stop + self.config.fade_frames]
         self._start = window.end
-        self._hop = min(self._hop * self.config.growth, float(self.config.hop))
+        self._hop = self.config.next_hop(self._windows, self._hop)
+        self._windows += 1
         forget = max(0, self._start - self.config.left_context) - self._kept
         del self._tokens[: max(0, forget)]
         self._kept += max(0, forget)
