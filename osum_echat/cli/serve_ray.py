@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from osum_echat.batch.ray_data import connected, nodes, place
 from osum_echat.cli.common import UserError, find_checkpoint
-from osum_echat.serving.ray_serve import PROXY_CALLBACK, build
+from osum_echat.serving.ray_proxy import PROXY_CALLBACK
+from osum_echat.serving.ray_serve import build
 
 if TYPE_CHECKING:
     from osum_echat.serving.app import Server
 
 BuildServer: TypeAlias = "Callable[[argparse.Namespace], Server]"
-CALLBACK = "osum_echat.serving.ray_serve:proxy_callback"
+CALLBACK = "osum_echat.serving.ray_proxy:proxy_callback"
 
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
