@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sentences  # noqa: F401 - first: it says what is missing
 import torch
 from torch import nn
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import sentences  # noqa: F401 - first: it says what is missing
 import torch
 
 from osum_echat.evaluation.judge import Judge

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentences  # noqa: F401 - first: it says what is missing
 import soxr
 from websockets.asyncio.client import connect
 

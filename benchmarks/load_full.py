@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import sentences  # noqa: F401 - first: it says what is missing
 import torch
 
 from osum_echat.config import to_yaml

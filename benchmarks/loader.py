@@ -2,7 +2,12 @@
 
 Makes its own data (5 s utterances of 16-bit wav at 16 kHz, 100 s of distinct noise-like audio cut at random places), then runs the full
 pipeline (read, decode, process, spec-augment, log-mel, flatten, pack) with one worker process, as training does. webdataset does the same
-features (decode, log-mel, spec-augment, spec-substitution), pads instead of packing, and makes no sequences: an upper bound for it.
+features (decode, log-mel by torch, spec-augment, spec-substitution), pads instead of packing, and makes no sequences: an upper bound for it.
+
+Start-up is left out on both sides: utterances count from the second batch of the first epoch on (starting a worker takes a second, which
+training pays once). `shard_to_webdataset` compares what both need: CPU milliseconds an utterance, of this process and its worker together,
+which neighbours on the machine disturb less than utterances a second (`shard_to_webdataset_wall`); `shard_to_webdataset_same_code` gives
+webdataset the same code for log-mels as ours (asrfront, where it is installed).
 
     python benchmarks/loader.py --json         # 2,000 utterances, about two minutes
     python benchmarks/loader.py --quick        # 300 utterances, within 50 s
@@ -22,14 +27,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import sentences  # noqa: F401 - first: it says what is missing
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import psutil
 import soundfile
 import torch
 
 from osum_echat.audio import augment
-from osum_echat.audio.features import LogMel
+from osum_echat.audio.features import LogMel, has_native
 from osum_echat.audio.io import to_mono_16k
 from osum_echat.data.batch import pad_features
 from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig
@@ -62,31 +70,65 @@ def make_data(folder: str, count: int) -> dict[str, str]:
     return {"raw": f"{folder}/raw/data.list", "shard": shard.path, "combine": combine.path}
 
 
-def ours(path: str, epochs: int, workers: int = 1) -> tuple[float, list[float]]:
-    """(utterances/s over the epochs, start of workers included; resident MB of the worker after each epoch)."""
+class Meter:
+    """Utterances a second and CPU milliseconds an utterance, from the second batch on."""
+
+    def __init__(self) -> None:
+        self.used, self.batches = 0, 0
+
+    def batch(self, count: int) -> None:
+        self.batches += 1
+        if self.batches == 1:
+            self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
+        else:
+            self.used += count
+            self._ends = time.perf_counter(), _cpu_seconds()
+
+    @property
+    def per_second(self) -> float:
+        return self.used / (self._ends[0] - self._wall)
+
+    @property
+    def cpu_ms(self) -> float:
+        return 1000 * (self._ends[1] - self._cpu) / self.used
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its children, running ones among them."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    total = 0.0
+    for process in processes:
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
+
+
+def ours(path: str, epochs: int, features: str, workers: int = 1) -> tuple[Meter, list[float]]:
+    """What was measured; resident MB of the worker after each epoch."""
     config = DataConfig(
-        streams={"all": StreamConfig(path)}, workers=workers, shuffle_buffer=200, processing=ProcessingConfig(tag_alone_rate=0.0)
+        streams={"all": StreamConfig(path)},
+        workers=workers,
+        shuffle_buffer=200,
+        processing=ProcessingConfig(tag_alone_rate=0.0),
+        features=features,  # type: ignore[arg-type]
     )
     loader = build_loader(config, PlainTokenizer(), plain_vocabulary())
-    used, seconds, memory = 0, 0.0, []
+    meter, memory = Meter(), []
     for _ in range(epochs):
-        began, first = time.perf_counter(), 0.0
         peak = 0.0
         for batch in loader:
-            first = first or time.perf_counter() - began
-            used += len(batch)
+            meter.batch(len(batch))
             peak = max(peak, _worker_mb()) if workers else _mb(os.getpid())
-        seconds += time.perf_counter() - began
         memory.append(peak)
         assert loader.report.bad == 0, loader.report.text()
-    return used / seconds, memory
+    return meter, memory
 
 
-def plain_webdataset(shard_list: str, epochs: int) -> float:
-    """Utterances/s of webdataset with the same features, one worker."""
+def plain_webdataset(shard_list: str, epochs: int, features_by: str) -> Meter:
+    """webdataset with the same features, one worker, kept between epochs."""
     import webdataset
 
-    log_mel = LogMel(80)
+    log_mel = LogMel(80, native=has_native(features_by))
 
     def features(sample: dict[str, Any]) -> dict[str, Any]:
         feats = log_mel(to_mono_16k(sample["wav"])).numpy()
@@ -104,20 +146,21 @@ def plain_webdataset(shard_list: str, epochs: int) -> float:
         return [s["key"] for s in samples], feats, lengths
 
     tars = Path(shard_list).read_text(encoding="utf-8").split()
-    used, began = 0, time.perf_counter()
+    data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(200).map(features)
+    data = data.batched(8, collation_fn=batch, partial=True)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4, persistent_workers=True)
+    meter = Meter()
     for _ in range(epochs):
-        data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(200).map(features)
-        data = data.batched(8, collation_fn=batch, partial=True)
-        for keys, _, _ in torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4):
-            used += len(keys)
-    return used / (time.perf_counter() - began)
+        for keys, _, _ in loader:
+            meter.batch(len(keys))
+    return meter
 
 
 def parts(folder: str) -> dict[str, float]:
     """Milliseconds of one utterance's steps, in this process: what bounds the loader."""
     data = Path(folder, "raw/wav/000000.wav").read_bytes()
     samples = to_mono_16k(data)
-    log_mel = LogMel(80)
+    log_mel, native = LogMel(80), LogMel(80, native=has_native("auto"))
     feats = log_mel(samples).numpy()
     rng = np.random.default_rng(0)
 
@@ -131,6 +174,7 @@ def parts(folder: str) -> dict[str, float]:
     return {
         "decode_ms": milliseconds(lambda: to_mono_16k(data)),
         "log_mel_ms": milliseconds(lambda: log_mel(samples)),
+        "log_mel_native_ms": milliseconds(lambda: native(samples)),
         "augment_ms": milliseconds(lambda: augment.spec_augment(augment.spec_substitute(feats, rng), rng)),
         "copy_to_parent_ms": milliseconds(lambda: io.BytesIO(feats.tobytes()).read()),
     }
@@ -159,6 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer utterances: ends within 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--features", choices=("auto", "torch", "asrfront"), default="auto", help="who computes log-mels (data.features)"
+    )
     parser.add_argument("--utterances", type=int, help="default 2000, with --quick 300")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -168,14 +215,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lists = make_data(folder, count)
         for form in ("raw", "shard", "combine"):
-            result[f"{form}_utt_per_s"], memory = ours(lists[form], epochs=3 if form == "shard" else 1)
+            meter, memory = ours(lists[form], 3 if form == "shard" else 1, args.features)
+            result[f"{form}_utt_per_s"], result[f"{form}_cpu_ms"] = meter.per_second, meter.cpu_ms
             if form == "shard":
                 # The first epoch fills caches; what comes on top afterwards would be a leak.
                 result["memory_growth_mb"] = memory[-1] - memory[0]
                 result["memory_mb"] = memory
-        result["webdataset_utt_per_s"] = plain_webdataset(lists["shard"], epochs=3)
+        # With log-mels by torch, and by the code that ours uses now: what the choice of code gives, and what the rest does.
+        webdataset = plain_webdataset(lists["shard"], 3, "torch")
+        result["webdataset_utt_per_s"], result["webdataset_cpu_ms"] = webdataset.per_second, webdataset.cpu_ms
+        result["webdataset_same_code_cpu_ms"] = plain_webdataset(lists["shard"], 3, args.features).cpu_ms
         result |= parts(folder)
-    result["shard_to_webdataset"] = result["shard_utt_per_s"] / result["webdataset_utt_per_s"]
+    result["shard_to_webdataset"] = result["webdataset_cpu_ms"] / result["shard_cpu_ms"]
+    result["shard_to_webdataset_same_code"] = result["webdataset_same_code_cpu_ms"] / result["shard_cpu_ms"]
+    result["shard_to_webdataset_wall"] = result["shard_utt_per_s"] / result["webdataset_utt_per_s"]
     result["shard_to_reference"] = result["shard_utt_per_s"] / REFERENCE_PER_SECOND
     result |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "commit": _commit()}
     result = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import sentences  # noqa: F401 - first: it says what is missing
 import token2wav_baseline as baseline
 import torch
 from torch import Tensor

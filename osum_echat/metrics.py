@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import jiwer
 import numpy as np
 import numpy.typing as npt
 
@@ -96,6 +95,8 @@ def total_errors(references: Sequence[str], hypotheses: Sequence[str]) -> ErrorC
 def _count(reference: Sequence[str], hypothesis: Sequence[str]) -> ErrorCount:
     if not reference or not hypothesis:  # jiwer takes no empty reference
         return ErrorCount(deletions=len(reference), insertions=len(hypothesis), units=len(reference))
+    import jiwer
+
     result = jiwer.process_words(" ".join(reference), " ".join(hypothesis))
     return ErrorCount(result.substitutions, result.deletions, result.insertions, len(reference))
 

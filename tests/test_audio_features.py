@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 from osum_echat.audio import augment
+from osum_echat.audio import features as audio_features
 from osum_echat.audio.features import LogMel, kaldi_fbank, mel_22k, mel_filter_bank, num_frames
 from osum_echat.audio.resample import resample, resample_sinc
 from tests.dialogue_case import OSUM
@@ -118,3 +119,26 @@ def test_speed_and_reverberation_keep_what_they_should():
     assert len(wet) == len(signal) and abs(np.mean(wet**2) / np.mean(signal**2) - 1) < 1e-3
     assert np.corrcoef(wet, signal)[0, 1] > 0.3
     np.testing.assert_allclose(augment.reverberate(signal, 16000, 0.0, rng, np.array([1.0], np.float32)), signal, atol=1e-5)
+
+
+@pytest.mark.parametrize("mels", [80, 128])
+def test_the_native_log_mel_equals_ours_to_a_millionth(mels: int) -> None:
+    """asrfront, which is an option. Single bins, far below the loudest, differ by more in float32, ours from exact arithmetic too."""
+    pytest.importorskip("asrfront", reason="needs `pip install asrfront`")
+    native = LogMel(mels, native=True)
+    assert native._native is not None
+    for index in range(4):
+        samples = CASES[f"wav{index}_int16"].astype(np.float32) / 32768
+        found, wanted = native(samples), LogMel(mels)(samples)
+        assert found.shape == wanted.shape and found.is_contiguous()
+        differences = (found - wanted).abs()
+        assert differences.mean() < 1e-7 and (differences < 1e-6).float().mean() > 0.998 and differences.max() < 2e-5
+    samples[100] = np.nan
+    assert native(samples).isnan().any(), "a damaged recording stays damaged"
+
+
+def test_features_that_are_asked_for_by_name_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio_features, "_asrfront", lambda: None)
+    assert not audio_features.has_native("auto") and not audio_features.has_native("torch")
+    with pytest.raises(ValueError, match="pip install"):
+        audio_features.has_native("asrfront")

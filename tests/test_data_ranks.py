@@ -28,7 +28,7 @@ class Counting:
     names = ["lm"]
     model = SimpleNamespace(config=SimpleNamespace(encoder=SimpleNamespace(mels=8)))
     def prepare(self, batch, device, input_noise=0.0):
-        return MicroBatch(batch, torch.ones(len(batch)), counts={"lm": float(batch.num_targets)})
+        return MicroBatch(batch, None, torch.ones(len(batch)), counts={"lm": float(batch.num_targets)})
 
 world = distributed.start(torch.device("cpu"), needs_group=True)
 settings = config(json.loads(sys.argv[1]), workers=int(sys.argv[2]), shuffle_buffer=2)

@@ -13,15 +13,19 @@ import json
 import os
 import random
 import shutil
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
+try:
+    import numpy as np
+    import soundfile
 
-from osum_echat.data.convert import convert
-from osum_echat.dialogue.tasks import TASKS
+    from osum_echat.data.convert import convert
+    from osum_echat.dialogue.tasks import TASKS
+except ModuleNotFoundError as error:
+    sys.exit(f"the Python package {error.name!r} is missing: run this with the project's environment (make venv makes .venv)")
 
 HERE = Path(__file__).resolve().parent
 RATE = 16_000

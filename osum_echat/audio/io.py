@@ -11,15 +11,17 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import soundfile
 
 from osum_echat.audio import decode
 from osum_echat.audio.fetch import FetchError, fetch, is_web
 from osum_echat.audio.resample import resample
+
+if TYPE_CHECKING:
+    import soundfile
 
 SAMPLE_RATE = 16_000  # of everything the model hears
 MAX_SECONDS = 600.0
@@ -122,6 +124,8 @@ def encode(samples: npt.ArrayLike, rate: int, kind: str = "WAV", comment: str = 
     data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
     if data.ndim != 2:
         raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
+    import soundfile
+
     buffer = io.BytesIO()
     with soundfile.SoundFile(buffer, "w", rate, len(data), format=kind) as sound:
         if comment:
@@ -147,6 +151,8 @@ def check_output(path: str | os.PathLike[str]) -> None:
 
 
 def _format(path: Path) -> str:
+    import soundfile
+
     kind = path.suffix.lstrip(".").upper() or "WAV"
     if kind not in soundfile.available_formats():
         raise AudioError("bad_input", f"cannot write {path.name}: use a suffix such as .wav, .flac, .ogg or .mp3")
@@ -199,6 +205,8 @@ def _decoded(source: Any, error: AudioError, max_seconds: float) -> Audio:
 
 
 def _open(source: str | os.PathLike[str] | bytes | BinaryIO) -> soundfile.SoundFile:
+    import soundfile
+
     if isinstance(source, (str, os.PathLike)):
         if not os.path.isfile(source):
             raise AudioError("missing", f"audio file not found: {os.fspath(source)}")
@@ -213,6 +221,8 @@ def _open(source: str | os.PathLike[str] | bytes | BinaryIO) -> soundfile.SoundF
 
 
 def _from_file(source: Any, start: float | None, end: float | None, max_seconds: float) -> Audio:
+    import soundfile
+
     try:
         opened = _open(source)
     except AudioError as error:

@@ -11,7 +11,6 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-import soxr
 import torch
 from torch import Tensor
 
@@ -23,6 +22,8 @@ def resample(samples: npt.NDArray[np.float32], rate: int, target: int) -> npt.ND
     """[n] or [channels, n] from ``rate`` to ``target`` Hz by soxr (HQ); the input itself when the rates are equal."""
     if rate == target:
         return samples
+    import soxr
+
     return np.ascontiguousarray(soxr.resample(samples.T, rate, target).T, dtype=np.float32)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from osum_echat.audio import augment
-from osum_echat.audio.features import HOP, LogMel
+from osum_echat.audio.features import HOP, LogMel, has_native
 from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
 from osum_echat.audio.wav import pcm16_mono_16k
 from osum_echat.data import paths
@@ -57,7 +57,7 @@ class ExampleBuilder:
         self.dialect = dialect or Dialect()
         self.processor = Processor(settings, tokenizer, vocab, self.dialect)
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._log_mel = LogMel(mels)
+        self._log_mel = LogMel(mels, native=has_native(config.features))
         self._augment = Augmenter(config.augment) if train else None
 
     def build(

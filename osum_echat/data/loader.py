@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
+import multiprocessing.queues
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +71,8 @@ class Loader:
         self._pin_memory, self._repeat = pin_memory, repeat
         self._log = DropLog(_rank_path(config.drops_file, rank, world_size))
         self._notes: dict[str, int] = {}
+        self._shares = _Shares(self.streams, builder, config)
+        self._workers: DataLoader[tuple[int, ReaderStep]] | None = None
         self._resumed = False  # the next epoch begins where a loaded state says
         self._fresh()
 
@@ -118,20 +122,31 @@ class Loader:
         if not order:
             return
         todo = [self._readers[i] for i in order]
-        shares = _Shares(self.streams, self._builder, self.config, 0 if self._repeat else self._epoch, todo, self._num_readers)
-        outputs: Iterable[tuple[int, ReaderStep]] = shares
-        if self.config.workers > 0:
-            outputs = DataLoader(
-                shares,
+        epoch = 0 if self._repeat else self._epoch
+        if self.config.workers == 0:
+            outputs: Iterable[tuple[int, ReaderStep]] = self._shares.run(epoch, list(enumerate(todo)), self._num_readers)
+        else:
+            outputs = self._from_workers(epoch, todo)
+        for at, output in outputs:
+            yield order[at], output
+
+    def _from_workers(self, epoch: int, todo: Sequence[_ReaderState]) -> Iterable[tuple[int, ReaderStep]]:
+        """One worker process a reader. They are kept for the next epoch: starting them takes a second, opening lists included."""
+        if self._workers is None or len(todo) > self._workers.num_workers:
+            self._shares.orders = [multiprocessing.SimpleQueue() for _ in todo]
+            self._workers = DataLoader(
+                self._shares,
                 batch_size=None,
-                num_workers=len(order),
+                num_workers=len(todo),
                 prefetch_factor=self.config.prefetch,
                 pin_memory=self._pin_memory,
                 worker_init_fn=_start_worker,
+                persistent_workers=not self._repeat,
                 generator=torch.Generator(),  # of its own: the seed that torch draws for workers must not move the training's random state
             )
-        for at, output in outputs:
-            yield order[at], output
+        for at, orders in enumerate(self._shares.orders):
+            orders.put((epoch, [(at, todo[at])] if at < len(todo) else [], self._num_readers))
+        return self._workers
 
     def _next_batch(self, outputs: Iterator[tuple[int, ReaderStep]]) -> Batch | None:
         """The next batch, None at the end; accounts for what was left out on the way."""
@@ -256,24 +271,23 @@ class _ReaderState:
 
 
 class _Shares(IterableDataset[tuple[int, ReaderStep]]):
-    """Some readers of a rank: each in a worker process of its own, or all in this process, taking turns."""
+    """Readers of a rank: each in a worker process of its own, or all in this process, taking turns.
 
-    def __init__(
-        self,
-        streams: Sequence[Stream],
-        builder: Builder,
-        config: DataConfig,
-        epoch: int,
-        readers: Sequence[_ReaderState],
-        num_readers: int,
-    ) -> None:
-        self._args = (streams, builder, config, epoch)
-        self._readers, self._num_readers = list(readers), num_readers
+    ``orders``: a queue for each worker; each epoch it is told there which readers to run.
+    """
+
+    def __init__(self, streams: Sequence[Stream], builder: Builder, config: DataConfig) -> None:
+        self._args = (streams, builder, config)
+        self.orders: list[multiprocessing.queues.SimpleQueue[Any]] = []
 
     def __iter__(self) -> Iterator[tuple[int, ReaderStep]]:
         info = get_worker_info()
-        mine = range(len(self._readers)) if info is None else [info.id]
-        running = {at: self._open(self._readers[at]) for at in mine}
+        assert info is not None, "in this process, call run"
+        return self.run(*self.orders[info.id].get())
+
+    def run(self, epoch: int, readers: Sequence[tuple[int, _ReaderState]], num_readers: int) -> Iterator[tuple[int, ReaderStep]]:
+        """(place in ``readers``, output) of an epoch, in turns."""
+        running = {at: self._open(saved, epoch, num_readers) for at, saved in readers}
         while running:
             for at, reader in list(running.items()):
                 output = reader.next()
@@ -281,8 +295,8 @@ class _Shares(IterableDataset[tuple[int, ReaderStep]]):
                     del running[at]
                 yield at, output
 
-    def _open(self, saved: _ReaderState) -> Reader:
-        reader = Reader(*self._args, saved.number, self._num_readers)
+    def _open(self, saved: _ReaderState, epoch: int, num_readers: int) -> Reader:
+        reader = Reader(*self._args, epoch, saved.number, num_readers)
         if saved.state is not None:
             reader.load_state_dict(saved.state)
         return reader

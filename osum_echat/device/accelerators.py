@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -26,6 +25,8 @@ from osum_echat.device import cpu
 KINDS = ("cuda", "npu", "cpu")
 WEIGHTS = ("auto", "float32", "bf16", "int8", "int4")
 _ROUNDED: dict[str, Literal["int8", "int4"]] = {"int8": "int8", "int4": "int4"}
+VARLEN_KINDS = ("cuda",)
+"""Where torch's attention of sequences of different length runs (`varlen`)."""
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
 
 
@@ -271,6 +272,8 @@ def memory_allocated(device: torch.device) -> int:
     module = _accelerator(device.type)
     if module is not None:
         return int(module.memory_allocated(device))
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
@@ -282,6 +285,8 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if status.exists():  # Linux; getrusage begins with the parent's peak after a fork
         return next(int(line.split()[1]) * 1024 for line in status.read_text("ascii").splitlines() if line.startswith("VmHWM"))
+    import psutil
+
     memory = psutil.Process().memory_info()
     if hasattr(memory, "peak_wset"):  # Windows
         return int(memory.peak_wset)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 
 from osum_echat.device import onnx
@@ -155,6 +154,8 @@ def default_weights(count: int) -> Literal["float32", "bf16", "int8"]:
     if rounds("int8"):
         _say_once("this CPU is slow in bfloat16: weights are rounded to 8 bits (weights=float32 or bf16 keeps them as they are)")
         return "int8"
+    import psutil
+
     if 4 * count <= _MEMORY_SHARE * psutil.virtual_memory().available:
         return "float32"
     _say_once(

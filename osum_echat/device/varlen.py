@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osum_echat.device.accelerators import VARLEN_KINDS
+
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, "float | None"], Tensor]
 """(query [P, H, d], key, value [P, H or fewer, d], ends int32 [D + 1], longest, causal, scale) to [P, H, d]."""
 
@@ -28,7 +30,7 @@ def varlen_attention(query: Tensor) -> Kernel | None:
 
 
 def _takes(kind: str, dtype: torch.dtype, width: int) -> bool:
-    return kind == "cuda" and dtype in (torch.bfloat16, torch.float16) and width in _WIDTHS
+    return kind in VARLEN_KINDS and dtype in (torch.bfloat16, torch.float16) and width in _WIDTHS
 
 
 @functools.cache

@@ -282,7 +282,7 @@ class EChatModel(nn.Module):
     def _sequence_inputs(self, sequence: RowPlan, audio: AudioFeatures | None, plan: Plan) -> Tensor:
         """Input embeddings of all documents end to end, [P, D]. Raises ValueError when rows and recordings do not fit together."""
         _check_audio(plan.audio_positions, audio)
-        embeds_PD = self.embed(sequence.ids_P)
+        embeds_PD = self.lm.embed(sequence.ids_P, with_head=True)
         if audio is None:
             return embeds_PD
         heard_AD = audio.embeds_PD.index_select(0, sequence.audio_from_A).to(embeds_PD.dtype)

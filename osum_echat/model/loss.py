@@ -112,7 +112,7 @@ class _LinearNll(torch.autograd.Function):
         ctx.head_needs = [wanted and needed for needed in ctx.needs_input_grad[6:]]
         nll_M = hidden_MD.new_empty(len(targets_M), dtype=torch.float32)
         unit_MD = torch.empty_like(hidden_MD) if wanted and ctx.needs_input_grad[0] else None
-        grads = _zeros(flat, ctx.head_needs)
+        sums = _Sums(flat, ctx.head_needs)
         space = _space(hidden_MD, chunk, heads)
         for part, used in _chunks(len(targets_M), first_only, chunk, heads):
             hidden_KD, targets_K1 = hidden_MD[part], targets_M[part, None]
@@ -124,9 +124,9 @@ class _LinearNll(torch.autograd.Function):
             error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))  # softmax - one-hot: the gradient by the logits
             if unit_MD is not None:
                 unit_MD[part] = _hidden_grad(error_KC, used)
-            _add_head_grads(grads, error_KC, hidden_KD, None if weights_M is None else weights_M[part], used)
+            sums.add(error_KC, hidden_KD, None if weights_M is None else weights_M[part], used)
         ctx.save_for_backward(hidden_MD, targets_M, weights_M, unit_MD, *flat)
-        ctx.grads = grads if any(ctx.head_needs) else None
+        ctx.grads = sums.tensors() if any(ctx.head_needs) else None
         return nll_M
 
     @staticmethod
@@ -140,7 +140,7 @@ class _LinearNll(torch.autograd.Function):
                 for grad in filter(None.__ne__, grads):
                     grad.mul_(factor)
             else:
-                grads = _zeros(flat, ctx.head_needs)
+                sums = _Sums(flat, ctx.head_needs)
                 heads = _pairs(flat, hidden_MD.dtype)
                 space = _space(hidden_MD, ctx.chunk, heads)
                 for part, used in _chunks(len(targets_M), ctx.first_only, ctx.chunk, heads):
@@ -148,7 +148,8 @@ class _LinearNll(torch.autograd.Function):
                     _softmax_(error_KC)
                     targets_K1 = targets_M[part, None]
                     error_KC.scatter_add_(1, targets_K1, error_KC.new_full(targets_K1.shape, -1.0))
-                    _add_head_grads(grads, error_KC, hidden_MD[part], grad_M[part], used)
+                    sums.add(error_KC, hidden_MD[part], grad_M[part], used)
+                grads = sums.tensors()
             grads = [None if grad is None else grad.to(tensor.dtype) for grad, tensor in zip(grads, flat, strict=True)]
         return (grad_MD, None, None, None, None, None, *(grads or [None] * len(flat)))
 
@@ -170,12 +171,6 @@ def _common_factor(grad_M: Tensor, weights_M: Tensor | None) -> Tensor | None:
 def _pairs(flat: Sequence[Tensor | None], dtype: torch.dtype) -> list[Head]:
     cast = [None if tensor is None else tensor.detach().to(dtype) for tensor in flat]
     return [(weight, bias) for weight, bias in zip(cast[::2], cast[1::2], strict=True) if weight is not None]
-
-
-def _zeros(flat: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        torch.zeros_like(t, dtype=torch.float32) if t is not None and need else None for t, need in zip(flat, needed, strict=True)
-    ]
 
 
 def _parts(count: int, first_only: int, heads: Sequence[Any]) -> Iterator[tuple[slice, Sequence[Any]]]:
@@ -231,23 +226,41 @@ def _hidden_grad(error_KC: Tensor, heads: Sequence[Head]) -> Tensor:
     return total_KD
 
 
-def _add_head_grads(
-    grads: Sequence[Tensor | None],
-    error_KC: Tensor,
-    hidden_KD: Tensor,
-    weights_K: Tensor | None,
-    heads: Sequence[Head],
-) -> None:
-    """Add a chunk's part to the float32 gradients of weights and biases (weight, bias, weight, bias ...; None: frozen)."""
-    scaled_KD = hidden_KD if weights_K is None else hidden_KD * weights_K[:, None].to(hidden_KD.dtype)
-    start = 0
-    for number, (head_CD, _) in enumerate(heads):
-        part_KC = error_KC[:, start : start + len(head_CD)]
-        start += len(head_CD)
-        if (grad_CD := grads[2 * number]) is not None:
-            if hidden_KD.dtype == torch.float32:
-                grad_CD.addmm_(part_KC.T, scaled_KD)
-            else:  # products in half precision, their sum is not
-                grad_CD += part_KC.to(hidden_KD.dtype).T @ scaled_KD
-        if (grad_C := grads[2 * number + 1]) is not None:
-            grad_C += part_KC.sum(dim=0) if weights_K is None else weights_K @ part_KC
+class _Sums:
+    """Float32 gradients of weights and biases (weight, bias, weight, bias ...), a chunk at a time. The first chunk makes them: a table of
+    zeros would cost as much memory traffic as a product."""
+
+    def __init__(self, flat: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
+        self._flat, self._needed = flat, needed
+        self._sums: dict[int, Tensor] = {}
+
+    def add(self, error_KC: Tensor, hidden_KD: Tensor, weights_K: Tensor | None, heads: Sequence[Head]) -> None:
+        scaled_KD = hidden_KD if weights_K is None else hidden_KD * weights_K[:, None].to(hidden_KD.dtype)
+        start = 0
+        for number, (head_CD, _) in enumerate(heads):
+            part_KC = error_KC[:, start : start + len(head_CD)]
+            start += len(head_CD)
+            if self._needed[2 * number]:
+                self._product(2 * number, part_KC, scaled_KD)
+            if self._needed[2 * number + 1]:
+                more_C = part_KC.sum(dim=0) if weights_K is None else weights_K @ part_KC
+                before = self._sums.get(2 * number + 1)
+                self._sums[2 * number + 1] = more_C if before is None else before.add_(more_C)
+
+    def _product(self, place: int, part_KC: Tensor, scaled_KD: Tensor) -> None:
+        total_CD = self._sums.get(place)
+        if total_CD is None:
+            self._sums[place] = (part_KC.to(scaled_KD.dtype).T @ scaled_KD).float()
+        elif scaled_KD.dtype == torch.float32:
+            total_CD.addmm_(part_KC.T, scaled_KD)
+        else:  # products in half precision, their sum is not
+            total_CD += part_KC.to(scaled_KD.dtype).T @ scaled_KD
+
+    def tensors(self) -> list[Tensor | None]:
+        """Of all that need one; zeros where no position came by."""
+        pairs = enumerate(zip(self._flat, self._needed, strict=True))
+        out: list[Tensor | None] = []
+        for place, (tensor, need) in pairs:
+            missing = tensor is not None and need and place not in self._sums
+            out.append(torch.zeros_like(tensor, dtype=torch.float32) if missing and tensor is not None else self._sums.get(place))
+        return out

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from osum_echat.dialogue.packing import PAD_DOCUMENT
@@ -78,10 +79,16 @@ class SpeechLM(nn.Module):
     def text_head(self) -> nn.Linear:
         return cast(nn.Linear, self.llm.get_output_embeddings())
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """Embeddings of unified ids (text, speech codes, markers): [B, T] to [B, T, D]."""
-        size = self.vocabulary.text_size
-        text_BTD = self.llm.get_input_embeddings()(ids_BT.clamp(max=size - 1))
+    def embed(self, ids_BT: Tensor, with_head: bool = False) -> Tensor:
+        """Embeddings of unified ids (text, speech codes, markers): [B, T] to [B, T, D].
+
+        ``with_head``: the text head takes part in the same backward pass. Where it is the text table itself, its gradient is there for the whole table;
+        that of the few rows looked up here is added to it, and is no second table, mostly of zeros.
+        """
+        size, table = self.vocabulary.text_size, self.llm.get_input_embeddings()
+        tied = with_head and table.weight is self.text_head.weight and table.weight.requires_grad and torch.is_grad_enabled()
+        text_BT = ids_BT.clamp(max=size - 1)
+        text_BTD = F.embedding(text_BT, table.weight, sparse=True) if tied else table(text_BT)
         speech_BTD = self.speech_embedding((ids_BT - size).clamp(min=0))
         return torch.where((ids_BT < size)[..., None], text_BTD, speech_BTD.to(text_BTD.dtype))
 

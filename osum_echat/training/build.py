@@ -12,6 +12,7 @@ from torch import nn
 
 from osum_echat import config as config_io
 from osum_echat import device as devices
+from osum_echat.data.config import DataConfig
 from osum_echat.data.loader import build_loader
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.encoder_cache import EncoderCache
@@ -41,10 +42,10 @@ def trainer(config: TrainConfig, validators: Mapping[str, Validator] | None = No
     model, tokenizer = load_start(config)
     pin = devices.resolve(config.device).type != "cpu"
     shared = (tokenizer, model.vocabulary, model.config.dialect, model.config.encoder.mels, world.rank, world.size)
-    loader = build_loader(config.data, *shared, pin_memory=pin)
+    loader = build_loader(_with_stable_features(config, config.data), *shared, pin_memory=pin)
     validation = None
     if config.validation is not None:
-        validation = build_loader(config.validation, *shared, train=False)
+        validation = build_loader(_with_stable_features(config, config.validation), *shared, train=False)
     if world.is_main:
         log.info("%s", loader.describe())
         tokenizer.save_pretrained(config.out / folder.TOKENIZER)
@@ -127,6 +128,13 @@ def _with_fast_precision(config: TrainConfig, engine: str, device: torch.device)
         return config
     precision = devices.training_precision(config.precision, device)
     return dataclasses.replace(config, precision=cast(Precision, precision))
+
+
+def _with_stable_features(config: TrainConfig, data: DataConfig) -> DataConfig:
+    """An encoder cache finds its entries by the features: they must not depend on what is installed."""
+    if config.encoder_cache is None or data.features != "auto":
+        return data
+    return dataclasses.replace(data, features="torch")
 
 
 def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:

@@ -1,0 +1,114 @@
+"""The check for accelerators and the scripts that pack for one, on a CPU with small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recipes.mini import pack_for_accelerator as packing
+from tests import training_case as tc
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / script), *arguments]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_every_section_runs_at_small_size(tmp_path: Path) -> None:
+    sections = ["box", "correctness", "waits", "decode", "token2wav", "first_sound", "train", "mini"]
+    done = run("benchmarks/on_accelerator.py", *sections, "--device", "cpu", "--tiny", "--out", str(tmp_path / "out.json"))
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[str, Any]] = json.loads((tmp_path / "out.json").read_text())
+    assert list(found) == sections
+    right = found["correctness"]
+    assert right["ids_equal"] and right["static_step_ids_equal"] and right["update_difference"] == 0.0
+    assert found["waits"]["waits_a_token_static"] <= 1 and found["waits"]["waits_a_training_step"] == 1, found["waits"]
+    arms = [arm for arm in found["train"].values() if isinstance(arm, dict)]
+    assert len(arms) == 4 and all(arm["targets_s"] > 0 and arm["useful_tflops"] > 0 for arm in arms), found["train"]
+    assert found["first_sound"]["whole_s"] > 0
+
+
+def test_a_section_that_takes_too_long_costs_itself_alone_and_is_named(tmp_path: Path) -> None:
+    done = run("tools/gpu_check.py", "--device", "cpu", "--tiny", "--only", "box", "--slower", "0.001", "--out", str(tmp_path))
+    assert done.returncode == 1 and "longer than 0 s" in done.stdout
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["box"].keys() == {"failed"}
+    assert run("tools/gpu_check.py", "--only", "nothing").returncode == 2
+
+
+def test_the_packed_tree_is_small_and_whole(tmp_path: Path) -> None:
+    extra = tmp_path / "wheels"
+    extra.mkdir()
+    (extra / "one.whl").write_bytes(b"wheel")
+    done = run("tools/pack_tree.py", str(tmp_path / "tree"), "--add", str(extra))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in (
+        "tools/gpu_check.py",
+        "benchmarks/on_accelerator.py",
+        "osum_echat/training/loop.py",
+        "checkpoints/mini/model.safetensors",
+        "wheels/one.whl",
+    ):
+        assert (tmp_path / "tree" / name).is_file(), name
+    assert not (tmp_path / "tree/tests").exists()
+    assert run("tools/pack_tree.py", str(tmp_path / "again"), "--limit", "1").returncode == 1
+
+
+def test_what_is_checked_needs_no_more_than_the_listed_packages() -> None:
+    """A bare machine has torch, transformers and numpy (with what these need)."""
+    missing = [
+        "soundfile",
+        "soxr",
+        "kaldi_native_fbank",
+        "psutil",
+        "jiwer",
+        "peft",
+        "onnxruntime",
+        "matplotlib",
+        "asrfront",
+        "fastapi",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import runpy; runpy.run_path('on_accelerator.py')"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'benchmarks'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_packed_batches_are_the_loaders_within_a_step_of_eight_bits(tmp_path: Path) -> None:
+    batches = [tc.make_batch(numbers) for numbers in ([0, 1, 2], [4, 5], [1, 3])]
+    for _ in range(2):  # a second time nothing is written again
+        assert packing.pack(iter(batches), tmp_path, hours=100) == 1
+    loader = packing.PackedLoader(tmp_path)
+    found = list(loader)
+    assert len(found) == 3 and loader.state_dict() == {"epoch": 1, "done": 0}
+    for ours, theirs in zip(found, batches, strict=True):
+        assert ours.samples == theirs.samples and ours.sample_N.equal(theirs.sample_N)
+        assert all(getattr(ours.rows, name).equal(value) for name, value in vars(theirs.rows).items())
+        assert ours.feats_lengths_N.equal(theirs.feats_lengths_N)
+        if len(theirs.feats_NTF):
+            step = (theirs.feats_NTF.max() - theirs.feats_NTF.min()) / 255
+            assert (ours.feats_NTF - theirs.feats_NTF).abs().max() <= step
+    first = iter(packing.PackedLoader(tmp_path))
+    next(first)
+    again = packing.PackedLoader(tmp_path)
+    again.load_state_dict({"epoch": 0, "done": 1})
+    assert next(iter(again)).keys == next(first).keys
+    with pytest.raises(ValueError, match="packing has not ended"):
+        packing.PackedLoader(tmp_path / "nothing")
+
+
+def test_features_without_recordings_are_packed_too() -> None:
+    packed = packing.rounded(torch.zeros(0, 0, 8), torch.zeros(0, dtype=torch.long))
+    feats, lengths = packing.restored(packed)
+    assert feats.shape == (0, 0, 8) and len(lengths) == 0
