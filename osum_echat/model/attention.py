@@ -7,8 +7,7 @@ are, so attention is told where documents end (`Documents`):
     flash   the kernel gets the lengths; where positions are hidden, which lengths cannot say, the same function as for sdpa
     eager   a mask over all positions (the only form it knows; small models and short rows)
 
-A single document with nothing hidden needs none of it: plain causal attention. Everything is decided per call from what is handed over;
-nothing of the LLM is switched. Encoder and adapter, whose recordings stand end to end in the same way, use the same `attend`.
+Everything is decided per call from what is handed over; nothing of the LLM is switched. Encoder and adapter, whose recordings stand end to end in the same way, use the same `attend`.
 
 B batch rows, T positions, D width of the LLM, L positions of a document, P positions of all documents, H heads, d width of a head.
 """
@@ -200,16 +199,14 @@ def packed_hidden(decoder: Any, inputs_PD: Tensor, positions_P: Tensor, document
     """Hidden states [P, D] of documents end to end by a transformers decoder; attention is causal inside each document."""
     backend, told = decoder.config._attn_implementation, dict[str, Any]()
     mask: Tensor | None = None
-    if documents.masks is None and len(documents.lengths) == 1:
-        pass  # plain causal
-    elif backend in _TAKE_LENGTHS and documents.masks is None:
+    if backend in _TAKE_LENGTHS and documents.masks is None:
         told = {"cu_seq_lens_q": documents.ends, "cu_seq_lens_k": documents.ends}
         told |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
     elif backend in (BY_DOCUMENT, *_TAKE_LENGTHS):
         told = {"documents": documents}
-        # Nobody reads it: transformers takes a 4D mask as ready and builds none of [positions x positions].
+        # Nobody reads it: transformers takes a 4D mask as ready, builds none of [positions x positions] and looks for no borders itself.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_PD.device)
-    else:
+    elif documents.masks is not None or len(documents.lengths) > 1:
         mask = _whole_mask(documents, inputs_PD)
     out = decoder(inputs_embeds=inputs_PD[None], position_ids=positions_P[None], attention_mask=mask, use_cache=False, **told)
     return out.last_hidden_state[0].to(inputs_PD.dtype)
