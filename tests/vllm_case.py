@@ -8,9 +8,11 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, Qwen2ForCausalLM
@@ -19,12 +21,13 @@ from osum_echat.dialogue import think
 from osum_echat.dialogue.tokens import encode_fixed
 from osum_echat.generation.config import GenerationConfig, Guards, RepetitionGuard, SilenceGuard, ThinkGuard
 from osum_echat.generation.events import Event
-from osum_echat.generation.request import Request
+from osum_echat.generation.request import Request, listen
 from osum_echat.generation.vllm.client import Step
 from osum_echat.generation.vllm.export import read_settings
 from osum_echat.generation.vllm.rules import RowPlan, rules_of
 from osum_echat.model.checkpoint import load_model
-from osum_echat.model.echat import EChatModel
+from osum_echat.model.config import LlmConfig, load_config
+from osum_echat.model.echat import AudioFeatures, EChatModel
 from tests.generation_case import DATA, done, every_kind, tiny
 
 TIGHT = GenerationConfig(
@@ -44,6 +47,30 @@ def plain_tiny(dtype: torch.dtype) -> tuple[EChatModel, Any]:
     for module in model.lm.llm.modules():
         module._forward_hooks.clear()
     return model, tokenizer
+
+
+@lru_cache(maxsize=1)
+def wide_tiny() -> tuple[EChatModel, Any, list[AudioFeatures]]:
+    """A random model like the tiny one with heads of 32, the narrowest that vLLM has kernels for on a CPU, and what it hears of the recordings."""
+    config = load_config(DATA / "tiny_config.yaml")
+    shape = config.llm.transformers_config()
+    shape |= {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    shape |= {"head_dim": 32, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = EChatModel(replace(config, llm=LlmConfig(config=shape))).eval()
+    with np.load(DATA / "cases.npz") as arrays:
+        feats = [torch.from_numpy(arrays[f"feat{i}"]) for i in range(4)]
+    return model, tiny()[1], listen(model, feats)
+
+
+def wide_requests(greedy: bool, seeds: Sequence[int] = range(9)) -> list[Request]:
+    """`every_kind_for` with what the wide model hears."""
+    model, _, heard = wide_tiny()
+    place = {len(recording.embeds_PD): number for number, recording in enumerate(tiny()[2])}
+    requests = every_kind_for(model, greedy, seeds)
+    for request in requests:
+        request.heard = tuple(heard[place[len(recording.embeds_PD)]] for recording in request.heard)
+    return requests
 
 
 def every_kind_for(model: EChatModel, greedy: bool, seeds: Sequence[int] = range(9)) -> list[Request]:

@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import torch
 from vllm_requests import DEMO, ROOT, check_greedy, decode, differences, end, mini_requests, one_thread, tiny_requests
 
 from osum_echat.cli import main
@@ -31,7 +30,7 @@ from osum_echat.generation.vllm.client import VllmDecoder
 from osum_echat.generation.vllm.engine import VllmGenerator
 from osum_echat.generation.vllm.export import export_for_vllm
 from osum_echat.generation.vllm.rules import to_settings
-from tests.vllm_case import TIGHT, every_kind_for, plain_tiny, same
+from tests.vllm_case import TIGHT, same, wide_requests, wide_tiny
 
 one_thread()
 
@@ -40,7 +39,7 @@ class Tiny:
     """The tiny model in both engines."""
 
     def __init__(self, folder: Path, config: GenerationConfig, limits: EngineLimits, **options: Any) -> None:
-        self.model, tokenizer = plain_tiny(torch.float32)
+        self.model, tokenizer, _ = wide_tiny()
         export_for_vllm(self.model, tokenizer, config, Dialect(), folder)
         self.own = Generator(self.model, tokenizer, config)
         settings = to_settings(config, self.own.dialect)
@@ -73,9 +72,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
 
 
 def test_54_greedy_requests_of_the_tiny_model_have_our_ids_and_our_guards(tiny: Tiny) -> None:
-    requests = tiny_requests(tiny.model, greedy=True)
+    requests = tiny_requests(greedy=True)
     assert len(requests) == 54
-    ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, tiny_requests(tiny.model, greedy=True))
+    ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, tiny_requests(greedy=True))
     found = differences(tiny.own, requests, ours, theirs)
     check_greedy(found, len(requests))
     alike = [n for n in range(len(requests)) if n not in {d.row for d in found}]
@@ -98,7 +97,7 @@ def test_50_greedy_requests_of_mini_have_our_ids_and_our_guards(mini: Any, mini_
 def test_sampled_replies_have_the_ids_of_their_seeds(tiny: Tiny, mini: Any, mini_vllm: Any) -> None:
     """One random number decides an id, so a reply differs only where it falls on the border of two ids."""
     pairs = [
-        (decode(tiny.own, tiny_requests(tiny.model, False, 2)), decode(tiny.vllm, tiny_requests(tiny.model, False, 2))),
+        (decode(tiny.own, tiny_requests(False, 2)), decode(tiny.vllm, tiny_requests(False, 2))),
         (decode(mini.generator, mini_requests(mini, 24)), decode(mini_vllm.generator, mini_requests(mini_vllm, 24))),
     ]
     for ours, theirs in pairs:
@@ -115,7 +114,7 @@ def test_cancelling_frees_the_row_and_its_cache(tiny: Tiny) -> None:
     engine = tiny.vllm.engine()
     engine.start()
     for _ in range(3):
-        [long] = every_kind_for(tiny.model, greedy=True)[1:2]
+        [long] = wide_requests(greedy=True)[1:2]
         long.mode, long.plan = tiny.own.config.mode("s2t_chat").greedy(), {}  # 8000 ids: it ends by being cancelled
         came: queue.Queue[Any] = queue.Queue()
         ticket = engine.submit(long, came.put)
@@ -128,8 +127,8 @@ def test_cancelling_frees_the_row_and_its_cache(tiny: Tiny) -> None:
         assert events[-1].reason == "cancelled" and len(events[-1].generated) >= 20
         assert engine.load().rows == engine.load().waiting == 0
     assert engine._decoder._llm.get_num_unfinished_requests() == 0  # type: ignore[attr-defined]
-    requests = every_kind_for(tiny.model, greedy=True)[:3]
-    ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, every_kind_for(tiny.model, greedy=True)[:3])
+    requests = wide_requests(greedy=True)[:3]
+    ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, wide_requests(greedy=True)[:3])
     check_greedy(differences(tiny.own, requests, ours, theirs), 20)
 
 

@@ -14,7 +14,7 @@ from osum_echat.generation.events import Done, Event
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request
 from osum_echat.pipeline import Ask, EChat
-from tests.vllm_case import every_kind_for
+from tests.vllm_case import wide_requests
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = sorted((ROOT / "assets" / "demo").glob("*.ogg"))
@@ -23,11 +23,11 @@ CLOSE = 1e-3
 TEXTS = ("I passed my exam.", "The train is late again.", "My friend is ill.", "We won the game today.", "It is cold outside.")
 
 
-def tiny_requests(model: Any, greedy: bool, rounds: int = 6) -> list[Request]:
+def tiny_requests(greedy: bool, rounds: int = 6) -> list[Request]:
     """Each kind of sequence ``rounds`` times, with other lengths and seeds each time."""
     requests = []
     for n in range(rounds):
-        for request in every_kind_for(model, greedy, seeds=range(9 * n, 9 * n + 9)):
+        for request in wide_requests(greedy, seeds=range(9 * n, 9 * n + 9)):
             request.mode = replace(request.mode, max_new=request.mode.max_new + 4 * n)
             requests.append(request)
     return requests
