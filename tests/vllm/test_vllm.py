@@ -12,24 +12,31 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdateBuilder, LogitsProcessors, MoveDirectionality
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import Sampler
 from vllm_requests import DEMO, ROOT, check_greedy, decode, differences, end, mini_requests, one_thread, tiny_requests
 
 from osum_echat.cli import main
 from osum_echat.dialogue.dialect import Dialect
-from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.config import GenerationConfig, Mode, Sampling
 from osum_echat.generation.engine import EngineLimits
 from osum_echat.generation.events import Done
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.vllm.client import VllmDecoder
 from osum_echat.generation.vllm.engine import VllmGenerator
 from osum_echat.generation.vllm.export import export_for_vllm
-from osum_echat.generation.vllm.rules import to_settings
+from osum_echat.generation.vllm.processor import EChatLogitsProcessor
+from osum_echat.generation.vllm.rules import RowPlan, end_id, guards_of, to_settings
 from tests.vllm_case import TIGHT, same, wide_requests, wide_tiny
 
 one_thread()
@@ -244,3 +251,56 @@ def test_a_request_that_is_cancelled_by_its_listener_tells_its_end(mini_vllm: An
     stream.close()
     reply = mini_vllm.chat(str(DEMO[2]), greedy=True)
     assert reply.finish_reason == "stop" and reply.text == mini.chat(str(DEMO[2]), greedy=True).text
+
+
+def test_guards_travel_through_vllms_own_sampler(mini_folder: Path) -> None:
+    """The processor in vLLM's sampler, over logits that say one code again and again: rows change places, and each ends by the id of the end."""
+    config = SimpleNamespace(model_config=SimpleNamespace(model=str(mini_folder)), additional_config={})
+    processor = EChatLogitsProcessor(config, torch.device("cpu"), False)
+    assert processor.rules is not None
+    vocab, greedy = processor.rules.vocab, Mode(Sampling(greedy=True), Sampling(greedy=True), 30)
+    plans = [RowPlan("text2token", greedy, words=("hello", "you")), RowPlan("s2t_chat", greedy), RowPlan("text", greedy)]
+    outputs: list[list[int]] = [[] for _ in plans]
+    update = BatchUpdateBuilder()
+    for place, (plan, output) in enumerate(zip(plans, outputs, strict=True)):
+        params = SamplingParams(temperature=0.0, logprobs=0, extra_args={"osum_echat": plan.to_plain()})
+        processor.validate_params(params)
+        update.added.append((place, params, None, output))
+    processor.update_state(update.get_and_reset(len(plans)))
+    sampler, metadata = Sampler("processed_logits"), _metadata(LogitsProcessors([processor]))
+    acted: list[list[str]] = [[] for _ in plans]
+    for step in range(32):
+        if step == 7:
+            update.moved.append((0, 2, MoveDirectionality.SWAP))
+            processor.update_state(update.get_and_reset(len(plans)))
+            outputs, acted = outputs[::-1], acted[::-1]
+        logits = torch.randn(len(plans), end_id(vocab) + 1, generator=torch.Generator().manual_seed(step))
+        logits[:, vocab.speech_id(7)] += 30
+        found = sampler(logits, metadata)
+        for place, token in enumerate(found.sampled_token_ids[:, 0].tolist()):
+            outputs[place].append(token)
+            acted[place] += guards_of(float(found.logprobs_tensors.logprobs[place, 0]))
+    assert all(output[-1] == end_id(vocab) for output in outputs)
+    assert acted[2].count("repetition") >= 2 and not acted[0] and not acted[1], "text to speech stands at the last place now"
+
+
+def _metadata(processors: LogitsProcessors) -> SamplingMetadata:
+    none = torch.empty(0)
+    return SamplingMetadata(
+        temperature=None,
+        all_greedy=True,
+        all_random=False,
+        top_p=None,
+        top_k=None,
+        generators={},
+        max_num_logprobs=0,
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=none,
+        presence_penalties=none,
+        repetition_penalties=none,
+        output_token_ids=[],
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=processors,
+    )
