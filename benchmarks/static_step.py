@@ -3,7 +3,7 @@
 
 The model is a few numbers wide: counts do not depend on width. They are counted with 2 and with 4 layers; every further layer is like those, so the count of
 the released model's 36 follows. Counted by `device.waits` in steady state,
-with all guards on; "text" has a think, the age guard and a penalty. A compiled layer is counted by the calls in the code that Inductor writes for a CPU
+with all guards on; "text" has a think, the age guard and a penalty. What is compiled (a layer, and choosing) is counted by the calls in the code that Inductor writes for a CPU
 (it needs a C++ compiler; --no-compile leaves it out).
 
     python benchmarks/static_step.py --json
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from osum_echat.device.waits import Cost, a_step
+from osum_echat.device.waits import Cost, Waits, a_step
 from osum_echat.dialogue.layout import Segment, flatten
 from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.config import GenerationConfig, Mode, Sampling
@@ -28,6 +28,7 @@ from osum_echat.generation.events import Done
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.request import Request
 from osum_echat.generation.static_rows import Sizes
+from osum_echat.generation.static_step import StaticStep
 from osum_echat.model.config import AdapterConfig, EncoderConfig, LlmConfig, ModelConfig
 from osum_echat.model.echat import EChatModel
 from osum_echat.token2wav import Speaker, Token2Wav
@@ -107,6 +108,31 @@ def compiled_kernels(model: EChatModel) -> int:
     return len(_CALL.findall(codes[0]))
 
 
+def choosing_kernels() -> tuple[int, int]:
+    """Kernels of penalty, guards and sampling of a speech id, and calls of the same compiled."""
+    from torch._inductor.utils import run_and_get_code
+
+    seen: list[tuple[Any, ...]] = []
+    choose = StaticStep._choose
+
+    def spy(*args: Any) -> torch.Tensor:
+        seen.append(args)
+        return choose(*args)
+
+    StaticStep._choose = spy  # type: ignore[method-assign]
+    try:
+        cost_of_a_token(small_model(2), "text2token", True)
+    finally:
+        StaticStep._choose = choose  # type: ignore[method-assign]
+    with torch.inference_mode():
+        with Waits() as waits:
+            expected = choose(*seen[-1])
+        found, codes = run_and_get_code(torch.compile(choose, dynamic=False), *seen[-1])
+    assert torch.equal(found, expected)
+    assert len(codes) == 1, f"choosing became {len(codes)} graphs"
+    return waits.kernels.total(), len(_CALL.findall(codes[0]))
+
+
 def cost_of_a_chunk() -> Cost:
     """With mini's voice; chunks after the first ones are all alike."""
     voice = Token2Wav.load(MINI_VOICE, device="cpu")
@@ -145,7 +171,9 @@ def main() -> None:
     result["kernels_per_layer"] = layer
     if not options.no_compile:
         result["kernels_per_layer_compiled"] = compiled_kernels(small_model(1))
-        saved = LAYERS * (layer - result["kernels_per_layer_compiled"])
+        choosing, result["kernels_of_choosing_compiled"] = choosing_kernels()
+        result["kernels_of_choosing"] = choosing
+        saved = LAYERS * (layer - result["kernels_per_layer_compiled"]) + choosing - result["kernels_of_choosing_compiled"]
         result["kernels_per_token_compiled"] = result["kernels_per_token"] - saved
     chunk = cost_of_a_chunk()
     result |= {"kernels_per_chunk": chunk.kernels, "syncs_per_chunk": chunk.waits}

@@ -173,7 +173,8 @@ def test_rows_that_join_leave_and_wait_in_the_engine(
             assert found == whole, f"row {number}"
 
 
-def test_a_compiled_layer_gives_the_same_ids() -> None:
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_compiled_step_gives_the_same_ids() -> None:
     made = static(SIZES["as on an accelerator"])
     made.compile(backend="eager")
     same(replies(made, [mixed()[2]]), [expected()[2]])

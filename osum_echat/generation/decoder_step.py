@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope")
 """Rotary tables that depend on how long the sequence is."""
 
 
-class _Product(Protocol):
-    def __call__(self, x: Tensor) -> Tensor: ...
+_SHAPES = 64
+"""Sizes that are compiled before the compiler gives up: 7 of slots, 5 of columns, phases."""
 
 
 class Joint:
@@ -198,6 +198,7 @@ class DecoderStep:
         self.dtype, self.device = self.norm.weight.dtype, self.norm.weight.device
         self._rotary = decoder.rotary_emb
         self._call_layer = [layer.__call__ for layer in self.layers]
+        self._compile_options: dict[str, Any] | None = None
 
     def cache(self, slots: int, columns: int) -> Cache:
         return Cache(len(self.layers), slots, columns, self.key_heads, self.width, self.dtype, self.device)
@@ -236,9 +237,15 @@ class DecoderStep:
         return self.norm(x_BnD)
 
     def compile(self, **options: Any) -> None:
-        """Compile a layer, once for all of them (`torch.compile`)."""
+        """Compile a layer, once for all of them (`torch.compile`), and what `compiled` is given from now on."""
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+        self._compile_options = options
         compiled = torch.compile(_Layer.__call__, **options)
         self._call_layer = [_bound(compiled, layer) for layer in self.layers]
+
+    def compiled(self, function: Any) -> Any:
+        """The function compiled as the layers are; itself where they are not."""
+        return function if self._compile_options is None else torch.compile(function, **self._compile_options)
 
 
 def _bound(call: Any, layer: _Layer) -> Any:

@@ -128,6 +128,7 @@ class StaticStep:
         self.result_BG = torch.zeros(slots, 1 + len(self.names), dtype=torch.long, device=device)
         self.draws_text, self.draws_speech = _Draws(slots, device), _Draws(slots, device)
         self._tables: dict[int, Tensor] = {}
+        self._choosing = decoder.compiled(StaticStep._choose)
         self._recorded: dict[Shape, Callable[[], None]] = {}
         self._pool: Any = None
 
@@ -200,7 +201,7 @@ class StaticStep:
         count = shape.fed
         if count:
             self._feed(table_BX[:, :count].long(), table_BX[:, count] > 0, shape)
-        return self._choose(table_BX[:, count + 1 :], shape)
+        return self._choosing(self, table_BX[:, count + 1 :], shape)
 
     def _feed(self, given_Bn: Tensor, feed_B: Tensor, shape: Shape) -> None:
         count = shape.fed
