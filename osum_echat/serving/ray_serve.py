@@ -15,16 +15,6 @@ from fastapi import FastAPI
 from osum_echat.serving.app import Server, build_app
 
 
-class _Builder:
-    """Makes the application of a replica, in its process."""
-
-    def __init__(self, make_server: Callable[[], Server]) -> None:
-        self.make_server = make_server
-
-    def __call__(self) -> FastAPI:
-        return build_app(self.make_server())
-
-
 def build(
     make_server: Callable[[], Server], replicas: int, actor_options: dict[str, Any], sessions: int, drain_seconds: float
 ) -> Any:
@@ -38,11 +28,15 @@ def build(
     """
     from ray import serve
 
+    def application() -> FastAPI:
+        """The application of a replica, made in its process. Ray Serve takes a function for a builder, and nothing else."""
+        return build_app(make_server())
+
     class Live:
         """A replica; its requests are the application's."""
 
     deployment: Any = serve.deployment(
-        serve.ingress(_Builder(make_server))(Live),
+        serve.ingress(application)(Live),
         name="live",
         num_replicas=replicas,
         ray_actor_options=actor_options,
