@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from osum_echat.cli import main
 from osum_echat.dialogue.dialect import Dialect
+from osum_echat.dialogue.interleave import spell
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import EngineFull, EngineLimits
 from osum_echat.generation.events import Done, Event
@@ -123,7 +124,7 @@ def test_the_folder_says_what_it_is_and_is_written_whole(folder: Path) -> None:
     assert config["architectures"] == ["Qwen2ForCausalLM"] and config["model_type"] == "qwen2"
     assert not config["tie_word_embeddings"]
     assert config["eos_token_id"] == export.read_settings(folder)["end_id"] == config["vocab_size"] - 1
-    assert len(AutoTokenizer.from_pretrained(folder)) > 0
+    assert len(AutoTokenizer.from_pretrained(folder / "tokenizer")) > 0
     assert not list(folder.parent.glob("*.partial-*"))
 
 
@@ -301,6 +302,23 @@ def test_when_the_decoder_dies_every_request_ends_and_no_other_is_taken(tiny64: 
         case.submit(every_kind_for(tiny64[0], greedy=True)[:1])
 
 
+def test_an_id_that_was_not_given_ends_its_own_request_only(tiny64: tuple[Any, Any], folder: Path) -> None:
+    """vLLM's side and ours must agree on what is given; where they do not, the request is given up and vLLM's row with it."""
+    case = Case(tiny64, folder)
+    rows = case.submit(every_kind_for(tiny64[0], greedy=True)[3:6])
+    step, delimiter = case.decoder.step, tiny64[0].vocabulary.speech_delimiter
+
+    def wrong() -> list[Any]:
+        first = str(case.tickets[0].number)
+        return [replace(s, ids=(0,)) if s.name == first and s.ids == (delimiter,) else s for s in step()]
+
+    case.decoder.step = wrong  # type: ignore[method-assign]
+    case.finish()
+    assert done(rows[0]).reason == "cancelled" and isinstance(case.tickets[0].failed, AssertionError)
+    assert case.decoder.aborted == 1
+    same(rows[1:], ours(tiny64, True)[4:6])
+
+
 def test_a_listener_that_fails_cancels_its_request_only(tiny64: tuple[Any, Any], folder: Path) -> None:
     case = Case(tiny64, folder)
     asked = every_kind_for(tiny64[0], greedy=True)
@@ -392,11 +410,13 @@ def test_a_generator_that_is_closed_early_cancels_what_runs(threaded: VllmGenera
 def test_the_command_exports_mini_and_mini_knows_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "--for", "vllm", "mini", str(tmp_path / "out")]) == 0
     assert "a Qwen2 for vLLM" in capsys.readouterr().out
-    model, _ = load_model(MINI, dtype=torch.float32)
+    model, tokenizer = load_model(MINI, dtype=torch.float32)
     settings_found = export.check_folder(tmp_path / "out", model)
     assert export.folder_dtype(tmp_path / "out") == "float32"
     decoding = to_settings(*read_settings(MINI, None, model.config.dialect, None))
     assert settings_found["decoding"] == json.loads(json.dumps(decoding))
+    spelled = AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    assert [spell(word, spelled) for word in ("I'm", "well.")] == [spell(word, tokenizer) for word in ("I'm", "well.")]
     plain = Qwen2ForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     ids = torch.tensor([[3, model.vocabulary.text_size + 1, 5, model.vocabulary.speech_delimiter]])
     with torch.inference_mode():

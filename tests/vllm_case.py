@@ -115,7 +115,7 @@ class StandIn:
 
     def __init__(self, folder: Path, rows: int = 16, settings: Any = None, seed: int = 0, unrest: float = 0.0) -> None:
         self.model = Qwen2ForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        self.rules = rules_of(read_settings(folder), AutoTokenizer.from_pretrained(folder), settings)
+        self.rules = rules_of(read_settings(folder), AutoTokenizer.from_pretrained(folder / "tokenizer"), settings)
         self.max_positions = self.model.config.max_position_embeddings
         self.places: list[_Row | None] = [None] * rows
         self.waiting: list[_Row] = []

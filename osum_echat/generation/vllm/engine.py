@@ -299,7 +299,7 @@ class VllmEngine:
                 return False
             for step in steps:
                 if step.name in self._running:
-                    self._took(self._running[step.name], step)
+                    self._take(self._running[step.name], step)
         return bool(self._running or self._waiting)
 
     def _run(self) -> None:
@@ -364,6 +364,15 @@ class VllmEngine:
         for entry in list(self._running.values()):
             if entry.waiting and not entry.ticket.held.is_set():
                 self._tell(entry, [])
+
+    def _take(self, entry: _Running, step: Step) -> None:
+        """What cannot be ends its own request, not the thread."""
+        try:
+            self._took(entry, step)
+        except Exception as error:
+            log.exception("vLLM's answer to request %s cannot be; it is given up", entry.name)
+            self._decoder.abort(entry.name)
+            self._give_up(entry, error)
 
     def _took(self, entry: _Running, step: Step) -> None:
         """New ids of a request."""

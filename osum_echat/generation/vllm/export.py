@@ -2,7 +2,7 @@
 
     config.json, generation_config.json   Qwen2ForCausalLM with V + S + 3 ids, untied; it ends at ``end_id``
     model.safetensors (or shards)         the LLM; text table and speech table in one, text head and speech head in one
-    tokenizer files                       of the text
+    tokenizer/                            of the text; beside config.json transformers would take it for a Qwen2's, which splits text in its own way
     osum_echat.json                       vocabulary, settings of decoding, the speech head's bias, and what the folder was made of
 
 Unified ids are row numbers, so nothing is translated. A Qwen2 head has no bias and the speech head has one: it is written beside the weights and
@@ -28,7 +28,7 @@ from osum_echat.config import to_dict
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.vllm.rules import end_id, to_settings
-from osum_echat.model.checkpoint import clean_state
+from osum_echat.model.checkpoint import TOKENIZER_FOLDER, clean_state
 from osum_echat.model.echat import EChatModel
 from osum_echat.model.lora import merge_lora
 from osum_echat.model.storage import replace_folder, write_safetensors
@@ -70,7 +70,7 @@ def export_for_vllm(model: EChatModel, tokenizer: Any, config: GenerationConfig,
     end = end_id(model.vocabulary)
     _write_json(partial / "config.json", qwen2_config(model))
     _write_json(partial / "generation_config.json", {"eos_token_id": end, "do_sample": False})
-    tokenizer.save_pretrained(partial)
+    tokenizer.save_pretrained(partial / TOKENIZER_FOLDER)
     settings = {
         "format": FORMAT,
         "vocabulary": to_dict(model.vocabulary),

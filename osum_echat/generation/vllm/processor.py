@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 from osum_echat.generation.vllm.export import SETTINGS_FILE, read_settings
 from osum_echat.generation.vllm.rules import BatchRules, RowPlan, rules_of
+from osum_echat.model.checkpoint import TOKENIZER_FOLDER
 
 ARGUMENT = "osum_echat"
 
@@ -29,7 +30,7 @@ class EChatLogitsProcessor(LogitsProcessor):
             from transformers import AutoTokenizer
 
             override = dict(vllm_config.additional_config or {}).get(ARGUMENT)
-            self.rules = rules_of(read_settings(model), AutoTokenizer.from_pretrained(str(model)), override)
+            self.rules = rules_of(read_settings(model), AutoTokenizer.from_pretrained(str(model / TOKENIZER_FOLDER)), override)
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
