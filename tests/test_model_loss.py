@@ -87,9 +87,9 @@ def test_ligers_fused_loss_gives_the_same_numbers(number_of_heads: int, monkeypa
         torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(told: bool) -> None:
-    """Gradients are exact whether the weights from above were told before or not, and again in a second backward pass."""
+@pytest.mark.parametrize("known", [True, False])
+def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(known: bool) -> None:
+    """Gradients are exact whether the weights from above were known before or not, and again in a second backward pass."""
     weights, first_only = torch.rand(23), 11
     hidden, targets, heads = case()
     targets = torch.where(torch.arange(23) < first_only, targets % 50, targets)
@@ -97,14 +97,14 @@ def test_weights_and_mixed_heads_in_one_call_equal_plain_losses(told: bool) -> N
     wanted = torch.where(torch.arange(23) < first_only, first, both)
     parameters = [hidden, *(p for head in heads for p in head.parameters())]
     gradients = torch.autograd.grad((3 * wanted * weights).sum(), parameters)
-    found = linear_nll(hidden, targets, heads, first_only, weights if told else None, chunk=5)
+    found = linear_nll(hidden, targets, heads, first_only, weights if known else None, chunk=5)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     for _ in range(2):
         again = torch.autograd.grad((3 * found * weights).sum(), parameters, retain_graph=True)
         torch.testing.assert_close(again, gradients, atol=1e-5, rtol=1e-5)
 
 
-def test_weights_that_are_not_those_told_before_give_no_silent_gradient() -> None:
+def test_weights_that_are_not_those_announced_give_no_silent_gradient() -> None:
     hidden, targets, heads = case()
     (linear_nll(hidden, targets, heads, 0, torch.rand(23)) * torch.rand(23)).sum().backward()
     assert heads[0].weight.grad is not None and heads[0].weight.grad.isnan().all()

@@ -1,7 +1,7 @@
 """Attention of packed rows: which back end takes which form of "who may attend to whom".
 
 Packed rows are run document after document without padding. A mask over a whole row of T positions would cost T x T however short the documents
-are, so attention is told where documents end (`Documents`):
+are, so attention gets where documents end (`Documents`):
 
     sdpa    one kernel for all documents where the device has one (`device.varlen_attention`), else a call a document
     flash   the kernel gets the lengths; where positions are hidden, which lengths cannot say, the same function as for sdpa
@@ -31,7 +31,7 @@ from osum_echat.dialogue.packing import PAD_DOCUMENT
 BY_DOCUMENT = "sdpa_by_document"
 """Name under which transformers finds the attention of ``attention: sdpa``."""
 Attend = Callable[..., tuple[Tensor, Any]]
-_TAKE_LENGTHS: set[str] = set()  # kernels that are told where documents end
+_TAKE_LENGTHS: set[str] = set()  # kernels that take where documents end
 
 
 @dataclass
@@ -133,7 +133,7 @@ def prepare(name: str) -> str:
 
 
 def register_kernel(name: str) -> None:
-    """Let a kernel of transformers' flash interface attend document by document where it is told documents instead of their lengths."""
+    """Let a kernel of transformers' flash interface attend document by document where it is given documents instead of their lengths."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -197,18 +197,18 @@ def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
 
 def packed_hidden(decoder: Any, inputs_PD: Tensor, positions_P: Tensor, documents: Documents) -> Tensor:
     """Hidden states [P, D] of documents end to end by a transformers decoder; attention is causal inside each document."""
-    backend, told = decoder.config._attn_implementation, dict[str, Any]()
+    backend, given = decoder.config._attn_implementation, dict[str, Any]()
     mask: Tensor | None = None
     if backend in _TAKE_LENGTHS and documents.masks is None:
-        told = {"cu_seq_lens_q": documents.ends, "cu_seq_lens_k": documents.ends}
-        told |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
+        given = {"cu_seq_lens_q": documents.ends, "cu_seq_lens_k": documents.ends}
+        given |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
     elif backend in (BY_DOCUMENT, *_TAKE_LENGTHS):
-        told = {"documents": documents}
+        given = {"documents": documents}
         # Nobody reads it: transformers takes a 4D mask as ready, builds none of [positions x positions] and looks for no borders itself.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_PD.device)
     elif documents.masks is not None or len(documents.lengths) > 1:
         mask = _whole_mask(documents, inputs_PD)
-    out = decoder(inputs_embeds=inputs_PD[None], position_ids=positions_P[None], attention_mask=mask, use_cache=False, **told)
+    out = decoder(inputs_embeds=inputs_PD[None], position_ids=positions_P[None], attention_mask=mask, use_cache=False, **given)
     return out.last_hidden_state[0].to(inputs_PD.dtype)
 
 
