@@ -102,6 +102,7 @@ class Trainer:
         self._stop = StopRequest()
         self._position: dict[str, Any] = {}  # this rank's random states and data position behind the last step
         self._saved_step = -1
+        self._made_one = False  # step, in this process
         self._window = report.Window()
         self._started, self._seconds_before = time.monotonic(), 0.0
 
@@ -213,6 +214,8 @@ class Trainer:
         config = self.config
         steps = Steps(iter(self.run.loader), self.objective, self.world, self.device, config.accumulation, config.input_noise)
         step = self._fetch(steps)
+        if step is not None and self._made_one and (why := self._flagged(step)):
+            return why
         while step is not None:
             why = self._flagged(step)  # of the first one: a run makes at least one step
             outcomes, result, factor = self._compute(step.micros, step.totals)
@@ -264,6 +267,7 @@ class Trainer:
         factor = schedule.factor(optim, self.state.step + 1, optim.total_steps or self.run.expected_steps)
         result = self.engine.step(factor)
         self.state.step += 1
+        self._made_one = True
         return outcomes, result, factor
 
     def _account(self, step: Step, outcomes: list[Outcome], result: StepResult, factor: float) -> None:
