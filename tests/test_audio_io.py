@@ -82,6 +82,8 @@ def test_a_segment_is_cut_and_only_it_is_judged():
         ((np.zeros(0, np.float32), 16000), "empty"),
         ((np.array([0.1, np.nan] * 4000, np.float32), 16000), "not_finite"),
         ((np.array([0.1, np.inf] * 4000, np.float32), 16000), "not_finite"),
+        ((np.array([0.1, -1e30] * 4000, np.float32), 16000), "bad_input"),
+        ((np.zeros((0, 9)), 16000), "empty"),
         ((tone(0.01), 16000), "too_short"),
         ((np.zeros(16000 * 700, np.int16), 16000), "too_long"),
         ((tone(), 0), "bad_input"),

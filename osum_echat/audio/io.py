@@ -7,6 +7,7 @@ what every listener of the system uses. wav, flac, ogg, mp3 and the other format
 from __future__ import annotations
 
 import io
+import math
 import os
 import uuid
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SAMPLE_RATE = 16_000  # of everything the model hears
 MAX_SECONDS = 600.0
 MIN_SECONDS = 0.1  # a log-mel frame reflects 12.5 ms at both ends, and nobody says anything in less
+LOUDEST = 2.0**31
+"""Of a sample. Full scale is 1; integers that were stored as floats reach this; more is no sound, and overflows in the encoder."""
 _PLAUSIBLE_RATES = (1_000, 768_000)
 
 Samples: TypeAlias = npt.NDArray[np.float32]
@@ -81,10 +84,13 @@ def read(
         audio = _cut(_from_array(*source), start, end, max_seconds)
     else:
         audio = _from_file(_fetched(source), start, end, max_seconds)
-    if audio.samples.shape[1] == 0:
+    if audio.samples.size == 0:
         raise AudioError("empty", f"{_name(source)} has no samples")
-    if not np.isfinite(audio.samples).all():
+    peak = max(float(audio.samples.max()), -float(audio.samples.min()))  # NaN where one sample is
+    if not math.isfinite(peak):
         raise AudioError("not_finite", f"{_name(source)} holds NaN or infinite samples")
+    if peak > LOUDEST:
+        raise AudioError("bad_input", f"{_name(source)} holds a sample of {peak:.1e}; floats are in [-1, 1]")
     if audio.seconds < min_seconds:
         raise AudioError("too_short", f"{_name(source)} has {audio.seconds:.3f} s, at least {min_seconds:g} s are needed")
     return audio

@@ -214,10 +214,7 @@ def test_a_clients_garbage_changes_nothing(server: str, mini: Any, tmp_path: Pat
         ask(server, good, max_tokens="many").status_code,
         httpx.post(f"{server}/v1/chat/completions", content=b'{"messages": [', timeout=60).status_code,
     ]
-    print(f"\n{statuses}")
-    assert statuses[:2] == [400, 400], "embeddings are never taken from a client"
-    # Samples of 1e30 overflow in the encoder: that request fails by itself, all the others are refused.
-    assert statuses[4] in (400, 500) and all(status == 400 for n, status in enumerate(statuses) if n != 4), statuses
+    assert statuses == [400] * 9, "embeddings, samples that are no sound, noise bytes, limits that are none, a broken body"
     # What a client may add beside is not handed on.
     added = ask(server, good, prompt_embeds="AAAA", extra_args={"osum_echat": {"plan": [[0, 5]]}}, vllm_xargs={"osum_echat": {}})
     assert added.json()["choices"][0]["message"]["content"] == expected
