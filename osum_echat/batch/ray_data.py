@@ -18,11 +18,10 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osum_echat import device as devices
 from osum_echat.batch.work import TRIES, Outcome, Unit, Work, blocks, outcomes_of
 
 log = logging.getLogger(__name__)
-RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": "CPU"}
-"""Ray's resource for each kind of device. NPU is a custom one: nodes name it themselves, or Ray finds Ascend cards."""
 _MISSING = "the ray engine needs Ray: pip install 'osum-echat[ray]' (the local engine does the same work without it)"
 
 
@@ -42,11 +41,7 @@ class Placement:
     @property
     def options(self) -> dict[str, Any]:
         """Of the actors."""
-        if self.kind == "cpu":
-            return {"num_cpus": self.share}
-        if self.kind == "cuda":
-            return {"num_gpus": self.share, "num_cpus": 1}
-        return {"resources": {"NPU": self.share}, "num_cpus": 1}
+        return devices.cluster_options(self.kind, self.share)
 
 
 def place(device: str, share: float, workers: int | None, nodes: Sequence[Mapping[str, float]]) -> Placement:
@@ -63,15 +58,15 @@ def place(device: str, share: float, workers: int | None, nodes: Sequence[Mappin
     if share <= 0 or (share > 1 and share != int(share)):
         raise ValueError(f"a share of {share:g} devices for each worker cannot be: use a part of 1, or a whole number")
     if device == "auto":
-        device = next((kind for kind, name in RESOURCES.items() if any(node.get(name, 0) >= share for node in nodes)), "cpu")
-    if device not in RESOURCES:
+        device = next(
+            (kind for kind, name in devices.CLUSTER_RESOURCES.items() if any(node.get(name, 0) >= share for node in nodes)), "cpu"
+        )
+    if device not in devices.CLUSTER_RESOURCES:
         raise ValueError(f"device {device!r}: on a cluster use auto, cpu, cuda or npu; Ray hands the single devices out")
-    name = RESOURCES[device]
+    name = devices.CLUSTER_RESOURCES[device]
     room = sum(int(node.get(name, 0) / share + 1e-9) for node in nodes)
     if room == 0 and workers is None:
-        raise ValueError(
-            f"no node of the cluster has {share:g} {name} for a worker" + (", see docs/scale.md" if device == "npu" else "")
-        )
+        raise ValueError(f"no node of the cluster has {share:g} {name} for a worker; see docs/scale.md")
     return Placement(device, share, workers or room)
 
 
@@ -126,7 +121,9 @@ class RayEngine:
             return
         with connected(self.address, self.dashboard) as where, _settings():
             placement = place(self.device, self.share, self.workers, nodes())
-            self.say(f"ray: {placement.workers} workers of {placement.share:g} {RESOURCES[placement.kind]}{where}")
+            self.say(
+                f"ray: {placement.workers} workers of {placement.share:g} {devices.CLUSTER_RESOURCES[placement.kind]}{where}"
+            )
             yield from self._rounds(work, units, placement)
 
     def _rounds(self, work: Work, units: Sequence[Unit], placement: Placement) -> Iterator[Outcome]:

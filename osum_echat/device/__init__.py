@@ -6,6 +6,7 @@ back end.
 
 from osum_echat.device import cpu
 from osum_echat.device.accelerators import (
+    CLUSTER_RESOURCES,
     KINDS,
     WEIGHTS,
     Weights,
@@ -13,6 +14,7 @@ from osum_echat.device.accelerators import (
     arithmetic,
     autocast,
     available,
+    cluster_options,
     collectives_backend,
     count,
     deepspeed_accelerator,
@@ -46,6 +48,7 @@ from osum_echat.device.memory import PeakMemory, bytes_of
 from osum_echat.device.varlen import varlen_attention
 
 __all__ = [
+    "CLUSTER_RESOURCES",
     "KINDS",
     "WEIGHTS",
     "Packet",
@@ -57,6 +60,7 @@ __all__ = [
     "autocast",
     "available",
     "bytes_of",
+    "cluster_options",
     "collectives_backend",
     "count",
     "cpu",

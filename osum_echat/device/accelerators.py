@@ -28,6 +28,8 @@ _ROUNDED: dict[str, Literal["int8", "int4"]] = {"int8": "int8", "int4": "int4"}
 VARLEN_KINDS = ("cuda",)
 """Where torch's attention of sequences of different length runs (`varlen`)."""
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "cpu": "gloo"}
+CLUSTER_RESOURCES = {"cuda": "GPU", "npu": "NPU", "cpu": "CPU"}
+"""Ray's resource for each kind of device. NPU is a custom one: nodes name it themselves, or Ray finds Ascend cards."""
 
 
 def _accelerator(kind: str) -> ModuleType | None:
@@ -313,6 +315,15 @@ def total_memory(device: torch.device) -> int:
 def collectives_backend(device: torch.device) -> str:
     """The torch.distributed back end that belongs to the device: nccl, hccl or gloo."""
     return _BACKENDS[device.type]
+
+
+def cluster_options(kind: str, share: float) -> dict[str, Any]:
+    """What a Ray actor asks for that has ``share`` devices of ``kind`` (CPU: cores); beside an accelerator it has one core."""
+    if kind == "cpu":
+        return {"num_cpus": share}
+    if kind == "cuda":
+        return {"num_gpus": share, "num_cpus": 1}
+    return {"resources": {CLUSTER_RESOURCES[kind]: share}, "num_cpus": 1}
 
 
 def deepspeed_accelerator(device: torch.device) -> str:
