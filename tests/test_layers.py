@@ -16,8 +16,12 @@ OPTIONAL = [
     "webdataset",
     "ray",
     "pyarrow",
+    "vllm",
 ]
-NEED_AN_EXTRA = {"osum_echat.serving.page.app"}  # made of gradio's components; `osum-echat page` names the extra
+NEED_AN_EXTRA = {
+    "osum_echat.serving.page.app",  # made of gradio's components; `osum-echat page` names the extra
+    "osum_echat.generation.vllm.processor",  # vLLM itself opens it
+}
 UNIX_MODULES = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]
 UNIX_FUNCTIONS = ["fork", "forkpty", "getuid", "geteuid", "killpg", "nice", "sched_getaffinity", "setsid"]
 WINDOWS_SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
