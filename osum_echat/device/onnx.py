@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _QUIET = 3  # errors only
+_EXACT_INT8 = "session.x64quantprecision"
+"""Products of int8 do not saturate on x86 without VNNI (onnxruntime's kOrtSessionOptionsAvx2PrecisionMode); smart-turn's probability of 0.10 was 0.18."""
 _INT8_INPUTS = 4
 """`accuracy_level` of `MatMulNBits`: inputs are rounded to int8, a scale for each group. With float32 inputs AVX2 takes three times as long at 4 bits,
 and 8 bits are a hundred times slower (measured)."""
@@ -47,6 +49,7 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _QUIET
+    options.add_session_config_entry(_EXACT_INT8, "1")
     if _common_pool.cache_info().currsize and _common_pool():
         options.use_per_session_threads = False
     else:
