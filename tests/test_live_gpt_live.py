@@ -30,7 +30,7 @@ class Talk:
 
     async def until(self, kind: str) -> dict[str, Any]:
         while True:
-            event = json.loads(await asyncio.wait_for(self.socket.recv(), 5))
+            event = json.loads(await asyncio.wait_for(self.socket.recv(), 60))
             CHECK.validate_python(event)
             self.seen.append(event)
             if event["type"] == kind:

@@ -82,7 +82,7 @@ async def test_a_spoken_turn_over_the_wire_is_cut_when_the_client_cancels(echat:
 
         async def until(kind: str) -> dict[str, Any]:
             while True:
-                event = json.loads(await asyncio.wait_for(socket.recv(), 20))
+                event = json.loads(await asyncio.wait_for(socket.recv(), 120))
                 CHECK.validate_python(event)
                 seen.append(event)
                 assert event["type"] != "error", event

@@ -256,7 +256,7 @@ def url(shared: SharedEChat, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         time.sleep(0.05)
     yield f"http://127.0.0.1:{port}"
     server.should_exit = True
-    thread.join(timeout=20)
+    thread.join(timeout=60)
 
 
 def test_programs_get_the_reply_of_the_python_interface(url, shared, wav):
