@@ -134,6 +134,11 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
     return report
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """pytest-xdist gives each process a part of the list and moves tests from the end of a part."""
+    items.sort(key=lambda item: item.get_closest_marker("together") is None)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The folder of the test files (the checkout, but for planted ones) and a temporary folder of the person's choice are inside.
 

@@ -194,7 +194,7 @@ class Client:
         for message in messages:
             await self.session.handle(message if isinstance(message, str) else json.dumps(message))
 
-    async def until(self, kind: str, count: int = 1, timeout: float = 5.0) -> dict[str, Any]:
+    async def until(self, kind: str, count: int = 1, timeout: float = 60.0) -> dict[str, Any]:
         """The ``count``-th event of this kind, waiting for it."""
 
         async def wait() -> dict[str, Any]:

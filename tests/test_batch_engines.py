@@ -35,7 +35,7 @@ def ray_engine() -> Iterator[RayEngine]:
     ray.shutdown()
 
 
-@pytest.fixture(params=["local", "ray"])
+@pytest.fixture(params=["local", pytest.param("ray", marks=pytest.mark.together)])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return LocalEngine("cpu", block_size=8) if request.param == "local" else request.getfixturevalue("ray_engine")
 
@@ -75,6 +75,7 @@ def test_work_that_cannot_be_done_is_one_sentence(engine: Engine) -> None:
     assert list(engine.run(Doubling(refuses="never opened"), [])) == []
 
 
+@pytest.mark.together
 def test_a_unit_that_kills_its_worker_is_counted_and_costs_no_other(ray_engine: RayEngine, tmp_path: Path) -> None:
     engine = replace(ray_engine, tries=2, workers=1)
     found = by_number(engine.run(Doubling(log=str(tmp_path), kills=frozenset([13])), UNITS))
@@ -84,6 +85,7 @@ def test_a_unit_that_kills_its_worker_is_counted_and_costs_no_other(ray_engine: 
     assert sorted(len(numbers) for numbers in told if "13" in numbers) == [1, 8], "with its block, then alone"
 
 
+@pytest.mark.together
 def test_a_worker_that_is_killed_costs_its_block_only(ray_engine: RayEngine, tmp_path: Path) -> None:
     log, gate = tmp_path / "log", tmp_path / "gate"
     log.mkdir()
@@ -110,6 +112,7 @@ def test_a_worker_that_is_killed_costs_its_block_only(ray_engine: RayEngine, tmp
 # ---- the command -----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.together
 def test_the_command_gives_the_same_results_on_both_engines(
     ray_engine: RayEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

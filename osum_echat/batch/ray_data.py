@@ -18,7 +18,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from osum_echat import device as devices
 from osum_echat.batch.work import TRIES, Outcome, Unit, Work, blocks, outcomes_of
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,8 @@ class Placement:
     @property
     def options(self) -> dict[str, Any]:
         """Of the actors."""
+        from osum_echat import device as devices  # here, so that workers begin without torch
+
         return devices.cluster_options(self.kind, self.share)
 
 
@@ -55,6 +56,8 @@ def place(device: str, share: float, workers: int | None, nodes: Sequence[Mappin
     Raises:
         ValueError: there is no such device, or the share cannot be.
     """
+    from osum_echat import device as devices
+
     if share <= 0 or (share > 1 and share != int(share)):
         raise ValueError(f"a share of {share:g} devices for each worker cannot be: use a part of 1, or a whole number")
     if device == "auto":
@@ -119,11 +122,11 @@ class RayEngine:
         """See `work.Engine`. Raises ValueError when there is no cluster, no room on it, or no worker can start."""
         if not units:
             return
+        from osum_echat.device import CLUSTER_RESOURCES
+
         with connected(self.address, self.dashboard) as where, _settings():
             placement = place(self.device, self.share, self.workers, nodes())
-            self.say(
-                f"ray: {placement.workers} workers of {placement.share:g} {devices.CLUSTER_RESOURCES[placement.kind]}{where}"
-            )
+            self.say(f"ray: {placement.workers} workers of {placement.share:g} {CLUSTER_RESOURCES[placement.kind]}{where}")
             yield from self._rounds(work, units, placement)
 
     def _rounds(self, work: Work, units: Sequence[Unit], placement: Placement) -> Iterator[Outcome]:
