@@ -90,6 +90,16 @@ def test_too_little_memory_is_said_before_anything_is_loaded(whole, capsys, monk
     assert code == 1 and "FAIL memory" in out and "GB available on cpu" in out
 
 
+@pytest.mark.parametrize(("available", "says"), [(64e9, "it fits"), (2e9, "too little memory")])
+def test_the_machine_is_told_whether_the_published_model_would_fit(available, says, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint_report, "_available", lambda target: int(available))
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    [line] = [line for line in out.splitlines() if line.startswith("  published ")]
+    assert f"{available / 1e9:.1f} GB available" in line and line.endswith(says)
+    assert "extra ui" in out and "extra audio" in out
+
+
 def test_a_checkpoint_that_is_not_there_is_one_sentence(capsys):
     assert doctor.main(["--checkpoint", "nowhere.pt"]) == 1
     assert "nowhere.pt" in capsys.readouterr().err

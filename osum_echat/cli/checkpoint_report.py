@@ -99,12 +99,16 @@ def _memory(config: ModelConfig, path: Path, target: Any, args: argparse.Namespa
 
     weights = sum(p.numel() for p in build_meta(config).parameters())
     bytes_each = devices.model_weights(args.weights, args.dtype, target, weights, stored_kind(open_source(path))).bytes_each
-    needed = weights * bytes_each * (1.11 if target.type == "cpu" else 1.0) + TOKEN2WAV_BYTES
-    there = _available(target)
+    needed, there = memory(weights, bytes_each, target)
     text = f"{needed / 1e9:.1f} GB needed ({weights:,} weights of {bytes_each:g} bytes, and token2wav), {there / 1e9:.1f} GB available on {target}"
     if needed > there:
         raise ValueError(f"{text}: use another device, --weights bf16, or on a CPU --weights int8 or int4")
     return text
+
+
+def memory(weights: int, bytes_each: float, target: Any) -> tuple[float, int]:
+    """Bytes that so many weights and token2wav need at most while they are loaded (1.11 times the weights on a CPU, measured), and bytes that are free."""
+    return weights * bytes_each * (1.11 if target.type == "cpu" else 1.0) + TOKEN2WAV_BYTES, _available(target)
 
 
 def _available(target: Any) -> int:

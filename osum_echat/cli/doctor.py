@@ -14,13 +14,17 @@ from osum_echat.locations import find_mini
 
 # package: what it is for
 OPTIONAL = {
-    "gradio": "the web page (infer_gradio.py)",
-    "deepspeed": "training with ZeRO",
+    "gradio": "the web page (infer_gradio.py): extra ui",
+    "av": "m4a, aac and webm recordings (or an ffmpeg on the PATH): extra audio",
+    "deepspeed": "training with ZeRO: extra deepspeed",
+    "ray": "lists and servers on a cluster: extra ray",
+    "vllm": "vLLM as the decoder: extra vllm",
     "torch_npu": "Ascend NPUs",
     "liger-kernel": "a fused loss on GPUs",
     "faster-whisper": "the judge of `make evaluate-mini`",
     "speechmos": "DNSMOS of `make evaluate-mini`",
 }
+PUBLISHED_WEIGHTS = 3_460_000_000  # docs/inference.md
 
 
 def version_of(package: str) -> str | None:
@@ -87,3 +91,15 @@ def machine() -> None:
         print(f"  mini             {find_mini()}")
     except FileNotFoundError as error:
         print(f"  mini             {error}")
+    print(f"  published        {published_memory()}")
+
+
+def published_memory() -> str:
+    """Whether this machine has the memory that the published checkpoint needs."""
+    from osum_echat.cli.checkpoint_report import memory
+
+    target = device.resolve("auto")
+    kept = device.model_weights("auto", "auto", target, PUBLISHED_WEIGHTS, None)
+    needed, there = memory(PUBLISHED_WEIGHTS, kept.bytes_each, target)
+    says = "it fits" if needed <= there else "too little memory"
+    return f"{needed / 1e9:.1f} GB needed with its voice ({kept.kind or kept.dtype}), {there / 1e9:.1f} GB available on {target}: {says}"
