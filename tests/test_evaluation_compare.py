@@ -11,10 +11,11 @@ import pytest
 
 from osum_echat.config import ConfigError
 from osum_echat.evaluation import compare
-from osum_echat.evaluation.exports import EXPORTS, export
+from osum_echat.evaluation.exports import EXPORTS, export, turn_of
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.run import Plan, run_suite
 from osum_echat.evaluation.score import Row
+from osum_echat.evaluation.scorers import Score
 from osum_echat.evaluation.suite import Part, Suite
 from tests.evaluation_case import result, write_wav
 
@@ -137,8 +138,19 @@ def test_conversations_of_mtbench_are_one_line_with_a_response_a_turn(tmp_path: 
 def test_kimi_audio_evalkit_gets_its_fields(tmp_path: Path):
     made = {path.name: path for path in export(rows(tmp_path), tmp_path, ["kimi"], "mini")}
     (line,) = lines(made["mini_mmsu.jsonl"])
-    assert line["prediction"] == "It is B." and line["answer"] == "B" and line["index"] == 0 and line["audio_path"] == "in.wav"
-    assert {"question", "subset", "audio_content", "real_prompt"} <= line.keys()
+    assert line["prediction"] == "It is B." and line["answer"] == "B" and line["index"] == 0
+    assert line["audio_path"] == str(Path("in.wav").resolve())
+    assert {"question", "subset", "audio_content", "prompt", "real_prompt"} <= line.keys()
+    written = Item("ifeval/3", "No commas.", group="ifeval", extra={"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})
+    said, felt = Item("a", "hello there", "a.wav"), Item("b", "hi", "b.wav", {"emotion": "sad"})
+    marked = [
+        Row("i", written, result(written.id, "ok")),
+        Row("words", said, result("a", "hello"), Score({"wer": (1, 2)})),
+        Row("emotion", felt, result("b", "<HAPPY>"), Score(pairs={"emotion": ("sad", "happy")})),
+    ]
+    made = {path.name: lines(path)[0] for path in export(marked, tmp_path, ["kimi"], "m")}
+    assert made["m_ifeval.jsonl"]["instruction"] == ["punctuation:no_comma"] and made["m_ifeval.jsonl"]["instruction_kwargs"] == [{}]
+    assert [made[f"m_{name}.jsonl"]["answer"] for name in ("ifeval", "words", "emotion")] == ["", "hello there", "sad"]
 
 
 def test_dialogues_are_put_together_turn_by_turn(tmp_path: Path):
@@ -154,6 +166,18 @@ def test_dialogues_are_put_together_turn_by_turn(tmp_path: Path):
         "reply.wav"
     )
     assert list(json.loads(path.read_text())) == ["Paralinguistic information"]
+
+
+def test_dialogues_of_one_number_and_several_kinds_are_kept_apart_as_mtalk_names_them(tmp_path: Path):
+    """Ids and headings as in MTalk-Bench's data/sample.json (eff34a2)."""
+    said = [Item(f"1-1-turn{turn}_{kind}", f"{kind} {turn}") for turn in (1, 2) for kind in ("para", "sem", "amb")]
+    (path,) = export([Row("talk", one, result(one.id, "x")) for one in said], tmp_path, ["mtalk"], "mini")
+    made = json.loads(path.read_text())
+    assert list(made) == ["Paralinguistic information", "Semantic information", "Ambient sound"]
+    assert [[turn["question_transcription"] for turn in turns] for (turns,) in made.values()] == [
+        ["para 1", "para 2"], ["sem 1", "sem 2"], ["amb 1", "amb 2"],
+    ]  # fmt: skip
+    assert turn_of(Row("t", said[0])) == ("1-1_para", 1)
 
 
 def test_versa_gets_pairs_of_key_and_path_and_of_key_and_words(tmp_path: Path):

@@ -24,7 +24,7 @@ from tests.evaluation_case import Listener, item, result, score, suite, think, t
 
 
 def test_every_scorer_of_the_table_can_be_made_but_for_what_needs_a_package():
-    arguments = {"tag": "tag:emotion"}
+    arguments = {"tag": "tag:emotion", "think_unsure": "think_unsure:emotion"}
     extras = {"dnsmos": "speechmos", "ifeval": "lm_eval"}
     for name in SCORERS:
         if name in extras and importlib.util.find_spec(extras[name]) is None:
@@ -68,8 +68,8 @@ def test_a_think_with_an_impossible_tag_or_a_missing_field_does_not_count_as_par
 def test_natural_thinks_are_counted_by_end_and_words():
     wanted = Item("a", extra={"think_str": "a man says: my dog ran away."})
     answer = result(think={"raw": "a man says: my dog ran."})
-    assert score("think_closed", wanted, answer).values == {"think_closed": (True, 1)}
-    assert score("think_closed", wanted, result()).values == {"think_closed": (False, 1)}
+    assert score("think_closed", wanted, answer).values == {"think_closed": (True, 1), "think_missing": (False, 1)}
+    assert score("think_closed", wanted, result()).values == {"think_closed": (False, 1), "think_missing": (True, 1)}
     assert score("think_text", wanted, answer).values == {"think_wer": (1, 7)}
     assert score("think_text", Item("a"), answer) is None
 
@@ -85,7 +85,7 @@ def test_replies_that_a_rule_allows():
 
 def test_letters_are_read_as_voicebench_reads_them_but_where_it_is_said_why_not(data_dir: Path):
     rows = json.loads((data_dir / "evaluation" / "voicebench.json").read_text(encoding="utf-8"))["choice"]
-    assert len(rows) >= 25
+    assert len(rows) >= 35
     for row in rows:
         assert read_choice(row["text"]) == row.get("ours", row["voicebench"]), row
         assert ("ours" in row) == ("why" in row)
@@ -115,6 +115,7 @@ def test_an_unmatched_choice_is_counted_and_never_guessed():
         ("Considering these points, it is implausible.", "no"),
         ("You end where you started. So yes", "yes"),
         ("She tells the truth. Therefore she does not lie.", "no"),
+        ("You end up back at the starting point.", None),
         ("Who knows.", None),
     ],
 )
@@ -122,11 +123,27 @@ def test_yes_or_no(text: str, answer: str | None):
     assert read_yes_no(text) == answer
 
 
+def test_reasoning_is_read_as_voicebench_reads_it_but_where_it_guesses(data_dir: Path):
+    rows = json.loads((data_dir / "evaluation" / "voicebench.json").read_text(encoding="utf-8"))["reasoning"]
+    assert {row["id"].rpartition("_")[0] for row in rows} == {"sports_understanding", "navigate", "web_of_lies", "hyperbaton"}
+    for row in rows:
+        one = Item(f"bbh/{row['id']}", answer="(A)" if row["id"].startswith("hyperbaton") else "yes")
+        found, wanted = score("bbh", one, result(text=row["text"])).notes["choice"], row.get("ours", row["voicebench"])
+        assert found == (wanted and wanted.strip("()").lower()), row
+
+
 def test_reasoning_items_of_both_kinds():
     assert score("bbh", Item("a", answer="Yes"), result(text="no")).values["accuracy"] == (False, 1)
     assert score("bbh", Item("a", answer="(B)"), result(text="The right order is option (B).")).values["accuracy"] == (True, 1)
     assert score("bbh", Item("a", answer="(A)"), result(text="hm")).values["accuracy_guess"] == (0.5, 1)
     assert score("bbh", Item("a", answer="42"), result()) is None
+
+
+def test_what_is_asked_gives_other_words_their_meaning():
+    assert read_yes_no("You end up back at the starting point.", "return") == "yes"
+    assert read_yes_no("You don’t come back to the start.", "return") == "no"
+    assert read_yes_no("She tells the truth, so he lies.", "truth") == "no" and read_yes_no("He does not lie.", "truth") == "yes"
+    assert score("bbh", Item("a", "Does Lee tell the truth?", answer="yes"), result(text="Lee is truthful.")).values["accuracy"] == (True, 1)
 
 
 def test_a_short_answer_is_found_as_words():

@@ -3,9 +3,9 @@
 | name | file | read by |
 |---|---|---|
 | voicebench | ``SUBSET.jsonl``: the item's columns and ``response`` (mtbench: a list, one a turn) | VoiceBench's evaluate.py (MatthewCYM/VoiceBench 5338154, main.py) |
-| kimi | ``SUBSET.jsonl``: ``index, audio_path, question, answer, subset, audio_content, prediction, real_prompt`` | Kimi-Audio-Evalkit (4080c49, datasets/base.py, run_audio.py) |
-| eibench | ``task3.jsonl``: ``dialogue_id, turns[{input_emotion, input_text, response_text, response_audio}]`` | HumDial-EIBench (eval/eval_task3.py) |
-| mtalk | ``mtalk.json``: ``{information: [[{question, dialogue, question_transcription, dialogue_transcription}]]}`` | MTalk-Bench (eff34a2, data/sample.json) |
+| kimi | ``SUBSET.jsonl``: ``index, audio_path, question, answer, subset, audio_content, prompt, prediction, real_prompt``, for ifeval also ``instruction, instruction_kwargs`` | Kimi-Audio-Evalkit (MoonshotAI, 4080c49: datasets/base.py, ds_refqa.py, ds_openqa.py, run_audio.py) |
+| eibench | ``task3.jsonl``: ``dialogue_id, turns[{input_emotion, input_text, response_text, response_audio}]`` | HumDial-EIBench (ASLP-lab, README 089e3a2; duduke321, eval/eval_task3.py bf953cf) |
+| mtalk | ``mtalk.json``: ``{information: [[{question, dialogue, question_transcription, dialogue_transcription}]]}`` | MTalk-Bench (FreedomIntelligence, eff34a2: data/sample.json, src/audio_rubric_based.py) |
 | versa | ``wav.scp`` and ``text``: ``id path`` and ``id words`` | VERSA (``--pred wav.scp --text text``) |
 """
 
@@ -21,8 +21,8 @@ from urllib.parse import quote
 from osum_echat.config import ConfigError
 from osum_echat.evaluation.score import Row
 
-_INFORMATION = {"para": "Paralinguistic information", "sem": "Semantic information", "amb": "Ambient Sound"}
-_TURN = re.compile(r"^(?P<dialogue>.*?)[-_/]?turn[-_]?(?P<turn>\d+)", re.IGNORECASE)
+_INFORMATION = {"para": "Paralinguistic information", "sem": "Semantic information", "amb": "Ambient sound"}
+_TURN = re.compile(r"^(?P<dialogue>.*?)[-_/]?turn[-_]?(?P<turn>\d+)(?P<kind>.*)$", re.IGNORECASE)
 
 
 def export(rows: Sequence[Row], out: Path, names: Iterable[str], system: str) -> list[Path]:
@@ -87,16 +87,19 @@ def _voicebench_turns(turns: Sequence[Row]) -> dict[str, Any]:
 def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
     def line(index: int, row: Row, subset: str) -> dict[str, Any]:
         assert row.result is not None
-        return {
+        out = {
             "index": index,
-            "audio_path": row.item.wav if isinstance(row.item.wav, str) else "",
+            "audio_path": _place(row.item.wav),
             "question": "",
-            "answer": row.item.answer if row.item.answer is not None else row.item.text,
+            "answer": _truth(row),
             "subset": subset,
             "audio_content": row.item.text,
+            "prompt": row.item.text,
             "prediction": row.result.text,
             "real_prompt": "",
         }
+        named = {"instruction_id_list": "instruction", "kwargs": "instruction_kwargs"}
+        return out | {theirs: row.item.extra[ours] for ours, theirs in named.items() if ours in row.item.extra}
 
     return [
         _write_lines(
@@ -107,12 +110,27 @@ def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
     ]
 
 
+def _truth(row: Row) -> str:
+    """The answer that is right: the item's, else the label that was asked for, else (recognition) its words; "" for open questions."""
+    if row.item.answer is not None:
+        return row.item.answer
+    if len(row.score.pairs) == 1:
+        return next(true for true, _ in row.score.pairs.values())
+    return row.item.text if "wer" in row.score.values else ""
+
+
+def _place(wav: str | bytes | None) -> str:
+    """Where a recording lies, for a program that runs elsewhere; "" when it is no file of its own."""
+    return str(Path(wav).resolve()) if isinstance(wav, str) and wav and "://" not in wav else wav if isinstance(wav, str) else ""
+
+
 def turn_of(row: Row) -> tuple[str, int]:
-    """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para``; else a dialogue of one turn."""
+    """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para`` (dialogue ``1-4_para``; ``1-4_sem`` is another);
+    else a dialogue of one turn."""
     if row.item.dialogue_id:
         return row.item.dialogue_id, row.item.turn
     match = _TURN.match(row.item.id)
-    return (match.group("dialogue"), int(match.group("turn"))) if match else (row.item.id, 1)
+    return (match.group("dialogue") + match.group("kind"), int(match.group("turn"))) if match else (row.item.id, 1)
 
 
 def _dialogues(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -129,7 +147,7 @@ def _eibench(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
             "input_emotion": row.item.labels.get("emotion", "neutral"),
             "input_text": row.item.text,
             "response_text": row.result.text,
-            "response_audio": row.result.wav or "",
+            "response_audio": _place(row.result.wav),
         }
 
     lines = ({"dialogue_id": name, "turns": list(map(turn, turns))} for name, turns in _dialogues(rows).items())
@@ -141,7 +159,7 @@ def _mtalk(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
         assert row.result is not None
         return {
             "question": row.item.wav if isinstance(row.item.wav, str) else "",
-            "dialogue": {system: row.result.wav or ""},
+            "dialogue": {system: _place(row.result.wav)},
             "question_transcription": row.item.text,
             "dialogue_transcription": {system: row.result.text},
         }
@@ -163,7 +181,7 @@ def _versa(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
     scp, text = folder / "wav.scp", folder / "text"
     keys = [re.sub(r"\s", "_", f"{row.part}-{row.item.id}") for row in spoken]
     scp.write_text(
-        "".join(f"{key} {row.result.wav}\n" for key, row in zip(keys, spoken, strict=True) if row.result), encoding="utf-8"
+        "".join(f"{key} {_place(row.result.wav)}\n" for key, row in zip(keys, spoken, strict=True) if row.result), encoding="utf-8"
     )
     words = [" ".join((row.result.text or row.item.text).split()) for row in spoken if row.result]
     text.write_text("".join(f"{key} {line}\n" for key, line in zip(keys, words, strict=True)), encoding="utf-8")
