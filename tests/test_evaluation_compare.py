@@ -141,7 +141,9 @@ def test_kimi_audio_evalkit_gets_its_fields(tmp_path: Path):
     assert line["prediction"] == "It is B." and line["answer"] == "B" and line["index"] == 0
     assert line["audio_path"] == str(Path("in.wav").resolve())
     assert {"question", "subset", "audio_content", "prompt", "real_prompt"} <= line.keys()
-    written = Item("ifeval/3", "No commas.", group="ifeval", extra={"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]})
+    written = Item(
+        "ifeval/3", "No commas.", group="ifeval", extra={"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    )
     said, felt = Item("a", "hello there", "a.wav"), Item("b", "hi", "b.wav", {"emotion": "sad"})
     marked = [
         Row("i", written, result(written.id, "ok")),
@@ -149,7 +151,9 @@ def test_kimi_audio_evalkit_gets_its_fields(tmp_path: Path):
         Row("emotion", felt, result("b", "<HAPPY>"), Score(pairs={"emotion": ("sad", "happy")})),
     ]
     made = {path.name: lines(path)[0] for path in export(marked, tmp_path, ["kimi"], "m")}
-    assert made["m_ifeval.jsonl"]["instruction"] == ["punctuation:no_comma"] and made["m_ifeval.jsonl"]["instruction_kwargs"] == [{}]
+    assert made["m_ifeval.jsonl"]["instruction"] == ["punctuation:no_comma"] and made["m_ifeval.jsonl"]["instruction_kwargs"] == [
+        {}
+    ]
     assert [made[f"m_{name}.jsonl"]["answer"] for name in ("ifeval", "words", "emotion")] == ["", "hello there", "sad"]
 
 

@@ -18,7 +18,7 @@ import pytest
 from osum_echat.config import ConfigError
 from osum_echat.evaluation import judge as judging
 from osum_echat.evaluation.items import Item
-from osum_echat.evaluation.judge import Judge, JudgeError, NoScore, load_prompt, read_score
+from osum_echat.evaluation.judge import Budget, Judge, JudgeError, NoScore, load_prompt, read_score
 from osum_echat.evaluation.report import Report
 from osum_echat.evaluation.results import Lines
 from osum_echat.evaluation.run import Plan, run_suite
@@ -221,7 +221,7 @@ def test_the_cost_is_said_before_the_first_call_and_the_budget_is_kept(tmp_path:
             said.append(f"{len(server.asked)} calls: {line}")
 
         suite = judged_suite(price_per_million=[2.0, 8.0])
-        report = run(tmp_path, "one", TEXTS, quick(server.url), suite=suite, max_calls=2, say=say)
+        report = run(tmp_path, "one", TEXTS, quick(server.url), suite=suite, budget=Budget(2), say=say)
         assert len(server.asked) == 2
     assert (
         len(said) == 1
@@ -232,6 +232,42 @@ def test_the_cost_is_said_before_the_first_call_and_the_budget_is_kept(tmp_path:
     holes = [hole["message"] for hole in report.holes()]
     assert len(holes) == 4 and all("--max-calls 2" in hole for hole in holes)
     assert find(report.summaries, "p.judge").count == 2
+
+
+def test_tries_count_and_suites_share_a_budget(tmp_path: Path):
+    with Server(recorded([(429, {}, {"error": "slow down"})] * 3 + [(200, {}, "[[4]]")] * 9)) as server:
+        judge, budget = quick(server.url, retries=1), Budget(4)
+        first = run(tmp_path, "one", TEXTS[:2], judge, budget=budget)
+        second = run(tmp_path, "two", TEXTS[:3], judge, budget=budget)
+        assert len(server.asked) == 4 and budget.left == 0
+    holes = [hole["message"] for report in (first, second) for hole in report.holes()]
+    assert sum("--max-calls 4 was reached" in hole for hole in holes) >= 3
+    with pytest.raises(JudgeError, match=r"--max-calls 0 was reached$"):
+        quick(server.url).ask([], Budget(0))
+
+
+def test_a_server_that_wants_the_name_of_its_model_is_asked_without_one():
+    """What vLLM says of a name that it does not serve; without a name it answers with the model that it has."""
+    unknown = (404, {}, {"error": {"message": "The model `default` does not exist.", "code": 404}})
+    answer = (200, {}, {"model": "qwen", "choices": [{"message": {"content": "[[3]]"}}]})
+    with Server(recorded([unknown, answer, answer, unknown])) as server:
+        judge = quick(server.url)
+        assert [judge.ask([]), judge.ask([])] == ["[[3]]", "[[3]]"] and judge.answered_as == {"qwen"}
+        with pytest.raises(JudgeError, match="does not exist"):
+            quick(server.url, model="mine").ask([])
+    assert [body.get("model") for body in server.asked] == ["default", None, None, "mine"]
+
+
+def test_unnamed_models_of_two_servers_never_share_answers(tmp_path: Path):
+    def strict(body: dict[str, Any]) -> Any:
+        return 200, {}, "[[1]]"
+
+    with Server() as one, Server(strict) as two:
+        for _ in range(2):
+            judges = [quick(server.url, cache=tmp_path / "cache") for server in (one, two)]
+            report = run(tmp_path, "one", TEXTS[:3], *judges)
+    assert [len(server.asked) for server in (one, two)] == [3, 3]
+    assert report.summaries[0].numbers["judge default (2)"].value == 1 < report.summaries[0].numbers["judge default (1)"].value
 
 
 def test_two_judges_are_told_apart_and_their_agreement_is_shown(tmp_path: Path):

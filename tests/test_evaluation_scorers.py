@@ -143,7 +143,9 @@ def test_what_is_asked_gives_other_words_their_meaning():
     assert read_yes_no("You end up back at the starting point.", "return") == "yes"
     assert read_yes_no("You don’t come back to the start.", "return") == "no"
     assert read_yes_no("She tells the truth, so he lies.", "truth") == "no" and read_yes_no("He does not lie.", "truth") == "yes"
-    assert score("bbh", Item("a", "Does Lee tell the truth?", answer="yes"), result(text="Lee is truthful.")).values["accuracy"] == (True, 1)
+    assert score("bbh", Item("a", "Does Lee tell the truth?", answer="yes"), result(text="Lee is truthful.")).values[
+        "accuracy"
+    ] == (True, 1)
 
 
 def test_a_short_answer_is_found_as_words():

@@ -20,7 +20,7 @@ from osum_echat.batch.options import add_engine_arguments, check_engine_argument
 from osum_echat.cli.common import UserError, add_model_arguments, find_checkpoint, load_echat, run
 
 if TYPE_CHECKING:
-    from osum_echat.evaluation.judge import Judge
+    from osum_echat.evaluation.judge import Budget, Judge
     from osum_echat.evaluation.report import Report
     from osum_echat.evaluation.run import Plan
     from osum_echat.evaluation.suite import Suite
@@ -67,7 +67,11 @@ def make_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--judge", action="append", default=[], metavar="URL", help="an OpenAI-compatible URL (repeatable: judges are compared)"
     )
     judge.add_argument("--judge-model", action="append", default=[], metavar="M", help="its model (default: what the server has)")
-    judge.add_argument("--max-calls", type=int, help="calls of judges at most; what is left over is counted as missing")
+    judge.add_argument(
+        "--max-calls",
+        type=int,
+        help="calls of judges at most, tries and all suites counted; what is left over is counted as missing",
+    )
     judge.add_argument("--judge-cache", type=Path, help="folder of kept answers (default: in the cache folder)")
     other = parser.add_argument_group("without a model")
     other.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two runs of one suite side by side, and stop")
@@ -149,6 +153,7 @@ def _without_model(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
+    from osum_echat.evaluation.judge import Budget
     from osum_echat.evaluation.run import check, run_suite
     from osum_echat.evaluation.suite import changes_of, load_suite
 
@@ -158,12 +163,12 @@ def _evaluate(args: argparse.Namespace, changes: Sequence[str]) -> int:
     if len(set(names)) < len(names):
         raise UserError(f"each suite once, found {', '.join(names)}")
     model = None if args.results is not None else Model(args)
-    judges = _judges(args)
+    judges, budget = _judges(args), Budget(args.max_calls)
     recognisers: dict[str, Any] = {}
     failed = 0
     for given, suite in zip(args.suite, suites, strict=True):
         out = args.out / suite.name if len(suites) > 1 else args.out
-        plan = _plan(args, suite, _data_of(args.data, suite.name, names), out, judges, recognisers)
+        plan = _plan(args, suite, _data_of(args.data, suite.name, names), out, judges, budget, recognisers)
         if args.part != "0/1":
             return _share(plan, Model(args), args.part)
         try:
@@ -195,7 +200,13 @@ def _data_of(given: Sequence[str], suite: str, suites: Sequence[str]) -> str:
 
 
 def _plan(
-    args: argparse.Namespace, suite: Suite, data: str, out: Path, judges: Sequence[Judge], recognisers: dict[str, Any]
+    args: argparse.Namespace,
+    suite: Suite,
+    data: str,
+    out: Path,
+    judges: Sequence[Judge],
+    budget: Budget,
+    recognisers: dict[str, Any],
 ) -> Plan:
     from osum_echat.evaluation.run import Plan
 
@@ -209,7 +220,7 @@ def _plan(
         results=args.results,
         steps=[step.strip() for step in args.steps.split(",") if step.strip()],
         judges=judges,
-        max_calls=args.max_calls,
+        budget=budget,
         exports=[name.strip() for name in args.export.split(",") if name.strip()],
         token2wav=args.token2wav or (None if args.results else _own_token2wav(args.checkpoint)),
         wheels=args.wheels,
@@ -244,7 +255,7 @@ def _judges(args: argparse.Namespace) -> list[Judge]:
     if len(args.judge_model) > len(args.judge):
         raise UserError("--judge-model without its --judge URL")
     cache = args.judge_cache or cache_folder() / "judge"
-    models = [*args.judge_model, *["default"] * (len(args.judge) - len(args.judge_model))]
+    models: list[str | None] = [*args.judge_model, *[None] * (len(args.judge) - len(args.judge_model))]
     return [Judge(url, model, cache) for url, model in zip(args.judge, models, strict=True)]
 
 

@@ -181,7 +181,8 @@ def _versa(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
     scp, text = folder / "wav.scp", folder / "text"
     keys = [re.sub(r"\s", "_", f"{row.part}-{row.item.id}") for row in spoken]
     scp.write_text(
-        "".join(f"{key} {_place(row.result.wav)}\n" for key, row in zip(keys, spoken, strict=True) if row.result), encoding="utf-8"
+        "".join(f"{key} {_place(row.result.wav)}\n" for key, row in zip(keys, spoken, strict=True) if row.result),
+        encoding="utf-8",
     )
     words = [" ".join((row.result.text or row.item.text).split()) for row in spoken if row.result]
     text.write_text("".join(f"{key} {line}\n" for key, line in zip(keys, words, strict=True)), encoding="utf-8")

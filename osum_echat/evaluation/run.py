@@ -46,7 +46,7 @@ class Plan:
         system: name of what is measured, for reports. limit: items at most of each set.
         checkpoint: which weights answer (`claim.fingerprint`): answers of others in ``out`` are refused; "": not known.
         results: answers of another system, instead of generating. steps: which of `STEPS` to do.
-        judges, max_calls: for the third step; without judges it is left out.
+        judges, budget: for the third step; without judges it is left out. Several plans may share a budget.
         exports: forms to write besides (`exports.EXPORTS`).
         token2wav: folder whose speaker network compares voices. wheels: folder of the recogniser's packages.
         engine, load: answers are generated on this engine instead of in this process, by models that ``load`` makes on a device.
@@ -62,7 +62,7 @@ class Plan:
     results: Path | None = None
     steps: Sequence[str] = STEPS
     judges: Sequence[judging.Judge] = ()
-    max_calls: int | None = None
+    budget: judging.Budget | None = None
     exports: Sequence[str] = ()
     token2wav: str | None = None
     wheels: Path | None = None
@@ -154,7 +154,7 @@ def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> R
     scored = score.score(suite, rows, plan.out, lambda items: _tools(plan, items), plan.progress, known_only)
     about = _about(plan, scored)
     if "judge" in plan.steps and plan.judges:
-        about += judging.run(suite, rows, plan.out, plan.judges, plan.max_calls, plan.say, plan.progress)
+        about += judging.run(suite, rows, plan.out, plan.judges, plan.budget, plan.say, plan.progress)
     else:
         about += judging.known(suite, rows, plan.out)
     report = Report(

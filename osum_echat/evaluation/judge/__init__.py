@@ -9,8 +9,8 @@ hole, never a zero.
 """
 
 from osum_echat.evaluation.judge.answers import NoScore, read_score
-from osum_echat.evaluation.judge.client import Judge, JudgeError
+from osum_echat.evaluation.judge.client import Budget, Judge, JudgeError
 from osum_echat.evaluation.judge.prompts import Prompt, load_prompt
 from osum_echat.evaluation.judge.run import FILE, known, run
 
-__all__ = ["FILE", "Judge", "JudgeError", "NoScore", "Prompt", "known", "load_prompt", "read_score", "run"]
+__all__ = ["FILE", "Budget", "Judge", "JudgeError", "NoScore", "Prompt", "known", "load_prompt", "read_score", "run"]

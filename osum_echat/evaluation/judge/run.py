@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from osum_echat.evaluation.judge.answers import NoScore, read_score
-from osum_echat.evaluation.judge.client import ANSWER_TOKENS, Judge, JudgeError, key
+from osum_echat.evaluation.judge.client import ANSWER_TOKENS, Budget, Judge, JudgeError, key
 from osum_echat.evaluation.judge.prompts import Prompt, load_prompt
 from osum_echat.evaluation.results import Lines
 from osum_echat.evaluation.score import Row
@@ -46,14 +46,14 @@ def run(
     rows: Sequence[Row],
     out: Path,
     judges: Sequence[Judge],
-    max_calls: int | None = None,
+    budget: Budget | None = None,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Judge every answered row of parts that name a prompt; verdicts go into ``Row.judged`` and the file.
 
     Args:
-        max_calls: calls at most, of all judges together; what is left over is a hole named ``budget``.
+        budget: calls at most, of all judges together, tries counted; what is left over is a hole named ``budget``.
         say: is given the estimate before the first call.
 
     Returns:
@@ -78,11 +78,12 @@ def run(
                 _settle(question, *_read(kept), lines)
             else:
                 open_questions.append(question)
-        allowed = open_questions if max_calls is None else open_questions[:max_calls]
+        budget = budget or Budget()
+        allowed = open_questions if budget.left is None else open_questions[: budget.left]
         say(estimate(suite, len(questions), allowed, by_name))
         for question in open_questions[len(allowed) :]:
-            _settle(question, None, "", f"budget: --max-calls {max_calls} was reached", lines)
-        _ask_all(allowed, by_name, lines, lambda count: progress(f"{suite.name}, judge: {count}/{len(allowed)}"))
+            _settle(question, None, "", f"budget: --max-calls {budget.limit} was reached", lines)
+        _ask_all(allowed, by_name, budget, lines, lambda count: progress(f"{suite.name}, judge: {count}/{len(allowed)}"))
     return _about(questions, by_name, {name: judge.calls - calls[name] for name, judge in by_name.items()})
 
 
@@ -120,7 +121,7 @@ def _questions(suite: Suite, rows: Sequence[Row], judges: Sequence[Judge]) -> It
             if prompt is None or row.hole or row.result is None:
                 continue
             messages = prompt.messages(row.item, row.result, past.get((row.part, row.item.id), ()))
-            yield Question(row, name, judge.model, prompt, messages, key(prompt.digest, judge.model, messages))
+            yield Question(row, name, judge.identity, prompt, messages, key(prompt.digest, judge.identity, messages))
 
 
 def _past(rows: Sequence[Row]) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -162,13 +163,15 @@ def _settle(question: Question, score: float | None, reason: str, hole: str, lin
     lines.write(verdict)
 
 
-def _ask_all(questions: Sequence[Question], judges: dict[str, Judge], lines: Lines, progress: Callable[[int], None]) -> None:
+def _ask_all(
+    questions: Sequence[Question], judges: dict[str, Judge], budget: Budget, lines: Lines, progress: Callable[[int], None]
+) -> None:
     lock = threading.Lock()
 
     def one(question: Question) -> None:
         judge = judges[question.judge]
         try:
-            answer = judge.ask(question.messages)
+            answer = judge.ask(question.messages, budget)
         except JudgeError as error:
             with lock:
                 _settle(question, None, "", str(error), lines)
@@ -208,8 +211,17 @@ def estimate(suite: Suite, total: int, questions: Sequence[Question], judges: di
 
 def _about(questions: Sequence[Question], judges: dict[str, Judge], calls: dict[str, int]) -> list[str]:
     prompts = {question.prompt.name: question.prompt for question in questions}
-    lines = [f"judge: {name} at {judge.url}, temperature 0, {calls[name]} calls in this run" for name, judge in judges.items()]
+    lines = [
+        f"judge: {name} at {judge.url}{_called(judge)}, temperature 0, {calls[name]} calls in this run"
+        for name, judge in judges.items()
+    ]
     return [
         *lines,
         *(f"judge's prompt: {p.name}, version {p.version} ({p.digest}). {' '.join(p.about.split())}" for p in prompts.values()),
     ]
+
+
+def _called(judge: Judge) -> str:
+    """What the server calls its model, where that is another name."""
+    others = sorted(judge.answered_as - {judge.model})
+    return f" (answers as {', '.join(others)})" if others else ""

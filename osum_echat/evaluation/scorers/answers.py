@@ -83,7 +83,9 @@ _MARKED = (
 _ONLY = re.compile(r"^[\s\(\[\*\"']*(?P<letter>[a-d])[\s\)\].:\*\"']*$", re.IGNORECASE)
 _BEGINS = re.compile(r"^[\s\(\[\*\"']*(?P<letter>[a-d])[.,:)]", re.IGNORECASE)
 _SO = re.compile(r"(?:therefore|\bso\b|thus|hence|因此|所以)", re.IGNORECASE)
-_FORMULA_LETTER = re.compile(r"(?:\\\(|\\\[|\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{)\s*\(?(?P<letter>[A-D])(?![A-Za-z])[).:,]?")
+_FORMULA_LETTER = re.compile(
+    r"(?:\\\(|\\\[|\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{)\s*\(?(?P<letter>[A-D])(?![A-Za-z])[).:,]?"
+)
 _FORMULA = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\b|\\[\(\)\[\]]|[{}$]")
 _NAMED = re.compile(r"\b(?:option|choice|sentence)\s+[\(\[\*\"']*$", re.IGNORECASE)
 
@@ -193,7 +195,11 @@ class YesNo:
         wanted = _ANSWERS.get((item.answer or "").strip().lower())
         if wanted is None:
             return None
-        found = read_yes_no(result.text, _about(item)) if wanted in ("yes", "no") else (read_choice(result.text) or "").lower() or None
+        found = (
+            read_yes_no(result.text, _about(item))
+            if wanted in ("yes", "no")
+            else (read_choice(result.text) or "").lower() or None
+        )
         guessed = float(found == wanted) if found is not None else 0.5
         return Score(
             {"accuracy": (found == wanted, 1), "accuracy_guess": (guessed, 1), "unmatched": (found is None, 1)},
