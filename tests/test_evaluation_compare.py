@@ -60,8 +60,14 @@ def by_measure(a: Path, b: Path) -> dict[str, compare.Compared]:
 
 def test_a_better_and_a_worse_system_are_told_apart_with_an_interval(runs: dict[str, Path]):
     found = by_measure(runs["worse"], runs["better"])
-    assert {name: one.verdict for name, one in found.items()} == dict.fromkeys(("wer", "emotion", "reply_fit"), "B is better")
+    assert {name: one.verdict for name, one in found.items()} == dict.fromkeys(
+        ("wer", "emotion", "emotion_f1", "reply_fit"), "B is better"
+    )
     assert found["wer"].difference.high < 0 < found["reply_fit"].difference.low
+    report = json.loads((runs["better"] / "report.json").read_text())["summaries"][0]["numbers"]
+    assert (found["emotion_f1"].b, found["emotion"].b) == pytest.approx(
+        [report[name]["value"] for name in ("emotion_f1", "emotion")], abs=1e-4
+    )
     assert found["reply_fit"].difference.count == COUNT and found["reply_fit"].difference.p < 0.01
     back = by_measure(runs["better"], runs["worse"])
     assert back["wer"].verdict == "A is better" and back["wer"].difference.value == pytest.approx(-found["wer"].difference.value)
@@ -79,7 +85,7 @@ def test_the_comparison_is_written_to_read(runs: dict[str, Path], tmp_path: Path
     text = compare.write(runs["worse"], runs["better"], tmp_path).read_text()
     assert text.startswith("# A: worse (worse), B: better (better)") and "| p | reply_fit |" in text and "B is better" in text
     data = json.loads((tmp_path / "compare.json").read_text())
-    assert {row["measure"] for row in data["measures"]} == {"wer", "emotion", "reply_fit"}
+    assert {row["measure"] for row in data["measures"]} == {"wer", "emotion", "emotion_f1", "reply_fit"}
     assert any("A only: answers from worse.jsonl" in remark for remark in data["remarks"])
     assert "B is better" in (tmp_path / "compare.html").read_text()
 

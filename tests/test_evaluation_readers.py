@@ -65,6 +65,22 @@ def test_a_list_finds_recordings_beside_itself(tmp_path: Path, wav: Path):
     assert readers.open_items(tmp_path / "set.jsonl")[0].wav == str(wav)
 
 
+def test_a_list_names_the_voice_to_copy(tmp_path: Path, wav: Path):
+    voice = {"prompt_wav": "sound.wav", "prompt_text": "a prompt"}
+    rows = [{"key": f"k{n}", "txt": "say this", "task": "<TEXT2TOKEN>", "extra": extra} for n, extra in enumerate(
+        (voice, {"prompt_wav": "gone.wav"}, {"prompt_wav": 5}, {"replies": 5}, {})
+    )]  # fmt: skip
+    items, faults = split(readers.open_items(jsonl(tmp_path / "l.jsonl", *rows)))
+    assert [(item.id, item.prompt_wav, item.prompt_text) for item in items] == [("k0", str(wav), "a prompt"), ("k4", None, "")]
+    assert [(fault.line, fault.reason) for fault in faults] == [(2, "missing_file"), (3, "bad_field"), (4, "bad_field")]
+
+
+def test_text_in_another_encoding_is_an_error_that_names_the_file(tmp_path: Path):
+    (tmp_path / "meta.lst").write_bytes("u1|grüße".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"meta\.lst \(read as form seed_tts\) is not UTF-8"):
+        readers.open_items(tmp_path / "meta.lst")
+
+
 def test_a_missing_or_empty_set_is_an_error_that_names_it(tmp_path: Path):
     with pytest.raises(ValueError, match="not found"):
         readers.open_items(tmp_path / "none.tar.gz")
@@ -298,6 +314,16 @@ def test_all_eleven_voicebench_subsets_are_told_apart_by_name_and_keep_their_col
     assert items[1].wav == wav.read_bytes() and items[1].extra["instruction_id_list"] == ["punctuation:no_comma"]
     assert [fault.reason for fault in faults] == ["missing_file", "missing_file", "no_text"]
     assert [item.group for item in readers.open_items(tmp_path / "bbh.jsonl")] == ["bbh"]
+
+
+def test_files_of_one_subset_have_ids_of_their_own(tmp_path: Path):
+    """sd-qa has a file for each region, mmsu one for each field."""
+    for region in ("usa", "aus"):
+        jsonl(tmp_path / f"sd-qa-{region}.jsonl", {"prompt": "who?", "reference": "Bell"})
+    jsonl(tmp_path / "advbench-test.jsonl", {"prompt": "how?"})
+    items, faults = split(readers.open_items(tmp_path, "voicebench"))
+    assert [item.id for item in items] == ["advbench/0", "sd-qa/sd-qa-aus/0", "sd-qa/sd-qa-usa/0"] and not faults
+    assert [item.group for item in items] == ["advbench", "sd-qa", "sd-qa"]
 
 
 def test_both_turns_of_mtbench_become_items_of_one_conversation(tmp_path: Path, wav: Path):

@@ -16,6 +16,7 @@ from osum_echat.evaluation import results
 from osum_echat.evaluation.claim import fingerprint
 from osum_echat.evaluation.generate import ask_of, generate
 from osum_echat.evaluation.items import Item
+from osum_echat.evaluation.parallel import join as join_shares
 from osum_echat.evaluation.report import Report
 from osum_echat.evaluation.results import Lines, Result, read_results
 from osum_echat.evaluation.run import Plan, read_sets, run_suite
@@ -204,6 +205,10 @@ def test_a_turn_that_is_missing_fails_those_behind_it_and_shares_keep_conversati
     for number in range(2):
         generate(talker, suite, sets.items, tmp_path / "out", share=(number, 2))
     shares = [read_results(tmp_path / "out" / f"results.{n}of2.jsonl")[0] for n in range(2)]
+    join_shares(tmp_path / "out", 2)
+    asked = len(talker.asked)
+    generate(talker, suite, sets.items, tmp_path / "out", share=(0, 3))  # other shares: what is known is not asked again
+    assert len(talker.asked) == asked
     assert [[a.id for a in share] for share in shares] == [["d0/1", "d0/2", "d0/3", "d2/1", "d2/2", "d2/3"], ["d1/1", "d1/3"]]
     assert "turn 2 of conversation 'd1' is not among the items" in shares[1][1].error
     data.write_text(json.dumps({"id": "x", "text": "hi", "dialogue_id": "d", "turn": "second"}) + "\n" + lines[0])
@@ -347,6 +352,40 @@ def test_bad_results_are_named_counted_and_the_rest_goes_on(tmp_path: Path):
     assert report.reached == 1 and report.headline["p.reply_fit"].value == 100
     text = (tmp_path / "out" / "report.md").read_text()
     assert "8 holes" in text and f"{theirs}:2" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("wav", 5), ("seconds", "long"), ("seconds", True), ("think", [1]), ("think", 2.5), ("tags", []), ("finish", {}), ("timings", "x"), ("heard_emotion", 1)],
+)  # fmt: skip
+def test_a_field_of_another_type_is_named_and_the_rest_goes_on(tmp_path: Path, field: str, value: Any):
+    data = write_list(tmp_path / "l.jsonl", write_wav(tmp_path / "a.wav"), 2)
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text(f"{json.dumps({'id': 'k0', 'text': 'x', field: value})}\n{json.dumps({'id': 'k1', 'text': 'answer 1'})}\n")
+    report = run_suite(Plan(plain("replies", "seconds", "live"), str(data), tmp_path / "out", results=theirs))
+    assert [hole["reason"] for hole in report.holes()] == ["bad_field", "no result"] and report.reached == 1
+    assert f"{theirs}:1" in report.holes()[0]["message"] and repr(field) in report.holes()[0]["message"]
+
+
+def test_numbers_that_are_none_and_turns_that_are_no_list_are_named(tmp_path: Path):
+    data = write_list(tmp_path / "l.jsonl", write_wav(tmp_path / "a.wav"), 4)
+    theirs = tmp_path / "theirs.jsonl"
+    rows = [
+        '"seconds": NaN',
+        '"timings": {"total": 1e999}',
+        '"timings": {"turns": [1]}',
+        '"timings": {"turns": [{"kind": "say"}]}',
+    ]
+    theirs.write_text("".join(f'{{"id": "k{n}", "text": "x", {row}}}\n' for n, row in enumerate(rows)))
+    report = run_suite(Plan(plain("live"), str(data), tmp_path / "out", results=theirs))
+    assert [hole["reason"] for hole in report.holes()] == ["bad_json", "bad_field", "no result", "no result", "not scored"]
+    assert "timings.turns must be a list" in report.holes()[-1]["message"] and report.headline["p.answered"].value == 0
+
+
+def test_the_live_suite_says_which_command_holds_conversations(tmp_path: Path):
+    write_wav(tmp_path / "in" / "a.wav")
+    with pytest.raises(ConfigError, match="osum-echat duplex --url"):
+        run_suite(Plan(load_suite("live"), str(tmp_path / "in"), tmp_path / "out"), Parrot([]))
 
 
 def test_a_recording_that_is_no_audio_spoils_only_itself(tmp_path: Path):

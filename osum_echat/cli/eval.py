@@ -289,8 +289,11 @@ def _on_devices(plan: Plan, args: argparse.Namespace, suite: Sequence[str]) -> N
     """
     from osum_echat.evaluation.claim import claim
     from osum_echat.evaluation.parallel import generate_on
+    from osum_echat.evaluation.run import is_generated, read_sets
 
     claim(plan.out, plan.suite, plan.checkpoint)
+    if is_generated(plan.suite, read_sets(plan.suite, plan.data, plan.limit), plan.out):
+        return
     name, *changes = suite
     options = ["--suite", name, "--data", plan.data, "--out", str(plan.out), "--checkpoint", args.checkpoint, *changes]
     for name in ("config", "token2wav", "speaker", "dtype", "profile", "threads", "limit", "llm_engine", "vllm_folder"):

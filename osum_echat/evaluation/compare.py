@@ -11,10 +11,13 @@ from typing import Any
 from osum_echat.evaluation import judge as judges
 from osum_echat.evaluation import score as scores
 from osum_echat.evaluation.results import Lines
-from osum_echat.evaluation.statistics import Difference, paired_difference
+from osum_echat.evaluation.statistics import Difference, macro_f1, paired_difference, paired_statistic
 
 REPORT = "report.json"
-Pairs = dict[tuple[str, str], tuple[float, float]]
+Key = tuple[str, str]
+"""Part and id of an item."""
+Pairs = dict[Key, tuple[float, float]]
+Labels = dict[Key, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ def compare(a: Path, b: Path) -> tuple[list[Compared], list[str]]:
     reports = [_report(a), _report(b)]
     if reports[0]["suite"] != reports[1]["suite"]:
         raise ValueError(f"{a} is a run of suite {reports[0]['suite']}, {b} of {reports[1]['suite']}: nothing to compare")
-    one, two = _values(a), _values(b)
+    (one, one_labels), (two, two_labels) = _values(a), _values(b)
     meanings = {(s["part"], name): n for report in reports for s in report["summaries"] for name, n in s["numbers"].items()}
     out = []
     for (name, part, measure), mine in one.items():
@@ -65,6 +68,12 @@ def compare(a: Path, b: Path) -> tuple[list[Compared], list[str]]:
         found = Difference(found.value * scale, found.low * scale, found.high * scale, found.p, found.count)
         values = [scale * sum(p[0] for p in side) / sum(p[1] for p in side) for side in (left, right)]
         out.append(Compared(name, measure, values[0], values[1], found, meaning["unit"], meaning["better"]))
+        both_labels = [
+            key for key in one_labels.get((name, part, measure), ()) if key in two_labels.get((name, part, measure), {})
+        ]
+        if len(both_labels) > 1:
+            sides = [[side[name, part, measure][key] for key in both_labels] for side in (one_labels, two_labels)]
+            out.append(_f1(name, measure, *sides))
     if not out:
         raise ValueError(f"{a} and {b} have no two items in common that were scored in both")
     return out, _remarks(reports)
@@ -79,9 +88,18 @@ def _report(folder: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _values(folder: Path) -> dict[tuple[str, str, str], Pairs]:
-    """(part or part/group, part, measure) -> values of its items."""
+def _f1(name: str, kind: str, a: Sequence[tuple[str, str]], b: Sequence[tuple[str, str]]) -> Compared:
+    """Macro-F1 of a kind of label in both runs, in percent."""
+    found = paired_statistic(
+        len(a), lambda index: 100 * macro_f1([a[i] for i in index]), lambda index: 100 * macro_f1([b[i] for i in index])
+    )
+    return Compared(name, f"{kind}_f1", 100 * macro_f1(a), 100 * macro_f1(b), found, "%", "higher")
+
+
+def _values(folder: Path) -> tuple[dict[tuple[str, str, str], Pairs], dict[tuple[str, str, str], Labels]]:
+    """(part or part/group, part, measure) -> values of its items; and the same for labels: (true, said)."""
     out: dict[tuple[str, str, str], Pairs] = {}
+    labels: dict[tuple[str, str, str], Labels] = {}
     groups: dict[tuple[str, str], str] = {}
 
     def add(part: str, group: str, measure: str, id: str, value: tuple[float, float]) -> None:
@@ -95,12 +113,14 @@ def _values(folder: Path) -> dict[tuple[str, str, str], Pairs]:
             add(part, row["group"], measure, id, (pair[0], pair[1]))
         for kind, (true, said) in row["pairs"].items():
             add(part, row["group"], kind, id, (float(true == said), 1.0))
+            for name in dict.fromkeys((part, f"{part}/{row['group']}" if row["group"] else part)):
+                labels.setdefault((name, part, kind), {})[part, id] = (true, said)
     verdicts = {(row["part"], row["id"], row["judge"]): row for row in Lines(folder / judges.FILE).rows()}
     several = len({judge for _, _, judge in verdicts}) > 1
     for (part, id, judge), row in verdicts.items():
         if row.get("score") is not None:
             add(part, groups.get((part, id), ""), f"judge {judge}" if several else "judge", id, (float(row["score"]), 1.0))
-    return out
+    return out, labels
 
 
 def _remarks(reports: Sequence[dict[str, Any]]) -> list[str]:

@@ -57,12 +57,12 @@ def generate(
 
     Args:
         sets: items of each part.
-        share: (i, n): only every n-th item from the i-th on, into ``results.IofN.jsonl``.
+        share: (i, n): only every n-th item from the i-th on, into ``results.IofN.jsonl``; what stands in the whole file is not asked again.
     """
     number, of = share
     path = out / (FILE if of == 1 else f"results.{number}of{of}.jsonl")
     lines = Lines(path)
-    done = {(row["part"], row["id"]) for row in lines.rows()}
+    done = {(row["part"], row["id"]) for known in {path, out / FILE} for row in Lines(known).rows()}
     with lines:
         for name, part in suite.parts.items():
             if part.same_as:

@@ -167,7 +167,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ItemError]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_no_number)
         except ValueError as error:
             yield number, ItemError("bad_json", f"not valid JSON: {error}", str(path), number)
             continue
@@ -175,3 +175,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ItemError]]:
             yield number, value
         else:
             yield number, ItemError("bad_item", f"expected an object, found {type(value).__name__}", str(path), number)
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")

@@ -8,6 +8,7 @@ A file that another system wrote needs ``id`` and ``text`` (``key`` and ``respon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,18 @@ class Result:
 
 
 _WRITTEN = ("text", "think", "tags", "wav", "timings", "finish", "guards", "speech_tokens", "seconds", "heard_emotion")
+_KINDS: dict[str, Any] = {
+    "text": str,
+    "wav": str,
+    "finish": str,
+    "heard_emotion": str,
+    "think": dict,
+    "tags": dict,
+    "timings": dict,
+    "guards": dict,
+    "speech_tokens": list,
+    "seconds": (int, float),
+}
 _ALSO = {"id": ("key",), "text": ("response", "prediction"), "finish": ("finish_reason",), "wav": ("audio", "response_audio")}
 
 
@@ -73,10 +86,16 @@ def result_from(data: Mapping[str, Any], source: Path, line: int, suite: str = "
     think = values.get("think") or {}
     if isinstance(think, str):
         think = {"raw": think}
-    kinds = {"text": str, "timings": dict, "guards": dict, "tags": dict, "speech_tokens": list}
-    for name, kind in kinds.items():
-        if values.get(name) is not None and not isinstance(values[name], kind):
-            raise ItemError("bad_field", f"field {name!r} must be {kind.__name__}", str(source), line, str(id))
+    values["think"] = think
+    for name, kind in _KINDS.items():
+        if values.get(name) is not None and (not isinstance(values[name], kind) or isinstance(values[name], bool)):
+            wanted = "a number" if kind == (int, float) else kind.__name__
+            raise ItemError(
+                "bad_field", f"field {name!r} must be {wanted}, found {values[name]!r:.60}", str(source), line, str(id)
+            )
+    infinite = [name for name, value in {**values, **(values.get("timings") or {})}.items() if value in (math.inf, -math.inf)]
+    if infinite:
+        raise ItemError("bad_field", f"field {infinite[0]!r} is too large for a number", str(source), line, str(id))
     kept = {name: values[name] for name in (*_WRITTEN, "error") if values.get(name) is not None}
     return Result(**{**kept, "id": str(id), "part": str(values.get("part") or ""), "suite": str(of), "think": dict(think)})
 

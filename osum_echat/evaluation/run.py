@@ -190,12 +190,22 @@ def check(plan: Plan) -> None:
         if part.judge:
             judging.load_prompt(part.judge)
     paper(plan.suite.paper)
+    if plan.suite.format == "duplex" and plan.results is None and "generate" in plan.steps:
+        raise ConfigError(
+            f"suite {plan.suite.name} scores conversations with a server: osum-echat duplex --url ws://... --in {plan.data} --out {plan.out} "
+            "holds them and writes this report; --from scores those that were held before"
+        )
+
+
+def is_generated(suite: Suite, sets: Sets, out: Path) -> bool:
+    """Whether nothing is left to ask."""
+    done = {(row["part"], row["id"]) for row in results.Lines(out / results.FILE).rows()}
+    asked = {name: items for name, items in sets.items.items() if not suite.parts[name].same_as}
+    return all((name, item.id) in done for name, items in asked.items() for item in items)
 
 
 def _generate(plan: Plan, sets: Sets, echat: Callable[[], EChat] | EChat | None) -> None:
-    done = {(row["part"], row["id"]) for row in results.Lines(plan.out / results.FILE).rows()}
-    asked = {name: items for name, items in sets.items.items() if not plan.suite.parts[name].same_as}
-    if all((name, item.id) in done for name, items in asked.items() for item in items):
+    if is_generated(plan.suite, sets, plan.out):
         return
     if plan.engine is not None and plan.load is not None:
         from osum_echat.evaluation.on_engine import generate_on_engine

@@ -111,8 +111,28 @@ def paired_difference(
     index = draws(len(a), resamples, seed)
     values = _ratio(two[index, 0], two[index, 1]) - _ratio(one[index, 0], one[index, 1])
     low, high = _percentiles(values, level)
-    below = float(np.mean(values <= 0)), float(np.mean(values >= 0))
-    return Difference(value, low, high, min(1.0, 2 * min(below)), len(a))
+    return Difference(value, low, high, _two_sided(values), len(a))
+
+
+def paired_statistic(
+    count: int,
+    a: Callable[[npt.NDArray[np.int64]], float],
+    b: Callable[[npt.NDArray[np.int64]], float],
+    resamples: int = 500,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Difference:
+    """Any statistic (macro-F1) of ``b`` minus that of ``a``, each given the indices of the same drawn items. Raises ValueError for fewer than two items."""
+    if count < 2:
+        raise ValueError(f"a paired comparison needs two items or more, found {count}")
+    every = np.arange(count)
+    values = np.array([b(row) - a(row) for row in draws(count, resamples, seed)])
+    low, high = _percentiles(values, level)
+    return Difference(b(every) - a(every), low, high, _two_sided(values), count)
+
+
+def _two_sided(values: Floats) -> float:
+    return min(1.0, 2 * min(float(np.mean(values <= 0)), float(np.mean(values >= 0))))
 
 
 def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:

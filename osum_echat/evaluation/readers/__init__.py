@@ -56,7 +56,10 @@ def open_items(path: str | Path, form: str = "auto", limit: int | None = None) -
         raise ConfigError(f"format={form}: use auto or one of {', '.join(FORMS)}")
     module, _, name = FORMS[form].partition(":")
     reader = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    entries = list(_limited(_unique(reader(str(path))), limit))
+    try:
+        entries = list(_limited(_unique(reader(str(path))), limit))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"test set {path} (read as form {form}) is not UTF-8 text: {error}") from error
     if not any(isinstance(entry, Item) for entry in entries):
         first = f"; the first of {len(entries)} faults: {entries[0]}" if entries else ""
         raise ValueError(f"test set {path} holds no record that can be used (read as form {form}){first}")

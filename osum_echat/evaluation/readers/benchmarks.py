@@ -80,13 +80,16 @@ def subset_of(path: str | Path) -> str:
 
 
 def read_voicebench(path: str) -> Iterator[Entry]:
-    """One subset, or all ``*.jsonl`` of a folder."""
+    """One subset, or all ``*.jsonl`` of a folder. Where several files are of one subset (sd-qa by region, mmsu by field), ids have the file's name."""
     place = Path(path)
-    for listing in sorted(place.glob("*.jsonl")) if place.is_dir() else [place]:
-        yield from _read_subset(listing)
+    files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    subsets = [subset_of(listing) for listing in files] if len(files) > 1 else []
+    for listing in files:
+        yield from _read_subset(listing, listing.stem if subsets and subsets.count(subset_of(listing)) > 1 else "")
 
 
-def _read_subset(listing: Path) -> Iterator[Entry]:
+def _read_subset(listing: Path, part: str = "") -> Iterator[Entry]:
+    """``part``: stands in the ids, to tell several files of one subset apart."""
     named = str(listing)
     resolve = Resolver(named)
     subset: str | None = None
@@ -98,7 +101,7 @@ def _read_subset(listing: Path) -> Iterator[Entry]:
         if subset == MULTI_TURN:
             yield from _turns(value, listing, number, resolve)
             continue
-        id = f"{subset}/{value.get('id', value.get('key', number - 1))}"
+        id = "/".join(filter(None, (subset, part, str(value.get("id", value.get("key", number - 1))))))
         try:
             wav = _audio(value.get("audio"), resolve)
         except (FileNotFoundError, ValueError) as error:

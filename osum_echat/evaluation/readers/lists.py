@@ -23,21 +23,31 @@ _WRITTEN_AS = {"emotion": ("emotion", "q_emotion"), "age": ("age",), "gender": (
 
 def read_list(path: str) -> Iterator[Entry]:
     """Items of a raw, shard or combine list, or of one tar."""
+    resolve = paths.Resolver(path)
     for record in open_source(path).records():
-        yield _fault(record) if isinstance(record, RecordError) else _in_dialogue(item_of(record))
+        yield _fault(record) if isinstance(record, RecordError) else _checked(item_of(record), resolve)
 
 
 def _fault(error: RecordError) -> ItemError:
     return ItemError(error.reason, error.detail, error.source, error.line, error.key)
 
 
-def _in_dialogue(item: Item) -> Entry:
-    """The item with its place in a conversation, which its ``extra`` names."""
+def _checked(item: Item, resolve: paths.Resolver) -> Entry:
+    """The item with what its ``extra`` names: its place in a conversation, and the voice to copy (``prompt_wav``, ``prompt_text``)."""
+    replies, prompt = item.extra.get("replies"), item.extra.get("prompt_wav")
     try:
+        if replies is not None and not isinstance(replies, list):
+            raise ValueError(f"field 'replies' must be a list, found {replies!r:.60}")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"field 'prompt_wav' must be a text, found {prompt!r:.60}")
         dialogue_id, turn = place_in_dialogue(item.extra)
+        voice = resolve(prompt) if prompt else None
+    except FileNotFoundError as error:
+        return item.error("missing_file", f"prompt_wav: {error}")
     except ValueError as error:
         return item.error("bad_field", str(error))
-    return dataclasses.replace(item, dialogue_id=dialogue_id, turn=turn)
+    said = str(item.extra.get("prompt_text") or "")
+    return dataclasses.replace(item, dialogue_id=dialogue_id, turn=turn, prompt_wav=voice, prompt_text=said)
 
 
 def item_of(record: Record) -> Item:
@@ -58,13 +68,13 @@ def item_of(record: Record) -> Item:
         said = said or words
     elif output.reply_text and (output.audio or output.instruction) and said:
         extra.setdefault("reference_reply", record.txt)
-    answer = extra.pop("answer", None)
+    answer, replies = extra.pop("answer", None), extra.get("replies")
     return Item(
         id=record.key,
         text=str(said or record.txt),
         wav=record.wav,
         labels=labels_of(known),
-        replies=tuple(map(str, extra.get("replies", ()))),
+        replies=tuple(map(str, replies)) if isinstance(replies, list) else (),
         answer=None if answer is None else str(answer),
         extra={**extra, **({"lang": record.lang} if record.lang else {})},
         start=record.start,

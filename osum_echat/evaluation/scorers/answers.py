@@ -46,7 +46,10 @@ class Contains:
         if not item.answer or not metrics.units(metrics.normalize(item.answer)):
             return None
         found = _stands_in(item.answer, result.text)
-        wrong = any(_stands_in(str(other), result.text) for other in item.extra.get("wrong_answers") or ())
+        others = item.extra.get("wrong_answers") or ()
+        if not isinstance(others, (list, tuple)):
+            raise ValueError(f"the item's wrong_answers must be a list, found {others!r:.60}")
+        wrong = any(_stands_in(str(other), result.text) for other in others)
         return Score({"contains": (found and not wrong, 1)})
 
 

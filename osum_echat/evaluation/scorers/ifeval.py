@@ -37,6 +37,10 @@ class InstructionFollowing:
         if not instructions:
             return None
         kwargs = item.extra.get("kwargs") or [{} for _ in instructions]
+        if not isinstance(instructions, list) or not isinstance(kwargs, list) or len(kwargs) != len(instructions):
+            raise ValueError("instruction_id_list and kwargs must be lists of one length")
+        if not all(isinstance(known, dict) for known in kwargs if known is not None):
+            raise ValueError("kwargs must be a list of objects")
         example = self.rules.InputExample(
             item.extra.get("key", 0), list(instructions), item.text, [dict(k or {}) for k in kwargs]
         )

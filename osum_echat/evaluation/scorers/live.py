@@ -32,6 +32,8 @@ class Live:
 
     def score(self, item: Item, result: Result) -> Score | None:
         turns: Sequence[Mapping[str, Any]] = result.timings.get("turns") or ()
+        if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) and "kind" in turn for turn in turns):
+            raise ValueError("timings.turns must be a list of objects with kind, as osum-echat duplex writes them")
         if not turns:
             return None
         wanted = [turn for turn in turns if turn["kind"] == "say"]
