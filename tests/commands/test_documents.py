@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -59,6 +60,18 @@ def test_both_languages_name_the_same_options_settings_and_files(name):
     english, chinese = named(ROOT / "docs" / name), named(ROOT / "docs" / "zh" / name)
     assert english and sorted(english - chinese) == sorted(chinese - english) == []
     assert any(name.startswith("--") for name in english)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_CN.md"])
+def test_the_readme_shows_replies_as_they_are(page):
+    """What mini heard and answered is quoted from the replies that are shipped."""
+    replies = map(json.loads, (ROOT / "assets/replies/replies.jsonl").read_text(encoding="utf-8").splitlines())
+    known = {reply["key"]: reply for reply in replies}
+    rows = re.findall(r"^\| \[(\w+)\.ogg\].*$", (ROOT / page).read_text(encoding="utf-8"), re.M)
+    lines = [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if "](assets/demo/" in line]
+    assert len(rows) == len(lines) >= 3
+    for key, line in zip(rows, lines, strict=True):
+        assert known[key]["heard"]["transcript"] in line and f"[{known[key]['reply']}](assets/replies/{key}.ogg)" in line
 
 
 @pytest.mark.parametrize("page", [chinese for _, chinese in TRANSLATED], ids=lambda p: p.name)

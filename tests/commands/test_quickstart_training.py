@@ -48,9 +48,9 @@ def test_every_command_of_the_page_runs_in_its_order(
     assert [c.split()[1] for c in commands] == ["data", "data", "train", "convert", "eval", "infer", "infer"]
     for line in commands:
         name, *arguments = shlex.split(line)[1:]
-        arguments = [a.replace("language_think_final.pt", str(root_dir / TINY / "tiny.safetensors")) for a in arguments]
+        arguments = [a.replace("weights/language_think_final.pt", str(root_dir / TINY / "tiny.safetensors")) for a in arguments]
         arguments = [a.replace("conf/lora.yaml", str(root_dir / "conf" / "lora.yaml")) for a in arguments]
-        arguments = [a.replace("CosyVoice-300M-25Hz", str(root_dir / "checkpoints/mini/token2wav")) for a in arguments]
+        arguments = [a.replace("weights/CosyVoice-300M-25Hz", str(root_dir / "checkpoints/mini/token2wav")) for a in arguments]
         if name == "convert":  # an untrained model does not know when to stop
             arguments += ["--generation", str(short_replies(tmp_path / "short.yaml"))]
         elif name == "train":
