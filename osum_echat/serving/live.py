@@ -282,11 +282,14 @@ class LiveJob:
         self._thought = ""
         self._thought_open = True
         self._codes: list[int] = []
+        self._cached = 0
 
     def begin(self, request: Request) -> None:
         """Raises Refused when the engine does not take it."""
         turn, model = self._turn, self._model
         self._request = request
+        if request.past is not None:
+            self._cached = min(request.past.common(request.prompt, request.heard), len(request.prompt) - 1)
         speaker = model.speaker(turn.voice) if turn.speak else None
         voice = None if speaker is None or model.pool is None else Voice(speaker, turn.seed)
         saying = None
@@ -371,6 +374,7 @@ class LiveJob:
         failed = None if answer is None else answer.failed
         tokens = {
             "read": len(request.prompt),
+            "cached": self._cached,
             "heard": 0 if self._turn.heard is None else self._turn.heard.positions,
             "text": len(first.text_ids) - first.timings.think_tokens,
             "thought": first.timings.think_tokens,

@@ -1,0 +1,90 @@
+"""Past turns in the live server, with a tiny model that states no limit: what was said stands in front of the next turn and is not read again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from osum_echat.dialogue.tasks import OUTPUTS
+from osum_echat.generation.config import GenerationConfig
+from osum_echat.model.checkpoint import load_model
+from osum_echat.pipeline import EChat
+from osum_echat.serving.backend import Ended, Exchange, Heard, Text, Turn
+from osum_echat.serving.live import LiveMemory, LiveModel
+from osum_echat.serving.shared import SharedEChat
+from tests.generation_case import DATA
+from tests.live_case import live
+
+SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=12) for name in OUTPUTS})
+
+
+@pytest.fixture
+def model() -> Iterator[LiveModel]:
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT)))
+    yield made
+    made.close()
+
+
+async def heard(model: LiveModel, seed: int) -> Heard:
+    return await model.hear(np.random.default_rng(seed).normal(0, 0.1, 12000).astype(np.float32))
+
+
+async def answer(model: LiveModel, turn: Turn, memory: LiveMemory | None) -> tuple[str, Ended]:
+    text = ""
+    async for event in model.start(turn, memory):
+        if isinstance(event, Text):
+            text += event.text
+        elif isinstance(event, Ended):
+            return text, event
+    raise AssertionError("a job ends with Ended")
+
+
+async def read_again(model: LiveModel, memory: LiveMemory) -> None:
+    """The past has been read in the form in which the next turn shows it."""
+    for _ in range(500):
+        await asyncio.sleep(0.01)
+        if not model.load().waiting and not model.load().reading and model.load().kept:
+            return
+    raise AssertionError("the past was not read")
+
+
+@live
+async def test_the_next_turn_stands_behind_the_past_which_is_read_only_once(model: LiveModel) -> None:
+    model.start_threads()
+    first, second = await heard(model, 1), await heard(model, 2)
+    memory = model.open()
+    asked = Turn(heard=first, speak=False, seed=3)
+    _, ended = await answer(model, asked, memory)
+    assert ended.reason in ("stop", "length")
+    past = (Exchange((first,), "", "Hello there."),)
+    model.remember(memory, past, asked)
+    await read_again(model, memory)
+    turn = Turn(past=past, heard=second, speak=False, seed=4)
+    text, ended = await answer(model, turn, memory)
+    alone, afresh = await answer(model, turn, model.open())
+    assert (text, ended.tokens["text"]) == (alone, afresh.tokens["text"]), "what is kept changes the time and not the answer"
+    bare = await answer(model, replace(turn, past=()), model.open())
+    length, without = ended.tokens["read"], bare[1].tokens["read"]
+    assert length == afresh.tokens["read"] > without + first.positions
+    assert ended.tokens["cached"] >= length - without and afresh.tokens["cached"] == bare[1].tokens["cached"] == 0
+
+
+@live
+async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_and_says_so_once(model: LiveModel) -> None:
+    learnt = replace(model.echat.dialect.learnt, past_turns=0)
+    model.echat.generator.dialect = replace(model.echat.dialect, learnt=learnt)
+    model = LiveModel(model.shared)
+    assert "history" in model.warnings
+    model.start_threads()
+    first, second = await heard(model, 1), await heard(model, 2)
+    turn = Turn(past=(Exchange((first,), "", "Hello there."),), heard=second, speak=False, seed=4)
+    memory = model.open()
+    with_past, without = await answer(model, turn, memory), await answer(model, replace(turn, past=()), model.open())
+    assert with_past[0] == without[0] and with_past[1].tokens["read"] == without[1].tokens["read"]
+    model.remember(memory, turn.past, turn)
+    assert model.load().kept == 0
