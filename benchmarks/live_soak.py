@@ -5,7 +5,9 @@
     python benchmarks/live_soak.py --url ws://127.0.0.1:8000/v1/realtime   # another server (its memory is not seen)
     python benchmarks/live_soak.py --fuzz 10000                            # frames of nonsense
 
-5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. Exit code 0 when nothing was stuck, memory of the last tenth is at
+5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A quarter (``--whole``) say a whole sentence and are answered with a
+thought and a transcript, as long as the model likes; those that interrupt by speech are answered as long as it likes, too. The others say a second
+and are answered by 48 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
 most 10 % above that of the first, every refusal was a sentence, and the server still answers.
 """
 
@@ -34,6 +36,8 @@ from osum_echat.serving.conformance.nonsense import frame
 
 SLICES, SLICE_S = 24, 10.0
 """A session is stuck when nothing came in so many waits of so many seconds."""
+SHORT_PIECES, SHORT_IDS = 10, 48
+"""Messages of 100 ms that a short turn has, and the ids of its answer at most."""
 
 
 @dataclass
@@ -73,8 +77,8 @@ async def fuzz(url: str, count: int, seed: int) -> list[str]:
 class Visitor:
     """One session: a spoken turn and its answer, which may be interrupted by a message or by speech."""
 
-    def __init__(self, url: str, speech: list[str], dice: random.Random, count: Count) -> None:
-        self.url, self.speech, self.dice, self.count = url, speech, dice, count
+    def __init__(self, url: str, speech: list[str], dice: random.Random, count: Count, whole: bool) -> None:
+        self.url, self.speech, self.dice, self.count, self.whole = url, speech, dice, count, whole
 
     async def visit(self, interrupt: str | None) -> None:
         """``interrupt``: None, ``cancel`` or ``speech``."""
@@ -93,7 +97,7 @@ class Visitor:
     async def _turn(self, interrupt: str | None, rude: bool) -> None:
         await self._until("session.created")
         await self._settings(interrupt)
-        for message in self.speech:
+        for message in self.speech if self.whole else self.speech[:SHORT_PIECES]:
             await self.socket.send(message)
             if self.dice.random() < 0.02:
                 await self.socket.send(frame(self.dice))
@@ -122,7 +126,14 @@ class Visitor:
         detection = (
             {"type": "server_vad", "create_response": False, "interrupt_response": True} if interrupt == "speech" else None
         )
-        session = {"type": "realtime", "output_modalities": ["audio"], "audio": {"input": {"turn_detection": detection}}}
+        heard = {"turn_detection": detection, "transcription": {"model": "any"} if self.whole else None}
+        session = {
+            "type": "realtime",
+            "output_modalities": ["audio"],
+            "audio": {"input": heard},
+            "x_echat": {"think": "tag" if self.whole else None},
+            "max_output_tokens": "inf" if self.whole or interrupt == "speech" else SHORT_IDS,
+        }
         await self.socket.send(json.dumps({"type": "session.update", "session": session}))
 
     async def _until(self, *kinds: str) -> dict[str, Any]:
@@ -146,7 +157,9 @@ class Visitor:
         raise asyncio.TimeoutError
 
 
-async def soak(url: str, sessions: int, interruptions: int, together: int, seed: int, server: psutil.Process | None) -> Count:
+async def soak(
+    url: str, sessions: int, interruptions: int, together: int, whole: float, seed: int, server: psutil.Process | None
+) -> Count:
     dice, count = random.Random(seed), Count()
     speech = appends(soxr.resample(to_mono_16k(SPEECH), 16000, 24000))
     cut = set(dice.sample(range(sessions), min(interruptions, sessions)))
@@ -155,7 +168,8 @@ async def soak(url: str, sessions: int, interruptions: int, together: int, seed:
     async def one(number: int) -> None:
         async with room:
             interrupt = ("cancel", "speech")[number % 2] if number in cut else None
-            await Visitor(url, speech, random.Random(seed + number), count).visit(interrupt)
+            own = random.Random(seed + number)
+            await Visitor(url, speech, own, count, own.random() < whole).visit(interrupt)
             if server is not None:
                 count.memory.append(server.memory_info().rss)
             if number % 25 == 24:
@@ -186,6 +200,7 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=500)
     parser.add_argument("--interruptions", type=int, default=200)
     parser.add_argument("--together", type=int, default=8)
+    parser.add_argument("--whole", type=float, default=0.25, help="share of sessions with a whole turn (default: 0.25)")
     parser.add_argument("--fuzz", type=int, default=0, metavar="FRAMES", help="only send so many frames of nonsense")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -197,10 +212,12 @@ def main() -> int:
             result, good = {"frames": args.fuzz, "faults": faults[:5]}, not faults
         else:
             server = None if args.url else own_server(address)
-            count = asyncio.run(soak(url, args.sessions, args.interruptions, args.together, args.seed, server))
+            began = time.monotonic()
+            count = asyncio.run(soak(url, args.sessions, args.interruptions, args.together, args.whole, args.seed, server))
             sentences = all(" " in message for message in count.refused)
             ratio = growth(count.memory)
             result = {
+                "seconds": round(time.monotonic() - began),
                 "sessions": count.sessions,
                 "responses": count.statuses,
                 "interrupted": count.interrupted,

@@ -50,14 +50,14 @@ class WrongServer(Server):
 
     wrong: Callable[[], Wrong] = Wrong
 
-    def _session(self, emit: Any, model: Any, session: Any) -> Any:
+    def new_session(self, emit: Any, model: Any, session: Any) -> Any:
         wrong = self.wrong()
 
         def out(text: str) -> None:
             for event in wrong.out(wrong, json.loads(text)):
                 emit(json.dumps(event))
 
-        made = super()._session(out, model, session)
+        made = super().new_session(out, model, session)
         wrong.session, wrong.emit = made, emit
         handle = made.handle
 

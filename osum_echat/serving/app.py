@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.middleware.base import RequestResponseEndpoint
 
-from osum_echat.serving import rest
+from osum_echat.serving import calls, rest
 from osum_echat.serving.backend import Backend
 from osum_echat.serving.metrics import Metrics
 from osum_echat.serving.realtime.gpt_live import AHEAD_S, LiveSession
@@ -122,7 +122,9 @@ class Server:
             return
         session = self.keys.session_of(key) or {}
         limits = self.settings.limits
-        await self._serve(Connection(socket, lambda c: self._session(c.emit, socket.query_params.get("model"), session), limits))
+        await self.serve(
+            Connection(socket, lambda c: self.new_session(c.emit, socket.query_params.get("model"), session), limits)
+        )
 
     async def gpt_live(self, socket: WebSocket) -> None:
         """The same in the other dialect."""
@@ -136,13 +138,13 @@ class Server:
 
         def make(connection: Connection) -> LiveSession:
             def inner(emit: Any, model: str | None, session: Mapping[str, Any]) -> RealtimeSession:
-                return self._session(emit, model, session, limits)
+                return self.new_session(emit, model, session, limits)
 
             return LiveSession(connection.emit, inner, connection.end)
 
-        await self._serve(Connection(socket, make, limits))
+        await self.serve(Connection(socket, make, limits))
 
-    async def _serve(self, connection: Connection) -> None:
+    async def serve(self, connection: Connection) -> None:
         self.connections.add(connection)
         self.metrics.sessions.set(len(self.connections))
         try:
@@ -151,7 +153,7 @@ class Server:
             self.connections.discard(connection)
             self.metrics.sessions.set(len(self.connections))
 
-    def _session(
+    def new_session(
         self, emit: Any, model: str | None, session: Mapping[str, Any], limits: SessionLimits | None = None
     ) -> RealtimeSession:
         return RealtimeSession(
@@ -247,6 +249,7 @@ def build_app(server: Server) -> FastAPI:
         return FileResponse(path, headers=PAGE_HEADERS)
 
     rest.add_routes(app, server)
+    calls.add_routes(app, server)
     return app
 
 
@@ -303,7 +306,7 @@ async def _client_secret(server: Server, request: Request) -> JSONResponse:
         return rest.failure(400, "expires_after.seconds must be between 10 and 7200", "invalid_value")
     given = {"type": "realtime", **(body.get("session") or {})}
     try:
-        first = server._session(lambda _: None, None, given)
+        first = server.new_session(lambda _: None, None, given)
     except ValueError as error:
         return rest.failure(400, str(error), "invalid_value")
     session = first.session

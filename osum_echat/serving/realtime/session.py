@@ -51,6 +51,9 @@ class RealtimeSession:
         emit: takes each message for the client as JSON text.
         executor: where the turn detection runs.
         clock: seconds, rising; of playback and latencies only.
+
+    Attributes:
+        max_turn_s: sound of one turn at most, in seconds.
     """
 
     def __init__(
@@ -77,8 +80,8 @@ class RealtimeSession:
             self.session = self._merged(session, None)
         self.conversation = Conversation()
         self.memory = backend.open()
-        self._max_turn_s = min(self.limits.turn_seconds, backend.max_seconds)
-        self.turns = TurnDetector(turn_models.new_vad(), turn_models.end_of_turn, turn_rules(self.session, self._max_turn_s))
+        self.max_turn_s = min(self.limits.turn_seconds, backend.max_seconds)
+        self.turns = TurnDetector(turn_models.new_vad(), turn_models.end_of_turn, turn_rules(self.session, self.max_turn_s))
         self._input = Input(self.session["audio"]["input"]["format"]["type"])
         self._speech_item: str | None = None  # id of the item that is being spoken
         self._active: Response | None = None
@@ -86,7 +89,7 @@ class RealtimeSession:
         self._answer_next = False
         self._answering = asyncio.Lock()
         self._arrived = 0.0  # when the message that is looked at came
-        self._asking = Asking(backend, self.conversation, self._max_turn_s)
+        self._asking = Asking(backend, self.conversation, self.max_turn_s)
         self._transcripts: dict[str, asyncio.Task[None]] = {}
         self._warned: set[str] = set()
         self._handlers = {
@@ -211,7 +214,7 @@ class RealtimeSession:
         self.session = self._merged(event["session"], event.get("event_id"))
         if self.session["audio"]["input"]["format"] != before["audio"]["input"]["format"]:
             self._input = Input(self.session["audio"]["input"]["format"]["type"])
-        self.turns.set_rules(turn_rules(self.session, self._max_turn_s))
+        self.turns.set_rules(turn_rules(self.session, self.max_turn_s))
         self.emit("session.updated", session=self.session)
         if self.session.get("instructions"):
             self._warn("instructions")
@@ -235,10 +238,10 @@ class RealtimeSession:
         except ValueError as error:
             raise BadEvent("invalid_value", str(error), "audio") from error
         samples = self._input.push(data)
-        if self.turns.rules.mode == "none" and self.turns.buffered + len(samples) > self._max_turn_s * HEARD_RATE:
+        if self.turns.rules.mode == "none" and self.turns.buffered + len(samples) > self.max_turn_s * HEARD_RATE:
             raise BadEvent(
                 "input_audio_buffer_full",
-                f"a turn may have {self._max_turn_s:g} s of sound; commit it, or clear the buffer",
+                f"a turn may have {self.max_turn_s:g} s of sound; commit it, or clear the buffer",
                 "audio",
             )
         await self._detect(samples)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from typing import Any, Protocol
 
-from fastapi import WebSocket, WebSocketDisconnect
+from fastapi import WebSocketDisconnect
 
 from osum_echat.serving.realtime import tasks
 from osum_echat.serving.realtime.events import build_error
@@ -33,10 +33,20 @@ class Machine(Protocol):
     def busy(self) -> bool: ...
 
 
+class Socket(Protocol):
+    """What is needed of a WebSocket (`fastapi.WebSocket`, `webrtc.CallSocket`)."""
+
+    async def send_text(self, data: str) -> None: ...
+
+    async def receive(self) -> MutableMapping[str, Any]: ...
+
+    async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
+
+
 class Connection:
     """One client. ``make`` builds the machine of a connection, which sends by `emit` and may ask for the end by `end`."""
 
-    def __init__(self, socket: WebSocket, make: Callable[[Connection], Machine], limits: SessionLimits) -> None:
+    def __init__(self, socket: Socket, make: Callable[[Connection], Machine], limits: SessionLimits) -> None:
         self.socket, self.limits = socket, limits
         self._outbox: asyncio.Queue[str | None] = asyncio.Queue()
         self._inbox: asyncio.Queue[tuple[str, float]] = asyncio.Queue(_INBOX)

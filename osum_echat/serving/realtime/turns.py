@@ -136,6 +136,14 @@ class TurnDetector:
         self.vad.reset()
         self._forget_speech()
 
+    def keep_last(self, seconds: float) -> None:
+        """Forget what came earlier than that, where only the client ends turns."""
+        assert self.rules.mode == "none", self.rules
+        drop = len(self._buffer) - samples_of(seconds * 1000)
+        if drop > 0:
+            self._buffer = self._buffer[drop:]
+            self._start += drop
+
     def take(self) -> tuple[int, Samples]:
         """All that has come since the last turn, and where it began: the client ends its turn itself."""
         start, samples = self._start, self._buffer

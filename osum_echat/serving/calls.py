@@ -1,0 +1,106 @@
+"""Calls over WebRTC: ``POST /v1/realtime/calls`` takes an offer and gives the answer, as the OpenAI API does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.datastructures import UploadFile
+
+from osum_echat.serving import rest
+from osum_echat.serving.realtime.socket import Connection
+from osum_echat.serving.safety import key_of
+
+if TYPE_CHECKING:
+    from osum_echat.serving.app import Server
+
+MAX_SDP = 64 * 2**10
+PATHS = ("/v1/realtime/calls", "/realtime/calls")
+
+
+class _Wrong(ValueError):
+    """What is wrong with a request."""
+
+
+def add_routes(app: FastAPI, server: Server) -> None:
+    """Without aiortc the routes answer 501 with what is to be installed."""
+    running: dict[str, tuple[Any, asyncio.Task[None]]] = {}
+
+    async def create(request: Request) -> Response:
+        try:
+            from osum_echat.serving.realtime.webrtc import CallSession, CallSocket
+        except ImportError:
+            return rest.failure(501, "calls need aiortc: pip install 'osum-echat[webrtc]'", "not_installed")
+        if server.draining or server.full:
+            why = "is shutting down; call again later" if server.draining else "is full; try again in a moment"
+            server.metrics.refused.labels("draining" if server.draining else "full").inc()
+            return rest.failure(503, f"the server {why}", "server_full")
+        try:
+            offer, given = await _read(request)
+            session = {**(server.keys.session_of(key_of(request.headers)) or {}), **given}
+            model = request.query_params.get("model") or session.get("model")
+            call = CallSocket()
+            connection = Connection(
+                call,
+                lambda c: CallSession(
+                    c.emit,
+                    lambda emit: server.new_session(emit, model if isinstance(model, str) else None, session),
+                    call.speaker,
+                ),
+                server.settings.limits,
+            )
+            answer = await call.answer(offer)
+        except ValueError as error:
+            return rest.failure(400, str(error), "invalid_value")
+
+        async def serve() -> None:
+            try:
+                await server.serve(connection)
+            finally:
+                running.pop(call.id, None)
+                await call.close()
+
+        running[call.id] = (call, asyncio.create_task(serve()))
+        headers = {"Location": f"/v1/realtime/calls/{call.id}", "Access-Control-Expose-Headers": "Location"}
+        return Response(answer, 201, headers, media_type="application/sdp")
+
+    async def hang_up(call_id: str) -> Response:
+        found = running.get(call_id)
+        if found is None:
+            return rest.failure(404, "there is no such call", "not_found")
+        found[0].hang_up()
+        return Response(status_code=200)
+
+    for path in PATHS:
+        app.add_api_route(path, create, methods=["POST"])
+        app.add_api_route(f"{path}/{{call_id}}/hangup", hang_up, methods=["POST"])
+
+
+async def _read(request: Request) -> tuple[str, Mapping[str, Any]]:
+    """The offer, and the session that the call begins with: SDP alone, or a form of ``sdp`` and ``session``."""
+    session: Any = {}
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        form = await request.form(max_files=2, max_fields=2)
+        offer, session_text = [await _text(form.get(name)) for name in ("sdp", "session")]
+        try:
+            session = json.loads(session_text) if session_text else {}
+        except (ValueError, RecursionError) as error:
+            raise _Wrong(f"session is not JSON: {error}") from error
+    else:
+        offer = (await request.body()).decode("utf-8", errors="replace")
+    if not isinstance(session, dict):
+        raise _Wrong("session must be an object")
+    if not offer.strip().startswith("v=0"):
+        raise _Wrong("the body must be an SDP offer (application/sdp), or a form with the field sdp")
+    if len(offer) > MAX_SDP:
+        raise _Wrong(f"an offer may have {MAX_SDP} letters")
+    session.setdefault("type", "realtime")
+    return offer, session
+
+
+async def _text(part: Any) -> str:
+    return (await part.read()).decode("utf-8", errors="replace") if isinstance(part, UploadFile) else part or ""
