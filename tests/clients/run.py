@@ -1,9 +1,9 @@
 """Clients that nobody here wrote, each in an environment of its own, in a dialogue of three turns with one interruption against mini; GPT-Live by
 three of them, a turn each; and the example scripts for two of them.
 
-    python tests/clients/run.py [--envs FOLDER] [--only NAME]
+    python tests/clients/run.py [--envs FOLDER] [--only NAME] [--together N]
 
-`make test-clients` runs it. Environments are made in FOLDER (default .clients/) when they are not there: Python ones by venv and pip, node ones by npm.
+`make test-clients` runs it, N clients at a time (they speak in real time, so most of it is waiting). Environments are made in FOLDER (default .clients/) when they are not there: Python ones by venv and pip, node ones by npm.
 Exit code 0 when every client was answered, interrupted once, and saw no error.
 """
 
@@ -21,6 +21,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def serving(*arguments: str, scheme: str = "http") -> Iterator[str]:
     ]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(600):
+        for _ in range(1200):
             assert server.poll() is None, "the server ended by itself"
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
@@ -178,7 +179,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--envs", type=Path, default=ROOT / ".clients")
     parser.add_argument("--only", action="append", default=[], help="part of a client's name")
+    parser.add_argument("--together", type=int, default=2, help="clients at a time (default: 2)")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped
     chosen = [c for c in CLIENTS if not args.only or any(part in c.name for part in args.only)]
     args.envs.mkdir(exist_ok=True)
     folders = {name: make(name, args.envs) for name in {c.environment for c in chosen}}
@@ -189,14 +192,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         tls = ""
         if any(c.tls for c in chosen):
             tls = stack.enter_context(serving("--ssl-certfile", str(cert), "--ssl-keyfile", str(key), scheme="https"))
-        for client in chosen:
+
+        def one(client: Client) -> tuple[bool, str]:
             extra = {"NODE_EXTRA_CA_CERTS": str(cert)} if client.tls else {}
             try:
-                good, said = run(client, folders[client.environment], tls if client.tls else plain, wav, extra)
+                return run(client, folders[client.environment], tls if client.tls else plain, wav, extra)
             except subprocess.TimeoutExpired:
-                good, said = False, "it did not end"
-            failed += not good
-            print(f"{'ok  ' if good else 'FAIL'}  {client.name:<34} {said}", flush=True)
+                return False, "it did not end"
+
+        with ThreadPoolExecutor(args.together) as pool:
+            for client, (good, said) in zip(chosen, pool.map(one, chosen), strict=True):
+                failed += not good
+                print(f"{'ok  ' if good else 'FAIL'}  {client.name:<34} {said}", flush=True)
     print(f"{len(chosen) - failed} of {len(chosen)} clients")
     return 1 if failed else 0
 
