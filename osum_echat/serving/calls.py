@@ -22,10 +22,6 @@ MAX_SDP = 64 * 2**10
 PATHS = ("/v1/realtime/calls", "/realtime/calls")
 
 
-class _Wrong(ValueError):
-    """What is wrong with a request."""
-
-
 def add_routes(app: FastAPI, server: Server) -> None:
     """Without aiortc the routes answer 501 with what is to be installed."""
     running: dict[str, tuple[Any, asyncio.Task[None]]] = {}
@@ -39,29 +35,29 @@ def add_routes(app: FastAPI, server: Server) -> None:
             why = "is shutting down; call again later" if server.draining else "is full; try again in a moment"
             server.metrics.refused.labels("draining" if server.draining else "full").inc()
             return rest.failure(503, f"the server {why}", "server_full")
+        call = None
         try:
             offer, given = await _read(request)
             session = {**(server.keys.session_of(key_of(request.headers)) or {}), **given}
-            model = request.query_params.get("model") or session.get("model")
+            asked = request.query_params.get("model") or session.get("model")
+            model = asked if isinstance(asked, str) else None
             call = CallSocket()
+            answer, speaker = await call.answer(offer), call.speaker
             connection = Connection(
                 call,
-                lambda c: CallSession(
-                    c.emit,
-                    lambda emit: server.new_session(emit, model if isinstance(model, str) else None, session),
-                    call.speaker,
-                ),
+                lambda c: CallSession(c.emit, lambda emit: server.new_session(emit, model, session), speaker),
                 server.settings.limits,
             )
-            answer = await call.answer(offer)
         except ValueError as error:
+            if call is not None:
+                await call.close()
             return rest.failure(400, str(error), "invalid_value")
 
         async def serve() -> None:
             try:
                 await server.serve(connection)
             finally:
-                running.pop(call.id, None)
+                running.pop(call.id)
                 await call.close()
 
         running[call.id] = (call, asyncio.create_task(serve()))
@@ -89,15 +85,15 @@ async def _read(request: Request) -> tuple[str, Mapping[str, Any]]:
         try:
             session = json.loads(session_text) if session_text else {}
         except (ValueError, RecursionError) as error:
-            raise _Wrong(f"session is not JSON: {error}") from error
+            raise ValueError(f"session is not JSON: {error}") from error
     else:
         offer = (await request.body()).decode("utf-8", errors="replace")
     if not isinstance(session, dict):
-        raise _Wrong("session must be an object")
+        raise ValueError("session must be an object")
     if not offer.strip().startswith("v=0"):
-        raise _Wrong("the body must be an SDP offer (application/sdp), or a form with the field sdp")
+        raise ValueError("the body must be an SDP offer (application/sdp), or a form with the field sdp")
     if len(offer) > MAX_SDP:
-        raise _Wrong(f"an offer may have {MAX_SDP} letters")
+        raise ValueError(f"an offer may have {MAX_SDP} letters")
     session.setdefault("type", "realtime")
     return offer, session
 

@@ -219,7 +219,6 @@ class CallSocket:
             self._peer.addTrack(self.speaker)
             await self._peer.setLocalDescription(await self._peer.createAnswer())
         except Exception as error:  # aiortc raises what its parser meets
-            await self._peer.close()
             raise ValueError(f"the SDP offer cannot be used: {error}") from error
         self._clock = asyncio.create_task(self._connected_in_time())
         return str(self._peer.localDescription.sdp)
