@@ -4,6 +4,7 @@
     python benchmarks/live.py                    # starts a server of its own; some minutes
     python benchmarks/live.py --quick --json     # one round of each; one JSON object
     python benchmarks/live.py --pool             # only the pool of voices, without a server
+    python benchmarks/live.py --out live.json    # written after each case, so that a run that is cut short leaves what it has found
 
 First sound is counted from the moment the turn is committed (push to talk, so that no silence is in it) to the first delta of sound, by the client's
 clock, for each form of thought, with 1, 4 and 16 sessions that speak at the same moment; the silences inside their answers are counted by the
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -225,10 +226,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def measure(address: str, rounds: int, quick: bool) -> dict[str, Any]:
+async def measure(address: str, rounds: int, quick: bool, result: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Into ``result``; ``keep`` is called after each case."""
     speech = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
     await first_sounds(address, speech, None, 1, 2)  # warm
-    result: dict[str, Any] = {"first_sound": {}, "server_first_sound": {}, "gaps": {}}
+    result |= {"first_sound": {}, "server_first_sound": {}, "gaps": {}}
     inside = ("time_to_first_audio_seconds_sum", "time_to_first_audio_seconds_count")
     for think in (None, "tag", "language"):
         for sessions in (1,) if quick and think else (1, 4, 16):
@@ -240,11 +242,12 @@ async def measure(address: str, rounds: int, quick: bool) -> dict[str, Any]:
             result["first_sound"][case] = spread(found)
             result["server_first_sound"][case] = round(total / max(count, 1), 3)
             result["gaps"][case] = {"answers": len(found), "gaps": round(gaps), "seconds": round(seconds, 2)}
+            keep()
     result["stop"] = spread(await stops(address, speech, 5 if quick else 6 * rounds))
     result["stop_inside"] = round(
         metric(address, "barge_in_stop_seconds_sum") / max(metric(address, "barge_in_stop_seconds_count"), 1), 4
     )
-    return result
+    keep()
 
 
 def main() -> int:
@@ -254,6 +257,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round, thoughts with one session only")
     parser.add_argument("--pool", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the JSON object")
     args = parser.parse_args()
     import torch
 
@@ -265,11 +269,19 @@ def main() -> int:
         "machine": cpu.summary(),
         "load": os.getloadavg()[0],
     }
+
+    def keep() -> None:
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=2) + "\n")
+
     if not args.pool:
         with serving(args.threads) as address:
-            result |= asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick))
+            asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick, result, keep))
     result["turn_detection"] = turn_detection()
-    result["voices"] = [pool_cost((1, 4, 16), workers) for workers in sorted({1, os.cpu_count() or 1})]
+    result["voices"] = []
+    for workers in sorted({1, os.cpu_count() or 1}):
+        result["voices"].append(pool_cost((1, 4, 16), workers))
+        keep()
     print(json.dumps(result) if args.json else json.dumps(result, indent=2))
     return 0
 

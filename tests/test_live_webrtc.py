@@ -65,7 +65,7 @@ class Caller:
                 for part in resampler.resample(await track.recv()):
                     self.heard.append(from_pcm16(bytes(part.planes[0])[: part.samples * 2]))
 
-    async def until(self, kind: str, seen: int = 0, seconds: float = 20.0) -> Any:
+    async def until(self, kind: str, seen: int = 0, seconds: float = 100.0) -> Any:
         """The first such event behind the first ``seen`` ones."""
         for _ in range(int(seconds / 0.02)):
             for event in self.events[seen:]:
@@ -104,7 +104,7 @@ async def calling(running: Running, **session: Any) -> AsyncIterator[Caller]:
 
 def until(true: Callable[[], Any], what: str) -> Awaitable[None]:
     async def wait() -> None:
-        for _ in range(500):
+        for _ in range(5000):
             if true():
                 return
             await asyncio.sleep(0.02)
