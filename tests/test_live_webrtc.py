@@ -119,7 +119,10 @@ def long_answer(turn: Turn) -> list[Any]:
 
 @live
 async def test_a_caller_speaks_is_answered_in_sound_and_interrupts() -> None:
-    async with serving(FakeBackend(long_answer), limits=SessionLimits()) as running, calling(running, instructions="be kind") as caller:
+    async with (
+        serving(FakeBackend(long_answer), limits=SessionLimits()) as running,
+        calling(running, instructions="be kind") as caller,
+    ):
         assert caller.events[0].session.instructions == "be kind"
         caller.microphone.play(speech_pcm(0.9))
         first = await caller.until("output_audio_buffer.stopped")
