@@ -86,6 +86,10 @@ class Server:
         return self.settings.think
 
     @property
+    def limits(self) -> SessionLimits:
+        return self.settings.limits
+
+    @property
     def full(self) -> bool:
         return len(self.connections) >= self.settings.sessions
 

@@ -5,24 +5,42 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.datastructures import UploadFile
 
 from osum_echat.serving import rest
+from osum_echat.serving.metrics import Metrics
+from osum_echat.serving.realtime.session import RealtimeSession
+from osum_echat.serving.realtime.settings import SessionLimits
 from osum_echat.serving.realtime.socket import Connection
-from osum_echat.serving.safety import key_of
-
-if TYPE_CHECKING:
-    from osum_echat.serving.app import Server
+from osum_echat.serving.safety import Keys, key_of
 
 MAX_SDP = 64 * 2**10
 PATHS = ("/v1/realtime/calls", "/realtime/calls")
 
 
-def add_routes(app: FastAPI, server: Server) -> None:
+class Host(Protocol):
+    """What calls need of a server."""
+
+    keys: Keys
+    metrics: Metrics
+    draining: bool
+
+    @property
+    def full(self) -> bool: ...
+
+    @property
+    def limits(self) -> SessionLimits: ...
+
+    def new_session(self, emit: Any, model: str | None, session: Mapping[str, Any]) -> RealtimeSession: ...
+
+    async def serve(self, connection: Connection) -> None: ...
+
+
+def add_routes(app: FastAPI, server: Host) -> None:
     """Without aiortc the routes answer 501 with what is to be installed."""
     running: dict[str, tuple[Any, asyncio.Task[None]]] = {}
 
@@ -46,7 +64,7 @@ def add_routes(app: FastAPI, server: Server) -> None:
             connection = Connection(
                 call,
                 lambda c: CallSession(c.emit, lambda emit: server.new_session(emit, model, session), speaker),
-                server.settings.limits,
+                server.limits,
             )
         except ValueError as error:
             if call is not None:
