@@ -45,22 +45,22 @@ class Loudspeaker(MediaStreamTrack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._waiting: deque[bytes | Callable[[], None]] = deque()
+        self._queue: deque[bytes | Callable[[], None]] = deque()
         self._began: float | None = None
         self._frames = 0
 
     def play(self, pcm: bytes) -> None:
         """16 bit, 24 kHz."""
-        self._waiting.append(pcm)
+        self._queue.append(pcm)
 
     def when_played(self, then: Callable[[], None]) -> None:
         """Call it when what waits now has been played."""
-        self._waiting.append(then)
+        self._queue.append(then)
 
     def clear(self) -> bool:
         """Play nothing of what waits; whether anything did."""
-        waited = bool(self._waiting)
-        self._waiting.clear()
+        waited = bool(self._queue)
+        self._queue.clear()
         return waited
 
     async def recv(self) -> AudioFrame:
@@ -83,15 +83,15 @@ class Loudspeaker(MediaStreamTrack):
 
     def _next(self) -> bytes:
         data = bytearray()
-        while self._waiting and len(data) < _FRAME:
-            first = self._waiting.popleft()
+        while self._queue and len(data) < _FRAME:
+            first = self._queue.popleft()
             if callable(first):
                 first()
                 continue
             need = _FRAME - len(data)
             data += first[:need]
             if len(first) > need:
-                self._waiting.appendleft(first[need:])
+                self._queue.appendleft(first[need:])
         return bytes(data).ljust(_FRAME, b"\0")
 
 
