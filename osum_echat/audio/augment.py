@@ -58,9 +58,9 @@ def spec_augment(
     """Set random stretches of frames and bands of mels to 0 (Park et al. 2019); lengths are drawn from 1..max."""
     out = feats_TF.copy()
     frames, mels = out.shape
-    for start, stop in _stretches(frames, num_time_masks, max_time_mask, rng):
+    for start, stop in stretches(frames, num_time_masks, max_time_mask, rng):
         out[start:stop] = 0
-    for start, stop in _stretches(mels, num_mel_masks, max_mel_mask, rng):
+    for start, stop in stretches(mels, num_mel_masks, max_mel_mask, rng):
         out[:, start:stop] = 0
     return out
 
@@ -68,13 +68,17 @@ def spec_augment(
 def spec_substitute(feats_TF: Samples, rng: np.random.Generator, count: int = 3, longest: int = 30) -> Samples:
     """Replace random stretches of frames by what stood a random time before them (WeNet's spec_sub)."""
     out = feats_TF.copy()
-    for start, stop in _stretches(len(out), count, longest, rng):
-        back = int(rng.integers(start + 1))
+    for start, stop, back in substitutions(len(out), count, longest, rng):
         out[start:stop] = feats_TF[start - back : stop - back]
     return out
 
 
-def _stretches(size: int, count: int, longest: int, rng: np.random.Generator) -> Sequence[tuple[int, int]]:
+def substitutions(frames: int, count: int, longest: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
+    """What `spec_substitute` draws: (start, stop, how far back the frames come from), later ones over earlier ones."""
+    return [(start, stop, int(rng.integers(start + 1))) for start, stop in stretches(frames, count, longest, rng)]
+
+
+def stretches(size: int, count: int, longest: int, rng: np.random.Generator) -> Sequence[tuple[int, int]]:
     """``count`` random intervals inside [0, size), each 1..longest long."""
     if size < 1 or longest < 1:
         return []

@@ -19,6 +19,7 @@ from torch import Tensor
 SAMPLE_RATE = 16_000
 N_FFT = 400  # 25 ms
 HOP = 160  # 10 ms: 100 frames a second
+REACH = N_FFT // 2  # how far the first and the last frame reach beyond a recording
 _NATIVE_MELS = (80, 128)
 DYNAMIC_RANGE = 8.0  # decades below the loudest bin of the utterance that are kept
 
@@ -52,19 +53,36 @@ class LogMel:
     def __call__(self, samples: npt.NDArray[np.float32] | Tensor) -> Tensor:
         """[..., n] float samples -> [..., n // 160, num_mels] float32. Raises ValueError for less than 12.6 ms."""
         x = torch.as_tensor(samples, dtype=torch.float32)
-        if x.shape[-1] <= N_FFT // 2:
-            raise ValueError(f"log-mel needs more than {N_FFT // 2} samples, found {x.shape[-1]}")
+        if x.shape[-1] <= REACH:
+            raise ValueError(f"log-mel needs more than {REACH} samples, found {x.shape[-1]}")
         if self._native is not None and x.dim() == 1 and x.device.type == "cpu" and bool(x.isfinite().all()):
             log_mel_FT = self._native.log_mel(x.numpy(), n_mels=self.num_mels, pad_or_trim=False)
             return torch.from_numpy(np.ascontiguousarray(log_mel_FT.T))
         rows = x.reshape(-1, x.shape[-1])
-        padded = torch.nn.functional.pad(rows[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect")[:, 0]
-        frames = padded.unfold(-1, N_FFT, HOP)[:, :-1]  # the last frame reaches beyond the end
-        power = _power(frames * _window(N_FFT, x.device))
-        mel = power @ _filters(SAMPLE_RATE, N_FFT, self.num_mels, SAMPLE_RATE / 2, x.device)
-        log = mel.clamp_(min=1e-10).log10_()
+        padded = torch.nn.functional.pad(rows[:, None], (REACH, REACH), mode="reflect")[:, 0]
+        log = self._log(padded, num_frames(x.shape[-1]))
         log = torch.maximum(log, log.amax(dim=(1, 2), keepdim=True) - DYNAMIC_RANGE)
         return log.add_(4.0).div_(4.0).reshape(*x.shape[:-1], -1, self.num_mels)
+
+    def of_reflected(self, samples_NS: Tensor, frames_N: Tensor, frames: int) -> Tensor:
+        """Log-mels of recordings of different length: [N, frames, num_mels], 0 behind a recording's end.
+
+        Args:
+            samples_NS: float32 samples, each recording continued at both ends by the `REACH` samples that a reflection gives (`reflected`).
+            frames_N: how many frames each has, at most ``frames``.
+        """
+        log = self._log(samples_NS, frames)
+        behind_NT1 = (torch.arange(frames, device=log.device) >= frames_N[:, None])[..., None]
+        loudest_N11 = log.masked_fill(behind_NT1, -torch.inf).amax(dim=(1, 2), keepdim=True)
+        log = torch.maximum(log, loudest_N11 - DYNAMIC_RANGE)
+        return log.add_(4.0).div_(4.0).masked_fill_(behind_NT1, 0.0)
+
+    def _log(self, reflected_NS: Tensor, frames: int) -> Tensor:
+        """Logarithm of the mels of so many frames. The last may reach beyond the recording."""
+        frames_NTS = reflected_NS.unfold(-1, N_FFT, HOP)[:, :frames]
+        power = _power(frames_NTS * _window(N_FFT, reflected_NS.device))
+        mel = power @ _filters(SAMPLE_RATE, N_FFT, self.num_mels, SAMPLE_RATE / 2, reflected_NS.device)
+        return mel.clamp_(min=1e-10).log10_()
 
 
 def has_native(features: str) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from osum_echat.data.sound import Sound, Sounds
 from osum_echat.dialogue.layout import IGNORE, Row
 from osum_echat.dialogue.packing import PackedRows, pack
 
@@ -47,12 +48,13 @@ class Example:
 
     Attributes:
         row: flat ids, positions and targets.
-        feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them.
+        feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them; or the recordings themselves, for log-mels
+            that are computed on the training device.
     """
 
     info: SampleInfo
     row: Row
-    feats: list[Tensor] = field(default_factory=list)
+    feats: Sequence[Tensor] | Sequence[Sound] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         assert len(self.info.transcripts) in (0, len(self.feats)), f"{self.info.key}: a transcript for each recording, or none"
@@ -68,10 +70,11 @@ class Batch:
 
     Attributes:
         rows: the packed ids and masks; ``rows.documents_BT`` numbers samples 0..D-1 in the order of ``samples``.
-        feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings.
+        feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings. [N, T, 0] while they are still ``sounds``.
         feats_lengths_N: frames of each recording. ``rows.audio_index_BT`` counts the audio positions of recording 0, then 1, ...
         samples: what is known of each sample.
         sample_N: the sample that each recording belongs to.
+        sounds: the recordings, where log-mels are computed on the device (`to`).
     """
 
     rows: PackedRows
@@ -79,6 +82,7 @@ class Batch:
     feats_lengths_N: Tensor
     samples: list[SampleInfo]
     sample_N: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    sounds: Sounds | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -120,17 +124,21 @@ class Batch:
         return out
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device``."""
-        tensors = {
-            name: getattr(self, name).to(device, non_blocking=True) for name in ("feats_NTF", "feats_lengths_N", "sample_N")
-        }
-        return Batch(**{**vars(self), **tensors, "rows": self.rows.to(device)})
+        """The same batch with its tensors on ``device``, where log-mels are computed that have not been yet."""
+        lengths_N = self.feats_lengths_N.to(device, non_blocking=True)
+        if self.sounds is None:
+            feats_NTF = self.feats_NTF.to(device, non_blocking=True)
+        else:
+            feats_NTF = self.sounds.features(lengths_N, device)
+        tensors = {"feats_NTF": feats_NTF, "feats_lengths_N": lengths_N, "sample_N": self.sample_N.to(device, non_blocking=True)}
+        return Batch(**{**vars(self), **tensors, "sounds": None, "rows": self.rows.to(device)})
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (used by torch's DataLoader when ``pin_memory`` is on)."""
         rows = PackedRows(**{name: tensor.pin_memory() for name, tensor in vars(self.rows).items()})
         tensors = {name: getattr(self, name).pin_memory() for name in ("feats_NTF", "feats_lengths_N", "sample_N")}
-        return Batch(**{**vars(self), **tensors, "rows": rows})
+        sounds = None if self.sounds is None else self.sounds.pin_memory()
+        return Batch(**{**vars(self), **tensors, "sounds": sounds, "rows": rows})
 
 
 def pad_features(feats: Sequence[Tensor], num_mels: int) -> tuple[Tensor, Tensor]:
@@ -162,11 +170,19 @@ def collate(
     items = list(examples)
     if not items:
         raise ValueError("a batch needs at least one example")
-    feats_NTF, lengths_N = pad_features([f for e in items for f in e.feats], num_mels)
+    recordings = [one for e in items for one in e.feats]
+    sounds = [one for one in recordings if isinstance(one, Sound)]
+    assert len(sounds) in (0, len(recordings)), "recordings and log-mels in one batch"
+    if sounds:
+        lengths_N = torch.tensor([len(one) for one in sounds])
+        feats_NTF = torch.zeros(len(sounds), int(lengths_N.max()), 0)
+    else:
+        feats_NTF, lengths_N = pad_features([one for one in recordings if isinstance(one, Tensor)], num_mels)
     return Batch(
         rows=pack([e.row for e in items], plan, multiple_of),
         feats_NTF=feats_NTF,
         feats_lengths_N=lengths_N,
         samples=[e.info for e in items],
         sample_N=torch.tensor([d for d, e in enumerate(items) for _ in e.feats], dtype=torch.long),
+        sounds=Sounds.of(sounds, num_mels) if sounds else None,
     )

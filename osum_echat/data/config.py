@@ -163,7 +163,8 @@ class DataConfig:
         shuffle: False also turns the shuffle buffer off (validation).
         shuffle_buffer: samples to draw from; what is in it is held undecoded.
         features: who computes log-mels: ``torch``; ``asrfront``, a third of the time, equal to 1e-6 (it must be installed; see `LogMel`); ``auto``: asrfront
-            where it is installed, but torch for a run with an ``encoder_cache``, whose entries are found by the features.
+            where it is installed, but torch for a run with an ``encoder_cache``, whose entries are found by the features; ``device``: the training process, on
+            its device, for a whole batch (workers then send 16-bit samples).
         workers: worker processes per rank, kept from epoch to epoch; 0: in the training process.
         prefetch: batches each worker prepares ahead.
         max_bad_fraction: the run stops when more than this share of the samples read was dropped as *bad* (filters do not count).
@@ -180,7 +181,7 @@ class DataConfig:
     split: int = 1
     shuffle: bool = True
     shuffle_buffer: int = 1500
-    features: Literal["auto", "torch", "asrfront"] = "auto"
+    features: Literal["auto", "torch", "asrfront", "device"] = "auto"
     workers: int = 1
     prefetch: int = 4
     max_bad_fraction: float | None = None

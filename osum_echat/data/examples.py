@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from osum_echat.audio import augment
-from osum_echat.audio.features import HOP, LogMel, has_native
+from osum_echat.audio.features import HOP, LogMel, has_native, num_frames
 from osum_echat.audio.io import MIN_SECONDS, SAMPLE_RATE, AudioError, to_mono_16k
 from osum_echat.audio.wav import pcm16_mono_16k
 from osum_echat.data import paths
 from osum_echat.data.batch import TAGS, Example, SampleInfo
 from osum_echat.data.config import STREAMS, AugmentConfig, DataConfig
 from osum_echat.data.processing import Processed, Processor, check_limits, expand_dialogue
+from osum_echat.data.sound import MASKED, Sound
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.dialogue.interleave import ImpossibleInterleave
 from osum_echat.dialogue.layout import audio_positions, flatten
@@ -57,7 +58,7 @@ class ExampleBuilder:
         self.dialect = dialect or Dialect()
         self.processor = Processor(settings, tokenizer, vocab, self.dialect)
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._log_mel = LogMel(mels, native=has_native(config.features))
+        self._log_mel = None if config.features == "device" else LogMel(mels, native=has_native(config.features))
         self._augment = Augmenter(config.augment) if train else None
 
     def build(
@@ -95,11 +96,7 @@ class ExampleBuilder:
             raise record.error("other_stream", f"task {processed.task} belongs to stream {own}, not {stream}")
         recordings = self._recordings(processed, resolve)
         check_limits(processed, [len(samples) / HOP for samples in recordings], self.config.limits)
-        if self._augment is not None and recordings:
-            noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
-            feats = [self._augment.features(self._log_mel(x), noise) for x in self._augment.samples(recordings, noise)]
-        else:
-            feats = [self._log_mel(samples) for samples in recordings]
+        feats = self._feats(recordings, rng)
         try:
             layout = self.dialect.layout(processed.sample, self._tokenizer, self._vocab)
         except ImpossibleInterleave as error:
@@ -118,6 +115,19 @@ class ExampleBuilder:
             transcripts=tuple(encode(self._tokenizer, said) if said else () for said in processed.transcripts),
         )
         return Example(info, row, feats)
+
+    def _feats(self, recordings: list[Samples], rng: random.Random) -> Sequence[Tensor] | Sequence[Sound]:
+        """Augmented log-mels; or, where the device computes them, the recordings with what augmentation does to them there."""
+        noise = None
+        if self._augment is not None and recordings:
+            noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
+            recordings = self._augment.samples(recordings, noise)
+        if self._log_mel is not None:
+            feats = [self._log_mel(samples) for samples in recordings]
+            return feats if self._augment is None or noise is None else [self._augment.features(f, noise) for f in feats]
+        if self._augment is None or noise is None:
+            return [Sound.of(samples) for samples in recordings]
+        return [Sound.of(x, *self._augment.changes(num_frames(len(x)), self.mels, noise)) for x in recordings]
 
     def _recordings(self, processed: Processed, resolve: paths.Resolver) -> list[Samples]:
         """16 kHz samples of each recording. Raises RecordError with ``audio_...`` for one that cannot be used."""
@@ -174,3 +184,17 @@ class Augmenter:
         if config.spec_aug:
             out = augment.spec_augment(out, rng, config.time_masks, config.max_time_mask, config.mel_masks, config.max_mel_mask)
         return torch.from_numpy(out)
+
+    def changes(self, frames: int, mels: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """What `features` would do to a log-mel of this size, drawn alike: where each frame comes from (`Sound.source_T`), and which mels are 0."""
+        config = self.config
+        source_T, hidden_F = np.arange(frames), np.zeros(mels, dtype=np.bool_)
+        if config.spec_sub:
+            for start, stop, back in augment.substitutions(frames, config.substitutions, config.max_substitution, rng):
+                source_T[start:stop] = np.arange(start - back, stop - back)
+        if config.spec_aug:
+            for start, stop in augment.stretches(frames, config.time_masks, config.max_time_mask, rng):
+                source_T[start:stop] = MASKED
+            for start, stop in augment.stretches(mels, config.mel_masks, config.max_mel_mask, rng):
+                hidden_F[start:stop] = True
+        return source_T, hidden_F

@@ -142,6 +142,10 @@ def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:
         return
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise ConfigError("encoder_cache is for a frozen encoder; set lr.encoder: 0.0, or leave encoder_cache out")
+    if config.data.features == "device":
+        raise ConfigError(
+            "encoder_cache finds its entries by features that workers compute; set data.features: auto, or leave encoder_cache out"
+        )
     model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
 
 

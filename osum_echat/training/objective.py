@@ -107,7 +107,10 @@ class Objective(nn.Module):
             tags = recording_tags(batch, self.model.config.adapter.tags)
             counts |= {f"tag.{name}": float((labels != IGNORE).sum()) for name, labels in tags.items()}
             tags = {name: devices.send(labels, device) for name, labels in tags.items()}
-        sent: dict[str, Any] = {name: devices.send(getattr(batch, name), device) for name in ("feats_NTF", "feats_lengths_N")}
+        lengths_N = devices.send(batch.feats_lengths_N, device)
+        sounds = batch.sounds
+        feats_NTF = devices.send(batch.feats_NTF, device) if sounds is None else sounds.features(lengths_N, device)
+        sent: dict[str, Any] = {"feats_NTF": feats_NTF, "feats_lengths_N": lengths_N, "sounds": None}
         return MicroBatch(replace(batch, **sent), plan.to(device), devices.send(weights_D, device), transcripts, tags, counts)
 
     def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
