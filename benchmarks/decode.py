@@ -12,8 +12,11 @@ The same weights are also measured in 8 and 4 bits (`EChat.load(weights="int8")`
     python benchmarks/decode.py --quick --json  # 0.3 B, within 50 s; one JSON object
     python benchmarks/decode.py --wide          # as wide as the released model (2,048), 12 of its 36 layers; with --quick 4 of them
 
-The machine may be noisy: what is compared is measured in turns, and medians over the rounds are reported. An utterance is PROMPT positions read and
-UTTERANCE ids written; its time is the measured prefill plus that many measured steps.
+    python benchmarks/decode.py --device cuda   # by the static step; weights as they are (8 and 4 bits are for CPUs)
+
+With ``--threads 1`` seconds are CPU time, which other work on the machine disturbs least; else wall clock. The machine may be noisy: what is compared is measured in turns, and medians over the rounds are reported. An utterance is PROMPT positions read and
+UTTERANCE ids written; its time is that of so many positions, as the prefill was measured, and of so many measured steps. What the measured rows are
+given to read before is shorter with ``--quick``: on a CPU without bfloat16 units sixteen prompts would take a minute.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from typing import Any
 
 import sentences  # noqa: F401 - first: it says what is missing
 import torch
+from clock import add_device, cpu_or_wall, device_of, now, seconds
 from torch import nn
 
+from osum_echat import device as devices
 from osum_echat.cpu_linear import QuantizedLinear, lighten, pack_linears
 from osum_echat.device import cpu
 from osum_echat.dialogue.layout import Segment, flatten
@@ -71,6 +76,9 @@ _SHAPE: dict[str, Any] = {  # Qwen2.5-0.5B
     "use_sliding_window": False,
 }
 _WIDE = _SHAPE | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}  # Qwen2.5-3B
+
+
+Clock = Callable[[], float]
 
 
 class NoText:
@@ -156,108 +164,116 @@ def _products(model: EChatModel) -> list[QuantizedLinear]:
     return [m for m in [*model.lm.modules(), *joints] if isinstance(m, QuantizedLinear)]
 
 
-def prefill(model: EChatModel) -> float:
+def prefill(model: EChatModel, clock: Clock) -> float:
     """Seconds to read `PREFILL` positions."""
-    ids = torch.arange(1000, 1000 + PREFILL)[None]
+    ids = torch.arange(1000, 1000 + PREFILL, device=model.device)[None]
     with torch.inference_mode():
         embeds = model.embed(ids)
-        start = time.perf_counter()
-        model.hidden(embeds)
-    return time.perf_counter() - start
+        return seconds(lambda: model.hidden(embeds), clock)
 
 
-def requests(batch: int, new: int) -> list[Request]:
+def requests(batch: int, new: int, prompt: int) -> list[Request]:
     mode = Mode(text=Sampling(greedy=True), max_new=new)
-    rows = [flatten([Segment("prompt", tuple(range(1000 + i, 1000 + i + PROMPT)))], []) for i in range(batch)]
+    rows = [flatten([Segment("prompt", tuple(range(1000 + i, 1000 + i + prompt)))], []) for i in range(batch)]
     return [Request("text2text", row, mode=mode) for row in rows]
 
 
-def decode(generator: Generator, batch: int, new: int) -> tuple[float, float]:
-    """Seconds to the first token and for one step of the whole batch, through `Generator`."""
-    done = [event for _, event in generator.generate(requests(batch, new)) if isinstance(event, Done)]
-    assert all(len(event.generated) == new for event in done), "the random model ended early"
-    first = max(event.timings.first_token or 0.0 for event in done)
-    return first, (max(event.timings.total for event in done) - first) / (new - 1)
+def decode(generator: Generator, batch: int, new: int, prompt: int, clock: Clock) -> tuple[float, float]:
+    """Seconds to the first token and for one step of the whole batch, through `Generator`: of two calls, one with the first id only."""
+
+    def run(count: int) -> None:
+        done = [event for _, event in generator.generate(requests(batch, count, prompt)) if isinstance(event, Done)]
+        assert all(len(event.generated) == count for event in done), "the random model ended early"
+
+    return first_and_step(run, new, clock)
 
 
-def decode_with_transformers(llm: Any, new: int) -> float:
-    """Seconds for a step of `generate` at batch 1: of two calls, one with the first id only, so that prefill falls out."""
-    ids = torch.arange(1000, 1000 + PROMPT)[None]
+def decode_with_transformers(llm: Any, new: int, prompt: int, clock: Clock) -> float:
+    """Seconds for a step of `generate` at batch 1, in the same way."""
+    ids = torch.arange(1000, 1000 + prompt, device=llm.device)[None]
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    seconds = []
-    for count in (1, new):
-        start = time.perf_counter()
+
+    def run(count: int) -> None:
         with torch.inference_mode():
             llm.generate(ids, max_new_tokens=count, **options)
-        seconds.append(time.perf_counter() - start)
-    return (seconds[1] - seconds[0]) / (new - 1)
+
+    return first_and_step(run, new, clock)[1]
 
 
-def copy_bandwidth(size: int = 2**28) -> float:
+def first_and_step(run: Callable[[int], None], new: int, clock: Clock) -> tuple[float, float]:
+    first, whole = (seconds(lambda: run(count), clock) for count in (1, new))  # noqa: B023 - called at once
+    return first, (whole - first) / (new - 1)
+
+
+def copy_bandwidth(device: torch.device, clock: Clock, size: int = 2**28) -> float:
     """Bytes a second, read and written."""
-    source, target = torch.ones(size, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     target.copy_(source)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / min(seconds)
+    return 2 * size / min(seconds(lambda: target.copy_(source), clock) for _ in range(4))
+
+
+Task = Callable[[int], Any]
+"""A measurement; its argument is how many ids a single row gets."""
 
 
 def tasks_of(
-    layers: int, dtype: torch.dtype, shape: dict[str, Any], new: int
-) -> tuple[dict[str, Callable[[], Any]], dict[str, Any]]:
+    layers: int, dtype: torch.dtype, shape: dict[str, Any], prompt: int, device: torch.device, clock: Clock
+) -> tuple[dict[str, Task], dict[str, Any]]:
     """What is measured, by name, and facts about the models."""
-    plain = random_model(layers, dtype, shape)
+    plain = random_model(layers, dtype, shape).to(device)
     model = twin(plain)
+    on_cpu = device.type == "cpu"
     facts: dict[str, Any] = {
         "bytes": sum(p.numel() * p.element_size() for p in plain.lm.llm.parameters()),
-        "packed": pack_linears(model.lm),
+        "packed": pack_linears(model.lm) if on_cpu else 0,
     }
-    lighten(model.lm.llm.get_decoder())
+    if on_cpu:
+        lighten(model.lm.llm.get_decoder())
     config = GenerationConfig(guards=Guards.off())
     generator = Generator(model, NoText(), config)
-    tasks: dict[str, Callable[[], Any]] = {
-        "copy": copy_bandwidth,
-        "batch1": lambda: decode(generator, 1, new),
-        "generate": lambda: decode_with_transformers(plain.lm.llm, new),
-        "generate_packed": lambda: decode_with_transformers(model.lm.llm, new),
-        "batch4": lambda: decode(generator, 4, max(new // 2, 8)),
-        "batch16": lambda: decode(generator, 16, max(new // 3, 8)),
-        "prefill": lambda: prefill(model),
+    tasks: dict[str, Task] = {
+        "copy": lambda _: copy_bandwidth(device, clock),
+        "batch1": lambda new: decode(generator, 1, new, prompt, clock),
+        "generate": lambda new: decode_with_transformers(plain.lm.llm, new, prompt, clock),
+        "batch4": lambda new: decode(generator, 4, max(new // 2, 8), prompt, clock),
+        "batch16": lambda new: decode(generator, 16, max(new // 3, 8), prompt, clock),
+        "prefill": lambda _: prefill(model, clock),
     }
+    if facts["packed"]:
+        tasks["generate_packed"] = lambda new: decode_with_transformers(model.lm.llm, new, prompt, clock)
     for kind in cpu.ROUNDED:
-        if cpu.rounds(kind):
+        if on_cpu and cpu.rounds(kind):
             small = rounded(plain, kind)
             facts[kind] = bytes_read(small)
-            _add_rounded(tasks, kind, Generator(small, NoText(), config), new)
+            _add_rounded(tasks, kind, Generator(small, NoText(), config), prompt, clock)
     return tasks, facts
 
 
-def _add_rounded(tasks: dict[str, Callable[[], Any]], kind: str, generator: Generator, new: int) -> None:
-    tasks[f"batch1_{kind}"] = lambda: decode(generator, 1, new)
-    tasks[f"batch16_{kind}"] = lambda: decode(generator, 16, max(new // 3, 8))
-    tasks[f"prefill_{kind}"] = lambda: prefill(generator.model)
+def _add_rounded(tasks: dict[str, Task], kind: str, generator: Generator, prompt: int, clock: Clock) -> None:
+    tasks[f"batch1_{kind}"] = lambda new: decode(generator, 1, new, prompt, clock)
+    tasks[f"batch16_{kind}"] = lambda new: decode(generator, 16, max(new // 3, 8), prompt, clock)
+    tasks[f"prefill_{kind}"] = lambda _: prefill(generator.model, clock)
 
 
-def measure(layers: int, dtype: torch.dtype, shape: dict[str, Any], rounds: int, new: int, budget: float) -> dict[str, Any]:
+def measure(tasks: dict[str, Task], facts: dict[str, Any], rounds: int, new: int, budget: float) -> dict[str, Any]:
     """All measurements, in turns; ``budget`` seconds are not exceeded by another round."""
     started = time.perf_counter()
-    tasks, facts = tasks_of(layers, dtype, shape, new)
-    tasks["batch1"]()  # warm up
+    for name, task in tasks.items():
+        if not name.startswith(("copy", "batch16", "batch4")):
+            task(2)  # warm up
     begun = time.perf_counter()
-    tasks["batch1"]()
+    tasks["batch1"](new)
     step_seconds = (time.perf_counter() - begun) / new
     left = budget - (time.perf_counter() - started)
     new = max(8, min(new, int(left / (_STEPS_OF_A_ROUND * step_seconds))))  # a busy machine gets shorter rounds, not a longer run
     found: dict[str, list[Any]] = {name: [] for name in tasks}
+    first_round = time.perf_counter()
     for done in range(rounds):
-        took = (time.perf_counter() - started) / max(done, 1)
+        took = (time.perf_counter() - first_round) / max(done, 1)
         if done and time.perf_counter() - started + took > budget:
             break
         for name, task in tasks.items():
-            found[name].append(task())
+            found[name].append(task(new))
     return summary(found, facts) | {"rounds": len(found["copy"]), "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -267,13 +283,14 @@ def summary(found: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any
     step = {n: statistics.median(s for _, s in v) for n, v in found.items() if n.startswith("batch")}
     first = {n: statistics.median(f for f, _ in v) for n, v in found.items() if n.startswith("batch")}
     rows = {n: int(n.removeprefix("batch").partition("_")[0]) for n in step}
-    utterances = {n: rows[n] / (first[n] + UTTERANCE * step[n]) for n in step}
+    read = {n: one[f"prefill_{n.partition('_')[2]}" if "_" in n else "prefill"] / PREFILL for n in step}
+    utterances = {n: 1 / (PROMPT * read[n] + UTTERANCE * step[n] / rows[n]) for n in step}
     limit = facts["bytes"] / one["copy"]
     result = {
         "ratio_to_generate": round(one["generate"] / step["batch1"], 3),
         "fraction_of_bandwidth": round(limit / step["batch1"], 3),
         "batch16_speedup": round(utterances["batch16"] / utterances["batch1"], 2),
-        "ratio_to_generate_on_packed_weights": round(one["generate_packed"] / step["batch1"], 3),
+        "ratio_to_generate_on_packed_weights": round(one.get("generate_packed", one["generate"]) / step["batch1"], 3),
     }
     for kind in (k for k in cpu.ROUNDED if k in facts):
         result |= {
@@ -326,20 +343,34 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="12 layers instead of 24, few steps, within 50 s")
     parser.add_argument("--wide", action="store_true", help="the released model's width, 12 layers (with --quick 4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--budget", type=float, help="seconds after which no further round begins (default: 32 with --quick, 600)"
+    )
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--save", type=Path, help="also write the result, with date, commit and hardware, to this file")
     args = parser.parse_args()
+    device = device_of(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else torch.float32
-    layers, rounds, new, budget = (12, 3, 24, 32.0) if args.quick else (24, 5, 64, 600.0)
+    layers, rounds, new, budget, prompt = (12, 3, 24, 32.0, 8) if args.quick else (24, 5, 64, 600.0, PROMPT)
+    budget = args.budget or budget
     shape = _WIDE if args.wide else _SHAPE
     if args.wide:
         layers = layers // 3 if args.quick else layers // 2
+    one_thread = torch.get_num_threads() == 1
+
+    def clock() -> float:
+        return cpu_or_wall(device) if one_thread else now(device)
+
+    tasks, facts = tasks_of(layers, dtype, shape, prompt, device, clock)
     result = {
         "model": f"qwen2 {layers} x {shape['hidden_size']}, {args.dtype}",
-        **measure(layers, dtype, shape, rounds, new, budget),
+        "device": devices.describe(device),
+        "clock": "CPU seconds" if one_thread and device.type == "cpu" else "wall clock",
+        **measure(tasks, facts, rounds, new, budget),
         **about(),
     }
     text = json.dumps(result, ensure_ascii=False)

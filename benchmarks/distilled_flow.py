@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from clock import add_device, cpu_or_wall, device_of
 from token2wav import hardware
 from torch import Tensor
 
@@ -58,10 +59,12 @@ def sentences(lists: Sequence[Path], count: int) -> list[Utterance]:
     return train_and_valid(config, need=("tokens", "text"))[0]
 
 
-def compare(teacher: Path, student: Path, groups: Sequence[Sequence[Utterance]], out: Path, minutes: float) -> None:
+def compare(
+    teacher: Path, student: Path, groups: Sequence[Sequence[Utterance]], out: Path, minutes: float, device: torch.device
+) -> None:
     """Append a line for each group of sentences that ``out`` does not hold yet, until the time is over."""
     deadline = time.monotonic() + 60 * minutes
-    models = {side: Token2Wav.load(folder, device="cpu") for side, folder in zip(SIDES, (teacher, student), strict=True)}
+    models = {side: Token2Wav.load(folder, device=str(device)) for side, folder in zip(SIDES, (teacher, student), strict=True)}
     voice = Speaker.load(teacher / "speaker.safetensors")
     recogniser, dnsmos = Recogniser.load(), Dnsmos()
     done = {row["keys"][0] for row in rows(out)}
@@ -106,9 +109,9 @@ def quality(out: Path) -> dict[str, Any]:
     return result
 
 
-def speed(student: Path, rounds: int) -> dict[str, Any]:
+def speed(student: Path, rounds: int, device: torch.device) -> dict[str, Any]:
     """Seconds for one reply of each length, summed, before and with the distilled flow."""
-    model = Token2Wav.load(student, device="cpu")
+    model = Token2Wav.load(student, device=str(device))
     own = model.flow.decoder.config
     guided = dataclasses.replace(own, steps=10, inference_cfg_rate=0.7, distilled=False)
     voice = model.prompt_state(Speaker.load(student / "speaker.safetensors"))
@@ -120,13 +123,13 @@ def speed(student: Path, rounds: int) -> dict[str, Any]:
         model.flow.decoder.config = solver
         flow = whole = 0.0
         for tokens_N in codes:
-            begun = time.process_time()
+            begun = cpu_or_wall(device)
             draws = Draws(0, model.config.flow.output_size, noises)
             condition = model.flow.condition(tokens_N, voice.tokens_P, voice.mel_TM, voice.spk_M)
             mel_TM: Tensor = model.flow.solve([condition], [reply_noise(draws, condition)])[0]
-            flow += time.process_time() - begun
+            flow += cpu_or_wall(device) - begun
             vocode(model.vocoder, mel_TM, draws)
-            whole += time.process_time() - begun
+            whole += cpu_or_wall(device) - begun
         return flow, whole
 
     sides = {"before": (guided, harmonics), "distilled": (own, model.config.vocoder.source_noises)}
@@ -159,17 +162,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--speed", action="store_true", help="seconds instead of quality")
     parser.add_argument("--rounds", type=int, default=5, help="of --speed")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    add_device(parser)
     args = parser.parse_args(argv)
+    device = device_of(args)
     logging.basicConfig(level=logging.WARNING if args.json else logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     if args.speed:
-        result = speed(args.student, args.rounds)
+        result = speed(args.student, args.rounds, device)
     elif args.teacher is None or args.out is None or not args.lists:
         parser.error("give --teacher, --lists and --out, or --speed")
     else:
         chosen = sentences(args.lists, args.count)
         groups = [chosen[i : i + args.together] for i in range(0, len(chosen), args.together)]
-        compare(args.teacher, args.student, groups, args.out, args.minutes)
+        compare(args.teacher, args.student, groups, args.out, args.minutes, device)
         result = quality(args.out)
     result |= hardware()
     print(json.dumps(result) if args.json else "\n".join(f"{name:<22} {value}" for name, value in result.items()))

@@ -1,4 +1,4 @@
-"""One real optimisation step of the full-size model (3,458.8 M parameters) on a CPU: memory and seconds.
+"""One real optimisation step of the full-size model (3,458.8 M parameters), on a CPU by default: memory and seconds.
 
     python benchmarks/full_size_step.py                      # adapter only
     python benchmarks/full_size_step.py --lora --threads 2   # LoRA (rank 64) and adapter
@@ -16,7 +16,6 @@ import logging
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from clock import add_device, device_of, now
 from torch import nn
 
 from osum_echat import config as config_io
@@ -41,7 +41,6 @@ from osum_echat.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 GB = 2**30
-CPU = torch.device("cpu")
 
 
 def made_up(config: Any) -> EChatModel:
@@ -111,10 +110,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--layers", type=int, help="fewer LLM layers than the published 36, to try the script itself")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_device(parser)
     args = parser.parse_args(argv)
+    device = device_of(args)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
-    began = time.monotonic()
+    began = now(device)
     fewer = [f"llm.config.num_hidden_layers={args.layers}"] if args.layers else []
     config = load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true", *fewer])
     if args.lora:
@@ -123,13 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     model = made_up(config)
     if args.lora:
         add_lora(model.lm.llm, LoraConfig())
-    built = time.monotonic() - began
-    weights = devices.memory_allocated(CPU)
+    model.to(device)
+    built = now(device) - began
+    weights = devices.memory_allocated(device)
     with tempfile.TemporaryDirectory() as out:
         plain = {
             "stage": "understanding",
             "out": out,
-            "device": "cpu",
+            "device": str(device),
             "precision": "bf16",
             "accumulation": 1,
             "max_steps": 1,
@@ -141,16 +143,16 @@ def main(argv: list[str] | None = None) -> int:
         train = config_io.from_dict(TrainConfig, plain, where="this benchmark")
         trainer = make_trainer(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
         before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        micro = trainer.objective.prepare(trainer.run.loader.batch, CPU)  # type: ignore[attr-defined]
-        began = time.monotonic()
+        micro = trainer.objective.prepare(trainer.run.loader.batch, device)  # type: ignore[attr-defined]
+        began = now(device)
         outcome = trainer.engine.forward(micro, micro.counts)
-        forward = time.monotonic() - began
-        began = time.monotonic()
+        forward = now(device) - began
+        began = now(device)
         trainer.engine.backward(outcome.loss, last=True)
-        backward = time.monotonic() - began
-        began = time.monotonic()
+        backward = now(device) - began
+        began = now(device)
         result = trainer.engine.step(1.0)
-        update = time.monotonic() - began
+        update = now(device) - began
     # A rate of 1e-6 moves every float32 master, but few of the bfloat16 weights rounded from them.
     masters = {name: master for name, _, master in trainer.engine.optimizer.pairs}  # type: ignore[attr-defined]
     moved = sum(int((masters[f"model.{n}"] != b.float()).sum()) for n, b in before.items())
@@ -166,9 +168,10 @@ def main(argv: list[str] | None = None) -> int:
             "backward": round(backward, 1),
             "update": round(update, 1),
         },
-        "memory_gb": {"weights": round(weights / GB, 2), "peak": round(devices.peak_memory(CPU) / GB, 2)},
+        "memory_gb": {"weights": round(weights / GB, 2), "peak": round(devices.peak_memory(device) / GB, 2)},
         "threads": args.threads,
         "machine": platform.platform(),
+        "device": devices.describe(device),
     }
     for key, value in found.items():
         print(f"{key:<12}{value}")

@@ -35,6 +35,7 @@ import numpy as np
 import psutil
 import soundfile
 import torch
+from clock import add_device, device_of, now
 
 from osum_echat.audio import augment
 from osum_echat.audio.features import LogMel, has_native
@@ -44,6 +45,7 @@ from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig
 from osum_echat.data.convert import convert
 from osum_echat.data.loader import build_loader
 from osum_echat.data.plain_tokenizer import PlainTokenizer, plain_vocabulary
+from osum_echat.data.sound import Sound, Sounds
 
 RATE, SECONDS = 16_000, 5.0
 REFERENCE_PER_SECOND = 116  # the published loader, per worker, on a machine like this
@@ -73,16 +75,16 @@ def make_data(folder: str, count: int) -> dict[str, str]:
 class Meter:
     """Utterances a second and CPU milliseconds an utterance, from the second batch on."""
 
-    def __init__(self) -> None:
-        self.used, self.batches = 0, 0
+    def __init__(self, device: torch.device) -> None:
+        self.used, self.batches, self._device = 0, 0, device
 
     def batch(self, count: int) -> None:
         self.batches += 1
         if self.batches == 1:
-            self._wall, self._cpu = time.perf_counter(), _cpu_seconds()
+            self._wall, self._cpu = now(self._device), _cpu_seconds()
         else:
             self.used += count
-            self._ends = time.perf_counter(), _cpu_seconds()
+            self._ends = now(self._device), _cpu_seconds()
 
     @property
     def per_second(self) -> float:
@@ -103,8 +105,9 @@ def _cpu_seconds() -> float:
     return total
 
 
-def ours(path: str, epochs: int, features: str, workers: int = 1) -> tuple[Meter, list[float]]:
-    """What was measured; resident MB of the worker after each epoch."""
+def ours(path: str, epochs: int, features: str, device: torch.device, workers: int = 1) -> tuple[Meter, list[float]]:
+    """What was measured, batches on ``device`` (a batch's log-mels are computed there with ``features`` "device"); resident MB of the worker after each
+    epoch."""
     config = DataConfig(
         streams={"all": StreamConfig(path)},
         workers=workers,
@@ -113,10 +116,11 @@ def ours(path: str, epochs: int, features: str, workers: int = 1) -> tuple[Meter
         features=features,  # type: ignore[arg-type]
     )
     loader = build_loader(config, PlainTokenizer(), plain_vocabulary())
-    meter, memory = Meter(), []
+    meter, memory = Meter(device), []
     for _ in range(epochs):
         peak = 0.0
         for batch in loader:
+            batch.to(device)
             meter.batch(len(batch))
             peak = max(peak, _worker_mb()) if workers else _mb(os.getpid())
         memory.append(peak)
@@ -149,7 +153,7 @@ def plain_webdataset(shard_list: str, epochs: int, features_by: str) -> Meter:
     data = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).shuffle(200).map(features)
     data = data.batched(8, collation_fn=batch, partial=True)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4, persistent_workers=True)
-    meter = Meter()
+    meter = Meter(torch.device("cpu"))
     for _ in range(epochs):
         for keys, _, _ in loader:
             meter.batch(len(keys))
@@ -171,10 +175,15 @@ def parts(folder: str) -> dict[str, float]:
             step()
         return 1000 * (time.perf_counter() - began) / count
 
+    sound = Sound.of(samples)
+    one = Sounds.of([sound], 80)
+    frames_N = torch.tensor([len(sound)])
     return {
         "decode_ms": milliseconds(lambda: to_mono_16k(data)),
         "log_mel_ms": milliseconds(lambda: log_mel(samples)),
         "log_mel_native_ms": milliseconds(lambda: native(samples)),
+        "as_16_bits_ms": milliseconds(lambda: Sound.of(samples)),
+        "log_mel_of_16_bits_ms": milliseconds(lambda: one.features(frames_N, torch.device("cpu"))),
         "augment_ms": milliseconds(lambda: augment.spec_augment(augment.spec_substitute(feats, rng), rng)),
         "copy_to_parent_ms": milliseconds(lambda: io.BytesIO(feats.tobytes()).read()),
     }
@@ -204,10 +213,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer utterances: ends within 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
-        "--features", choices=("auto", "torch", "asrfront"), default="auto", help="who computes log-mels (data.features)"
+        "--features",
+        choices=("auto", "torch", "asrfront", "device"),
+        default="auto",
+        help="who computes log-mels (data.features)",
     )
+    add_device(parser)
     parser.add_argument("--utterances", type=int, help="default 2000, with --quick 300")
     args = parser.parse_args()
+    device = device_of(args)
     logging.disable(logging.WARNING)
     count = args.utterances or (300 if args.quick else 2000)
     torch.set_num_threads(1)
@@ -215,7 +229,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lists = make_data(folder, count)
         for form in ("raw", "shard", "combine"):
-            meter, memory = ours(lists[form], 3 if form == "shard" else 1, args.features)
+            meter, memory = ours(lists[form], 3 if form == "shard" else 1, args.features, device)
             result[f"{form}_utt_per_s"], result[f"{form}_cpu_ms"] = meter.per_second, meter.cpu_ms
             if form == "shard":
                 # The first epoch fills caches; what comes on top afterwards would be a leak.
@@ -224,7 +238,9 @@ def main() -> None:
         # With log-mels by torch, and by the code that ours uses now: what the choice of code gives, and what the rest does.
         webdataset = plain_webdataset(lists["shard"], 3, "torch")
         result["webdataset_utt_per_s"], result["webdataset_cpu_ms"] = webdataset.per_second, webdataset.cpu_ms
-        result["webdataset_same_code_cpu_ms"] = plain_webdataset(lists["shard"], 3, args.features).cpu_ms
+        result["webdataset_same_code_cpu_ms"] = plain_webdataset(
+            lists["shard"], 3, "torch" if args.features == "device" else args.features
+        ).cpu_ms
         result |= parts(folder)
     result["shard_to_webdataset"] = result["webdataset_cpu_ms"] / result["shard_cpu_ms"]
     result["shard_to_webdataset_same_code"] = result["webdataset_same_code_cpu_ms"] / result["shard_cpu_ms"]

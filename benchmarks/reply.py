@@ -24,12 +24,17 @@ import json, sys, time
 import torch
 torch.set_num_threads(1)
 from osum_echat.pipeline import EChat
-echat = EChat.load(sys.argv[1], device="cpu")
+from osum_echat import device as devices
+device = devices.resolve(sys.argv[2])
+echat = EChat.load(sys.argv[1], device=sys.argv[2])
+def clock():
+    devices.synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 print("ready", flush=True)
 for line in sys.stdin:
-    begun = time.process_time()
+    begun = clock()
     reply = echat.chat(line.strip(), speak=True)
-    seconds = time.process_time() - begun
+    seconds = clock() - begun
     print(json.dumps({"seconds": seconds, "text": reply.text, "codes": len(reply.speech_tokens)}), flush=True)
 """
 
@@ -37,9 +42,9 @@ for line in sys.stdin:
 class Answerer:
     """One tree's process."""
 
-    def __init__(self, tree: Path, checkpoint: Path) -> None:
+    def __init__(self, tree: Path, checkpoint: Path, device: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", ANSWERER, str(checkpoint)]
+        command = [sys.executable, "-c", ANSWERER, str(checkpoint), device]
         self._process = subprocess.Popen(
             command, env=environment, cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -64,9 +69,9 @@ class Answerer:
         self._process.wait()
 
 
-def measure(trees: dict[str, tuple[Path, Path]], recordings: list[Path], rounds: int) -> dict[str, Any]:
+def measure(trees: dict[str, tuple[Path, Path]], recordings: list[Path], rounds: int, device: str = "cpu") -> dict[str, Any]:
     """``trees``: checkout and checkpoint by name."""
-    answerers = {name: Answerer(*places) for name, places in trees.items()}
+    answerers = {name: Answerer(*places, device) for name, places in trees.items()}
     best: dict[str, list[float]] = {name: [float("inf")] * len(recordings) for name in trees}
     texts: dict[str, list[str]] = {name: [""] * len(recordings) for name in trees}
     codes = [0] * len(recordings)
@@ -95,12 +100,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recordings", type=int, default=4, help="of assets/demo")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, npu or auto; an accelerator's time is wall clock")
     args = parser.parse_args(argv)
     trees = {"now": (ROOT, args.checkpoint.resolve())}
     if args.before:
         trees["before"] = (args.before.resolve(), (args.checkpoint_before or args.before / "checkpoints" / "mini").resolve())
     recordings = sorted((ROOT / "assets" / "demo").glob("*.ogg"))[: args.recordings]
-    result = measure(trees, recordings, args.rounds)
+    result = measure(trees, recordings, args.rounds, args.device)
     print(json.dumps(result) if args.json else "\n".join(f"{name:<12} {value}" for name, value in result.items()))
     return 0
 

@@ -5,7 +5,7 @@
 
 Without ``--directory`` a directory of the released shape is made with random weights (cost does not depend on their values). Both sides
 compute the same numbers with the same weights in one process, turn about, and the smallest of the repeated times counts. One-thread
-times are CPU seconds, which other work on the machine disturbs least; two-thread times are wall clock.
+times are CPU seconds, which other work on the machine disturbs least; two-thread times, and those of an accelerator (``--device``), are wall clock.
 
 ``speedup`` compares whole syntheses of 4 s in the voice of a 9 s prompt (3 s with --quick) at equal output: float32, one thread. What the
 published code computes of the prompt in every call and ours keeps in a `Speaker` counts as far as it is features; its two ONNX models are
@@ -27,7 +27,6 @@ import json
 import platform
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,8 @@ from typing import Any
 import sentences  # noqa: F401 - first: it says what is missing
 import token2wav_baseline as baseline
 import torch
+from clock import add_device, cpu_or_wall, device_of, now
+from clock import seconds as time_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,19 +79,16 @@ def reply(tokens: int) -> Tensor:
     return torch.randint(4096, (tokens,), generator=torch.Generator().manual_seed(2))
 
 
-def seconds(run: Callable[[], Any], wall: bool) -> float:
-    clock = time.perf_counter if wall else time.process_time
-    start = clock()
-    run()
-    return clock() - start
+def seconds(run: Callable[[], Any], wall: bool, device: torch.device = CPU) -> float:
+    return time_of(run, lambda: now(device) if wall else cpu_or_wall(device))
 
 
-def turn_about(runs: dict[str, Callable[[], Any]], repeats: int, wall: bool) -> dict[str, float]:
+def turn_about(runs: dict[str, Callable[[], Any]], repeats: int, wall: bool, device: torch.device = CPU) -> dict[str, float]:
     """The smallest time of each, taken in turns so that a busy moment meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds(run, wall))
+            times[name].append(seconds(run, wall, device))
     return {name: min(values) for name, values in times.items()}
 
 
@@ -105,14 +103,15 @@ def product_flops(model: Token2Wav, frames: int) -> int:
     return counter.get_total_flops()
 
 
-def product_rate(frames: int) -> float:
+def product_rate(frames: int, device: torch.device) -> float:
     """Operations a second of the U-Net's largest product, as fast as this machine's kernels do it with the current threads."""
     rows, width, out = frames, 256, 3 * 512  # joined queries, keys and values at half rate, two rows
-    x, weight = torch.randn(rows, width), torch.randn(out, width)
-    product = PackedLinear(weight, None, rows_hint=rows) if cpu.packs(torch.float32) else torch.nn.Linear(width, out, bias=False)
+    x, weight = torch.randn(rows, width, device=device), torch.randn(out, width, device=device)
+    packs = device.type == "cpu" and cpu.packs(torch.float32)
+    product = PackedLinear(weight, None, rows_hint=rows) if packs else torch.nn.Linear(width, out, bias=False, device=device)
     repeats = 20
     wall = torch.get_num_threads() > 1
-    best = min(seconds(lambda: [product(x) for _ in range(repeats)], wall) for _ in range(4))
+    best = min(seconds(lambda: [product(x) for _ in range(repeats)], wall, device) for _ in range(4))
     return repeats * 2.0 * rows * width * out / best
 
 
@@ -123,21 +122,27 @@ def measure_flow(
     state = model.prompt_state(random_speaker(*PROMPTS[prompt]))
     tokens = reply(REPLY_TOKENS)
     condition = model.flow.condition(tokens, state.tokens_P, state.mel_TM, state.spk_M)
-    noise = reply_noise(Draws(0, 80, 9), condition)
+    noise = reply_noise(Draws(0, 80, 9), condition).to(model.device)
     results: dict[str, Tensor] = {}
 
     def keep(name: str, run: Callable[[], Tensor]) -> Callable[[], None]:
         return lambda: results.__setitem__(name, run())
 
+    def published() -> Tensor:
+        with model.device:  # where its small tensors are made
+            return baseline.solve(plain, condition, noise, steps)
+
     runs = {
-        "baseline": keep("baseline", lambda: baseline.solve(plain, condition, noise, steps)),
+        "baseline": keep("baseline", published),
         "ours": keep("ours", lambda: model.flow.solve([condition], [noise], steps)[0]),
     }
     runs["bfloat16"] = keep("bfloat16", lambda: half.solve([condition], [noise], steps)[0])
     with devices.threads(threads):
-        encode = seconds(lambda: model.flow.condition(tokens, state.tokens_P, state.mel_TM, state.spk_M), threads > 1)
-        times = turn_about(runs, repeats, threads > 1)
-        rate = product_rate(condition.frames)
+        encode = seconds(
+            lambda: model.flow.condition(tokens, state.tokens_P, state.mel_TM, state.spk_M), threads > 1, model.device
+        )
+        times = turn_about(runs, repeats, threads > 1, model.device)
+        rate = product_rate(condition.frames, model.device)
     scale = STEPS / steps
     out = {f"{name}_s": encode + scale * value for name, value in times.items()}
     out["speedup"] = out["baseline_s"] / out["ours_s"]
@@ -153,21 +158,22 @@ def measure_flow(
 def measure_vocoder(model: Token2Wav, threads: int, repeats: int) -> dict[str, float]:
     """Seconds of the vocoder for 4 s of speech from mel to samples."""
     frames = mel_frames(REPLY_TOKENS)
-    mel = torch.randn(1, 80, frames, generator=torch.Generator().manual_seed(3)) - 5.0
+    mel = (torch.randn(1, 80, frames, generator=torch.Generator().manual_seed(3)) - 5.0).to(model.device)
     draws = Draws(0, 80, 9)
-    noise, normed = draws.source(0, frames), baseline.NormedVocoder(model.vocoder)
+    noise, phase_1H = draws.source(0, frames).to(model.device), draws.phase_1H.to(model.device)
+    normed = baseline.NormedVocoder(model.vocoder)
     results: dict[str, Tensor] = {}
 
     def published() -> None:
-        source = model.vocoder.source(normed.f0(mel), draws.phase_1H, noise)
+        source = model.vocoder.source(normed.f0(mel), phase_1H, noise)
         results["baseline"] = normed.decode(mel, source)
 
     def ours() -> None:
-        source = model.vocoder.source(model.vocoder.f0(mel), draws.phase_1H, noise)
+        source = model.vocoder.source(model.vocoder.f0(mel), phase_1H, noise)
         results["ours"] = model.vocoder.decode(mel, source)
 
     with devices.threads(threads):
-        times = turn_about({"baseline": published, "ours": ours}, repeats, threads > 1)
+        times = turn_about({"baseline": published, "ours": ours}, repeats, threads > 1, model.device)
     return {
         "baseline_s": times["baseline"],
         "ours_s": times["ours"],
@@ -204,7 +210,7 @@ def measure_stream(model: Token2Wav, config: StreamConfig, steps: int, chunks: i
     costs: list[float] = []
     frames: list[int] = []
     full: list[bool] = []
-    start = time.process_time()
+    start = cpu_or_wall(model.device)
     generator = torch.Generator().manual_seed(5)
     with devices.threads(1):
         while sum(full) < chunks + 1:  # the first with a full window still has a short piece in the vocoder
@@ -213,11 +219,11 @@ def measure_stream(model: Token2Wav, config: StreamConfig, steps: int, chunks: i
             if mel is None:
                 continue
             samples = voice.push(mel)
-            now = time.process_time()
-            costs.append(now - start)
+            read = cpu_or_wall(model.device)
+            costs.append(read - start)
             frames.append(len(samples) // 256)
             full.append(begun)
-            start = time.process_time()
+            start = cpu_or_wall(model.device)
     steady = [c for c, f in zip(costs, full, strict=True) if f][1:]
     first, last = sorted(steady[:3])[1], sorted(steady[-3:])[1]
     return {
@@ -247,21 +253,21 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def run(directory: Path, quick: bool) -> dict[str, Any]:
+def run(directory: Path, quick: bool, device: torch.device = CPU) -> dict[str, Any]:
     """All measurements; see the module's docstring for the three headline numbers."""
-    start = time.perf_counter()
-    model = Token2Wav.load(directory, device="cpu")
-    out: dict[str, Any] = {"quick": quick, **hardware(), "load_s": time.perf_counter() - start}
+    start = now(device)
+    model = Token2Wav.load(directory, device=str(device))
+    out: dict[str, Any] = {"quick": quick, **hardware(), "device": devices.describe(device), "load_s": now(device) - start}
     state = read_weights(directory, "flow")[0]
     # Ours is prepared for inference and has no layers left that the baseline could call.
     plain, half = (FlowModel(model.config.flow).eval() for _ in range(2))
     for other in (plain, half):
-        load_into(other, state, "flow")
+        load_into(other.to(device), state, "flow")
     half.prepare(torch.bfloat16)
     headline = "3 s prompt" if quick else "9 s prompt"
     flow: dict[str, Any] = {}
     vocoder: dict[str, Any] = {}
-    for threads in (1,) if quick else (1, 2):
+    for threads in (1,) if quick or device.type != "cpu" else (1, 2):
         vocoder[f"{threads} thread(s)"] = measure_vocoder(model, threads, 2 if quick else 3)
         for prompt in [headline] if quick else PROMPTS:
             flow[f"{prompt}, {threads} thread(s)"] = measure_flow(plain, model, half, prompt, threads, 1, 2 if quick else 3)
@@ -270,11 +276,11 @@ def run(directory: Path, quick: bool) -> dict[str, Any]:
     out["stream"] = measure_stream(model, stream, 1 if quick else 2, 20)
     theirs, ours = (flow[f"{headline}, 1 thread(s)"][k] + vocoder["1 thread(s)"][k] for k in ("baseline_s", "ours_s"))
     spoken = mel_frames(REPLY_TOKENS) * 256 / 22050
-    out["peak_memory_gib"] = devices.peak_memory(CPU) / 2**30
+    out["peak_memory_gib"] = devices.peak_memory(device) / 2**30
     out["speedup"] = (theirs + out["prompt_features_s"]) / ours
     out["last_over_first_chunk"] = out["stream"]["last_over_first_chunk"]
     out["rtf"] = ours / spoken
-    out["total_s"] = time.perf_counter() - start
+    out["total_s"] = now(device) - start
     return out
 
 
@@ -300,15 +306,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer cases and solver steps, within 50 s")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--directory", type=Path, default=None, help="a released token2wav directory instead of random weights")
+    add_device(parser)
     parser.add_argument("--output", type=Path, default=None, help="also write the JSON object to this file")
     args = parser.parse_args(argv)
+    device = device_of(args)
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
         directory = args.directory
         if directory is None:
             directory = Path(scratch)
             with torch.inference_mode(False):
                 write_random_directory(directory)
-        result = run(directory, args.quick)
+        result = run(directory, args.quick, device)
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result)) if args.json else report(result)

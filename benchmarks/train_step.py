@@ -7,7 +7,8 @@ Both sides take the same samples, weights and AdamW, all parts trained, float32,
 thread. Time is that thread's CPU time of a whole step (collation, forward, backward, clipping, update), memory the peak of the resident set above what
 the process held after a small step to warm up. Ours packs all samples of the step into rows and runs them in one forward; the baseline is `padded_baseline`,
 one micro-batch a task, cut by the published loader's limits. Both must give the same mean loss, which is checked. ``scaling_2p``: targets/s of two ranks
-(ddp, gloo) over those of one process, each rank with the same number of samples; wall time. With ``--quick`` both sizes run at the same time, one a core.
+(ddp, gloo, on the CPU) over those of one process, each rank with the same number of samples; wall time. With ``--device`` the other numbers are of an
+accelerator: its wall clock and its memory. With ``--quick`` both sizes run at the same time, one a core.
 
 What is assumed:
 
@@ -43,6 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from clock import add_device, cpu_or_wall, device_of
 from padded_baseline import Sample, loss_sum, micro_batches, padded_positions
 
 from osum_echat import device as devices
@@ -153,13 +155,13 @@ def pack_samples(samples: list[Sample]) -> Batch:
 class Ours:
     """Forward, backward and update as the loop does them."""
 
-    def __init__(self, model: EChatModel):
+    def __init__(self, model: EChatModel, device: torch.device):
         config = TrainConfig(stage="generation", optim=OptimConfig(lr=1e-4), precision="fp32")
-        self.objective = Objective(model, LossConfig())
-        self.engine = SingleEngine(self.objective, stages.assign(model, config), [], config, World(), torch.device("cpu"))
+        self.objective, self.device = Objective(model, LossConfig()), device
+        self.engine = SingleEngine(self.objective, stages.assign(model, config), [], config, World(), device)
 
     def step(self, batches: list[list[Sample]]) -> float:
-        micros = [self.objective.prepare(pack_samples(samples), torch.device("cpu")) for samples in batches]
+        micros = [self.objective.prepare(pack_samples(samples), self.device) for samples in batches]
         totals = {"lm": sum(m.counts["lm"] for m in micros)}
         loss = 0.0
         for i, micro in enumerate(micros):
@@ -182,28 +184,30 @@ class Padded:
         total, loss = sum(s.targets for samples in batches for s in samples), 0.0
         for samples in batches:
             for group in micro_batches(samples):
-                part = loss_sum(self.model, group) / total
+                with self.model.device:  # where it makes its tensors
+                    part = loss_sum(self.model, group) / total
                 part.backward()
                 loss += float(part.detach())
         self.optimizer.update(1.0, clip=5.0)
         return loss
 
 
-def measure(side: str, size: str, tasks: Sequence[str], count: int, steps: int, result: str) -> None:
+def measure(side: str, size: str, tasks: Sequence[str], count: int, steps: int, device_name: str, result: str) -> None:
     """In a process of its own: a small step to warm up, then ``steps`` timed ones; the fastest counts (others share the machine)."""
     torch.set_num_threads(1)
-    model = build(size)
-    runner = Ours(model) if side == "ours" else Padded(model)
-    cpu = torch.device("cpu")
+    device = devices.resolve(device_name)
+    model = build(size).to(device)
+    runner = Ours(model, device) if side == "ours" else Padded(model)
     runner.step([make_samples(1, model.vocabulary, 1, tasks[-1:])])
-    before = devices.memory_allocated(cpu)
+    devices.reset_peak_memory(device)
+    before = devices.memory_allocated(device)
     times, losses = [], []
     for _ in range(steps):
         samples = make_samples(count, model.vocabulary, 0, tasks)
-        began = time.process_time()
+        began = cpu_or_wall(device)
         losses.append(runner.step([samples]))
-        times.append((time.process_time() - began) / sum(s.targets for s in samples))
-    memory = devices.peak_memory(cpu) - before
+        times.append((cpu_or_wall(device) - began) / sum(s.targets for s in samples))
+    memory = devices.peak_memory(device) - before
     Path(result).write_text(json.dumps({"targets_per_s": 1 / min(times), "memory": memory, "loss": losses[0]}))
 
 
@@ -274,12 +278,14 @@ def scaling(size: str, tasks: Sequence[str], count: int, steps: int, folder: Pat
     return rates[1] / rates[0]
 
 
-def both_sides(sizes: Sequence[str], tasks: Sequence[str], count: int, steps: int, folder: Path) -> dict[str, dict[str, float]]:
+def both_sides(
+    sizes: Sequence[str], tasks: Sequence[str], count: int, steps: int, device: str, folder: Path
+) -> dict[str, dict[str, float]]:
     """Measure ``sizes`` at the same time, first padded, then ours."""
     found: dict[str, dict[str, dict[str, float]]] = {size: {} for size in sizes}
     for side in ("padded", "ours"):
         files = {size: folder / f"{size}-{side}.json" for size in sizes}
-        in_processes([(measure, (side, size, tasks, count, steps, str(file))) for size, file in files.items()])
+        in_processes([(measure, (side, size, tasks, count, steps, device, str(file))) for size, file in files.items()])
         for size, file in files.items():
             found[size][side] = json.loads(file.read_text())
     out = {}
@@ -313,12 +319,14 @@ def main(argv: list[str] | None = None) -> int:
         help="three kinds of task, fewer samples, one step, both sizes at the same time: within 50 s",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    add_device(parser)
     args = parser.parse_args(argv)
+    device = device_of(args)
     tasks, count, steps = (QUICK_TASKS, 6, 1) if args.quick else (TASKS, 36, 2)
     sizes: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        for together in [tuple(SIZES)] if args.quick else [(size,) for size in SIZES]:
-            sizes |= both_sides(together, tasks, count, steps, Path(name))
+        for together in [tuple(SIZES)] if args.quick and device.type == "cpu" else [(size,) for size in SIZES]:
+            sizes |= both_sides(together, tasks, count, steps, str(device), Path(name))
         scaling_2p = scaling("mid", tasks, count // 3, steps, Path(name))
     shape = padding(count, tasks)
     for size, numbers in sizes.items():
@@ -331,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         mid = sizes["mid"]
         print(json.dumps({
             "speedup": round(mid["speedup"], 3), "memory_ratio": round(mid["memory_ratio"], 3), "scaling_2p": round(scaling_2p, 3),
-            "sizes": sizes, **shape, "commit": commit(), "cores": os.cpu_count(), "machine": platform.platform(), "quick": args.quick,
+            "sizes": sizes, **shape, "commit": commit(), "cores": os.cpu_count(), "machine": platform.platform(), "device": devices.describe(device), "quick": args.quick,
         }))  # fmt: skip
     return 0
 
