@@ -5,6 +5,8 @@ masks that are built to be thrown away. `lighten` keeps the modules and their we
 values are one product, as are the two of the feed-forward; a norm is one call; query and key are rotated together; attention takes grouped heads
 as they are. Results differ from transformers' by rounding only.
 
+A step of one position goes through one graph where the decoder is small (`step_graph`).
+
 It serves calls with a cache and a ready mask, which is what decoding makes; everything else goes to transformers as before.
 
 B rows, n new positions, K cache columns, H heads, d head width, D width, I width of the feed-forward.
@@ -12,7 +14,7 @@ B rows, n new positions, K cache columns, H heads, d head width, D width, I widt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from osum_echat.cpu_linear.packed import JointLinear, JointPart, joint_bias
 from osum_echat.cpu_linear.replace import TOGETHER
+from osum_echat.cpu_linear.step_graph import LayerWeights, StepGraph, dense
 
 Product = Callable[[Tensor], Tensor]
 
@@ -68,6 +71,8 @@ class LightDecoder:
             )
             for layer in decoder.layers
         ]
+        self.graph = StepGraph.of(decoder, _weights(self._layers), self._original)
+        """None: every step goes through the layers."""
 
     def __call__(
         self,
@@ -88,7 +93,10 @@ class LightDecoder:
             causal = block and past_key_values.get_seq_length() == 0  # else transformers makes the mask
             mask_known = causal if block else attention_mask is None or attention_mask.ndim == 4
             if mask_known and len(cache) == len(self._layers):
-                hidden_BnD = self._run(inputs_embeds, position_ids, attention_mask, cache, causal)
+                if self.graph is not None and self.graph.takes(inputs_embeds, cache):
+                    hidden_BnD = self.graph.step(inputs_embeds, position_ids, attention_mask, cache)
+                else:
+                    hidden_BnD = self._run(inputs_embeds, position_ids, attention_mask, cache, causal)
                 return self._output(last_hidden_state=hidden_BnD, past_key_values=past_key_values)
         return self._original(
             *args,
@@ -126,6 +134,19 @@ class LightDecoder:
             return out.reshape(batch, 1, heads * width)
         out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, enable_gqa=heads != groups)
         return out.transpose(1, 2).reshape(batch, count, heads * width)
+
+
+def _weights(layers: Sequence[_Layer]) -> list[LayerWeights] | None:
+    """Of all layers in float32, None where some product has them in another form."""
+    found = []
+    for layer in layers:
+        products = [dense(product) for product in (layer.joined, layer.out, layer.widened, layer.down)]
+        qkv, out, gate_up, down = products
+        norms = [norm.weight.detach() for norm in (layer.attention_norm, layer.mlp_norm)]
+        if qkv is None or out is None or gate_up is None or down is None or norms[0].dtype != torch.float32:
+            return None
+        found.append(LayerWeights(norms[0], qkv, out, norms[1], gate_up, down))
+    return found
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

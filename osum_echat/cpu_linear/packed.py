@@ -34,6 +34,10 @@ class PackedLinear(nn.Module):
         self._after = "gelu" if gelu else "none"
         self._product: Any = ops._linear_pointwise.default  # looked up once: a step makes hundreds of calls
 
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] in the usual order, a copy, and bias."""
+        return self._weight.to_dense(), self._bias
+
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16 and x.numel() == self.in_features:
             copies = x.reshape(1, -1).repeat(_BFLOAT16_ROWS, 1)

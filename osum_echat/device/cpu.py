@@ -40,6 +40,7 @@ LARGE = 1.5e9
 _MEMORY_SHARE = 0.7  # of what is available: weights may take so much of it
 _FLOAT32_WEIGHTS = 2**19  # fewest weights, and fewest inputs, for which packing float32 pays with a single row (measured)
 _FLOAT32_INPUTS = 128
+_GRAPH_WEIGHTS = 2**26  # most weights of a decoder whose step is one graph: a quarter of a gigabyte twice
 _PACKABLE = (torch.float32, torch.bfloat16)
 _OPERATORS = ("_reorder_linear_weight", "_linear_pointwise")
 _ISA_WITHOUT_AVX512 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX10_1_256", "AVX10_2_256")
@@ -240,6 +241,12 @@ def linear_kernel(dtype: torch.dtype, inputs: int, weights: int, many_rows: bool
     """
     small = dtype == torch.float32 and (weights < _FLOAT32_WEIGHTS or inputs < _FLOAT32_INPUTS)
     return "packed" if packs(dtype) and (many_rows or not small) else "plain"
+
+
+def one_graph(weights: int) -> bool:
+    """Whether the step of a float32 decoder with so many weights is run as one onnxruntime graph (`cpu_linear.step_graph`), which holds them a second time. Of
+    a large model the products are nearly all of a step, and nothing is gained."""
+    return weights <= _GRAPH_WEIGHTS and limit() != "plain"
 
 
 def summary() -> list[str]:

@@ -51,6 +51,17 @@ class GrowingLayer(CacheLayerMixin):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def reserve(self, count: int) -> tuple[Tensor, Tensor]:
+        """Buffers [B, H, C, d] with room for so many columns behind those in use; whoever fills them says so (`wrote`)."""
+        assert self.keys is not None and self.values is not None
+        if self.length + count > self.keys.shape[2]:
+            self._grow(self.length + count)
+        return self.keys, self.values
+
+    def wrote(self, count: int) -> None:
+        """So many further columns are in use."""
+        self.length += count
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
 
