@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from osum_echat.cpu_linear import QuantizedLinear, lighten, pack_linears, quantize
 from osum_echat.cpu_linear.decoder import LightDecoder
+from osum_echat.cpu_linear.step_graph import StepGraph
 from osum_echat.device import cpu, onnx
 from osum_echat.generation.cache import BatchCache
 from osum_echat.generation.config import GenerationConfig
@@ -126,3 +128,84 @@ def test_a_model_with_a_lightened_decoder_decodes_the_same_ids() -> None:
             events = list(Generator(m, tokenizer, GenerationConfig()).generate([replace(row) for row in batch]))
             found.append([done([e for n, e in events if n == index]).generated for index in range(len(batch))])
         assert found[0] == found[1]
+
+
+needs_graph = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None,
+    reason="onnx and onnxruntime run the graph; pip install -r requirements.txt",
+)
+
+
+@needs_graph
+def test_steps_of_a_small_decoder_are_one_graph_and_blocks_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = _decoder(4, 2)
+    light = copy.deepcopy(decoder)
+    assert lighten(light)
+    graph, rows = light.forward.graph, []
+    assert graph is not None
+    step = graph.step
+    monkeypatch.setattr(graph, "step", lambda x, *rest: rows.append(len(x)) or step(x, *rest))
+    inputs_BTD = torch.randn(3, 10, 64, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        for a, b in zip(_hidden(decoder, inputs_BTD, 0), _hidden(light, inputs_BTD, 0), strict=True):
+            torch.testing.assert_close(b, a, atol=2e-5, rtol=1e-4)
+    assert rows == [3, 3]
+
+
+@needs_graph
+def test_a_graph_goes_from_one_cache_to_another_and_past_the_end_of_a_buffer() -> None:
+    decoder = _decoder(4, 2)
+    light = copy.deepcopy(decoder)
+    lighten(light)
+    inputs_BTD = torch.randn(2, 80, 64, generator=torch.Generator().manual_seed(5))
+    whole = decoder(inputs_embeds=inputs_BTD, position_ids=torch.arange(80)[None], use_cache=False).last_hidden_state
+    caches = [BatchCache(2, capacity=6) for _ in range(2)]
+    with torch.inference_mode():
+        for row, cache in enumerate(caches):
+            light(inputs_embeds=inputs_BTD[row, None, :4], position_ids=torch.arange(4)[None], past_key_values=cache.cache)
+        for at in range(4, 80):  # capacity 6, then by 64
+            for row, cache in enumerate(caches):
+                x, position = inputs_BTD[row, None, at : at + 1], torch.tensor([[at]])
+                found = light(inputs_embeds=x, position_ids=position, past_key_values=cache.cache).last_hidden_state
+                torch.testing.assert_close(found[0, 0], whole[row, at], atol=2e-5, rtol=1e-4)
+                assert cache.cache.get_seq_length() == at + 1
+
+
+def test_other_decoders_have_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graph_of(decoder: Any) -> object:
+        assert lighten(decoder)
+        return decoder.forward.graph
+
+    assert graph_of(_decoder(4, 2).bfloat16()) is None
+    by_length = _decoder(4, 2)
+    by_length.rotary_emb.rope_type = "dynamic"
+    assert graph_of(by_length) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(cpu, "_GRAPH_WEIGHTS", 1000)
+        assert graph_of(_decoder(4, 2)) is None
+    with monkeypatch.context() as changed:
+        changed.setenv(cpu.LIMIT, "plain")
+        assert graph_of(_decoder(4, 2)) is None
+    with monkeypatch.context() as changed:
+        changed.setattr(onnx, "session", _no_session)
+        assert graph_of(_decoder(4, 2)) is None
+
+
+def _no_session(*_: object) -> object:
+    raise RuntimeError("no such operator")
+
+
+@needs_graph
+def test_a_graph_that_computes_something_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder = _decoder(4, 2)
+    right = StepGraph._error
+    monkeypatch.setattr(StepGraph, "_error", lambda graph, forward: right(graph, lambda **given: _doubled(forward(**given))))
+    assert lighten(decoder) and decoder.forward.graph is None
+    assert "is not used" in caplog.text
+
+
+def _doubled(output: Any) -> Any:
+    output.last_hidden_state = 2 * output.last_hidden_state
+    return output
