@@ -163,7 +163,7 @@ def test_a_graph_goes_from_one_cache_to_another_and_past_the_end_of_a_buffer() -
     with torch.inference_mode():
         for row, cache in enumerate(caches):
             light(inputs_embeds=inputs_BTD[row, None, :4], position_ids=torch.arange(4)[None], past_key_values=cache.cache)
-        for at in range(4, 80):  # capacity 6, then by 64
+        for at in range(4, 80):  # capacity 6, then by 64; from position 64 on there is no rotation in the graph
             for row, cache in enumerate(caches):
                 x, position = inputs_BTD[row, None, at : at + 1], torch.tensor([[at]])
                 found = light(inputs_embeds=x, position_ids=position, past_key_values=cache.cache).last_hidden_state

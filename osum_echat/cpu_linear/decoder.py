@@ -93,7 +93,7 @@ class LightDecoder:
             causal = block and past_key_values.get_seq_length() == 0  # else transformers makes the mask
             mask_known = causal if block else attention_mask is None or attention_mask.ndim == 4
             if mask_known and len(cache) == len(self._layers):
-                if self.graph is not None and self.graph.takes(inputs_embeds, cache):
+                if self.graph is not None and self.graph.takes(inputs_embeds, position_ids, cache):
                     hidden_BnD = self.graph.step(inputs_embeds, position_ids, attention_mask, cache)
                 else:
                     hidden_BnD = self._run(inputs_embeds, position_ids, attention_mask, cache, causal)

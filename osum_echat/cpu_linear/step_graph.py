@@ -113,13 +113,14 @@ class StepGraph:
             return None
         return graph
 
-    def takes(self, x_BnD: Tensor, cache: Sequence[object]) -> bool:
-        """Whether this call is a step of the kind that the graph knows."""
+    def takes(self, x_BnD: Tensor, positions_Bn: Tensor, cache: Sequence[Any]) -> bool:
+        """Whether this call is a step of the kind that the graph knows, within the positions that it has rotations for."""
         return (
             x_BnD.shape[1] == 1
             and x_BnD.dtype == torch.float32
             and len(cache) == self._count
             and all(hasattr(layer, "reserve") for layer in cache)
+            and max(int(cache[0].get_seq_length()), int(positions_Bn.max())) < self._positions
         )
 
     def step(self, x_B1D: Tensor, positions_B1: Tensor, bias_B11K: Tensor | None, cache: Sequence[Columns]) -> Tensor:
@@ -166,7 +167,12 @@ class StepGraph:
         size = self._session.get_inputs()[0].shape[2]
         x_12D = torch.randn(1, 2, size, generator=torch.Generator().manual_seed(0))
         positions_12 = torch.tensor([[3, 5]])
-        wanted = forward(inputs_embeds=x_12D, position_ids=positions_12, use_cache=False).last_hidden_state
+        # Without a mask transformers takes a jump of the positions for the beginning of another sequence.
+        mask_112K = torch.zeros(1, 1, 2, 2).masked_fill_(
+            torch.ones(2, 2, dtype=torch.bool).triu(1), torch.finfo(torch.float32).min
+        )
+        inputs = {"inputs_embeds": x_12D, "position_ids": positions_12, "attention_mask": mask_112K}
+        wanted = forward(**inputs, use_cache=False).last_hidden_state
         cache = [_Two((1, self._groups, 2, self._width)) for _ in range(self._count)]
         found = [self.step(x_12D[:, n : n + 1], positions_12[:, n : n + 1], None, cache) for n in range(2)]
         return float((torch.cat(found, dim=1) - wanted).abs().max() / wanted.abs().max())
