@@ -142,7 +142,8 @@ def _weights(layers: Sequence[_Layer]) -> list[LayerWeights] | None:
     for layer in layers:
         products = [dense(product) for product in (layer.joined, layer.out, layer.widened, layer.down)]
         qkv, out, gate_up, down = products
-        norms = [norm.weight.detach() for norm in (layer.attention_norm, layer.mlp_norm)]
+        modules: list[Any] = [layer.attention_norm, layer.mlp_norm]
+        norms: list[Tensor] = [norm.weight.detach() for norm in modules]
         if qkv is None or out is None or gate_up is None or down is None or norms[0].dtype != torch.float32:
             return None
         found.append(LayerWeights(norms[0], qkv, out, norms[1], gate_up, down))

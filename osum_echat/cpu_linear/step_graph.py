@@ -250,10 +250,10 @@ def _model(decoder: Any, layers: Sequence[LayerWeights], heads: int, groups: int
     value = helper.make_tensor_value_info
     kept = ("B", groups, "C", width)
     names = [f"{side}{n}" for n in range(len(layers)) for side in "kv"]
-    inputs = [value("x", real, ("B", 1, size)), *(value(name, real, kept) for name in names)]
-    inputs += [value("last", whole, ("B",)), value("total", whole, ())]
-    inputs += [value("positions", TensorProto.INT64, ("B", 1)), value("bias", real, ("A", 1, 1, "K"))]
-    outputs = [value("y", real, ("B", 1, size)), *(value(f"new_{name}", real, kept) for name in names)]
-    graph = helper.make_graph(nodes, "step", inputs, outputs, constants)
+    taken = [value("x", real, ("B", 1, size)), *(value(name, real, kept) for name in names)]
+    taken += [value("last", whole, ("B",)), value("total", whole, ())]
+    taken += [value("positions", TensorProto.INT64, ("B", 1)), value("bias", real, ("A", 1, 1, "K"))]
+    given = [value("y", real, ("B", 1, size)), *(value(f"new_{name}", real, kept) for name in names)]
+    graph = helper.make_graph(nodes, "step", taken, given, constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(_MICROSOFT, 1)]
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
