@@ -163,6 +163,50 @@ def test_speech_interrupts_the_answer_at_phone_width_in_chinese_and_dark(
         assert not faults(page)
 
 
+CALL = """
+const [done] = arguments;
+async function call() {
+  const stream = await navigator.mediaDevices.getUserMedia({audio: true});
+  const peer = window.peer = new RTCPeerConnection(), channel = window.channel = peer.createDataChannel("oai-events");
+  window.events = [];
+  window.loudest = 0;
+  channel.onmessage = (message) => window.events.push(JSON.parse(message.data));
+  peer.ontrack = ({streams}) => {
+    const speaker = window.speaker = new Audio();  // without a player Chromium decodes nothing
+    speaker.srcObject = streams[0];
+    speaker.play();
+    const context = window.context = new AudioContext(), meter = context.createAnalyser(), samples = new Float32Array(meter.fftSize);
+    context.createMediaStreamSource(streams[0]).connect(meter);
+    setInterval(() => {
+      meter.getFloatTimeDomainData(samples);
+      window.loudest = Math.max(window.loudest, ...samples.map(Math.abs));
+    }, 50);
+  };
+  peer.addTrack(stream.getTracks()[0], stream);
+  await peer.setLocalDescription();
+  const headers = {"Content-Type": "application/sdp"};
+  const answer = await fetch("/v1/realtime/calls?model=any", {method: "POST", headers, body: peer.localDescription.sdp});
+  await peer.setRemoteDescription({type: "answer", sdp: await answer.text()});
+  return answer.status;
+}
+call().then(done, (error) => done(String(error)));
+"""
+
+
+def test_a_call_over_webrtc_by_the_browser_itself(live_url: str, recordings: dict[str, Path]) -> None:
+    with chromium(recordings["polite"]) as page:
+        page.get(live_url)
+        assert page.execute_async_script(CALL) == 201
+        kinds = "return window.events.map((event) => event.type)"
+        try:
+            wait_for(lambda: "output_audio_buffer.stopped" in page.execute_script(kinds), "the end of an answer")
+        finally:
+            print(page.execute_script("return [window.peer.connectionState, window.loudest]"), page.execute_script(kinds))
+        said = page.execute_script('return window.events.filter((e) => e.type.endsWith("transcription.completed"))[0].transcript')
+        assert "birthday party" in said and page.execute_script("return window.loudest") > 0.02
+        assert "response.output_audio.delta" not in page.execute_script(kinds)
+
+
 def test_push_to_talk_by_the_keyboard_and_the_interrupt_button(live_url: str, recordings: dict[str, Path]) -> None:
     with chromium(recordings["polite"]) as page:
         page.get(live_url)
