@@ -5,9 +5,9 @@
     python benchmarks/live_soak.py --url ws://127.0.0.1:8000/v1/realtime   # another server (its memory is not seen)
     python benchmarks/live_soak.py --fuzz 10000                            # frames of nonsense
 
-5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A quarter (``--whole``) say a whole sentence and are answered with a
+5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A tenth (``--whole``) say a whole sentence and are answered with a
 thought and a transcript, as long as the model likes; those that interrupt by speech are answered as long as it likes, too. The others say a second
-and are answered by 48 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
+and are answered by 36 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
 most 10 % above that of the first, every refusal was a sentence, and the server still answers.
 """
 
@@ -36,7 +36,7 @@ from osum_echat.serving.conformance.nonsense import frame
 
 SLICES, SLICE_S = 24, 10.0
 """A session is stuck when nothing came in so many waits of so many seconds."""
-SHORT_PIECES, SHORT_IDS = 10, 48
+SHORT_PIECES, SHORT_IDS = 10, 36
 """Messages of 100 ms that a short turn has, and the ids of its answer at most."""
 
 
@@ -200,7 +200,7 @@ def main() -> int:
     parser.add_argument("--sessions", type=int, default=500)
     parser.add_argument("--interruptions", type=int, default=200)
     parser.add_argument("--together", type=int, default=8)
-    parser.add_argument("--whole", type=float, default=0.25, help="share of sessions with a whole turn (default: 0.25)")
+    parser.add_argument("--whole", type=float, default=0.1, help="share of sessions with a whole turn (default: 0.1)")
     parser.add_argument("--fuzz", type=int, default=0, metavar="FRAMES", help="only send so many frames of nonsense")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
