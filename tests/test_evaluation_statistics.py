@@ -100,6 +100,30 @@ def test_agreement_of_judges_is_that_of_scikit_learn_and_scipy(numbers):
     assert math.isnan(spearman([1, 1], [1, 2])) and math.isnan(weighted_kappa([3, 3], [3, 3]))
 
 
+def test_what_is_written_down_is_what_the_packages_say_where_they_are_installed(numbers):
+    meeteval = pytest.importorskip("meeteval", reason="pip install meeteval scikit-learn scipy: their numbers are made anew")
+    scores = pytest.importorskip("sklearn.metrics", reason="pip install meeteval scikit-learn scipy: their numbers are made anew")
+    stats = pytest.importorskip("scipy.stats", reason="pip install meeteval scikit-learn scipy: their numbers are made anew")
+    for row in numbers["texts"]:
+        one, two = (" ".join(metrics.units(row[f"normal_{side}"])) for side in ("reference", "hypothesis"))
+        found = meeteval.wer.siso_word_error_rate(one, two)
+        assert (found.errors, found.length) == (row["meeteval"]["errors"], row["meeteval"]["length"])
+    labels, judges, case = numbers["labels"], numbers["judges"], numbers["bootstrap"]
+    assert scores.f1_score(labels["true"], labels["said"], average="macro") == pytest.approx(labels["macro_f1"])
+    assert scores.cohen_kappa_score(judges["a"], judges["b"], weights="quadratic") == pytest.approx(judges["kappa"])
+    assert stats.spearmanr(judges["a"], judges["b"]).statistic == pytest.approx(judges["spearman"])
+    drawn = stats.bootstrap(
+        (np.array(case["errors"]), np.array(case["words"])),
+        lambda errors, words, axis=-1: errors.sum(axis) / words.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert (drawn.low, drawn.high) == pytest.approx((case["low"], case["high"]), abs=0.001)
+
+
 def test_the_same_data_gives_the_same_interval_and_one_item_none():
     values = ([1, 0, 1, 1], [1, 1, 1, 1])
     assert ratio_interval(*values) == ratio_interval(*values)
