@@ -277,6 +277,10 @@ def test_two_judges_are_told_apart_and_their_agreement_is_shown(tmp_path: Path):
 
     with Server() as one, Server(strict) as two:
         report = run(tmp_path, "one", TEXTS, quick(one.url, model="kind"), quick(two.url, model="strict"))
+    suite = judged_suite(headline={"judge": "p.judge", "of 100": "p.judge_100", "fit": "p.reply_fit"})
+    shown = dataclasses.replace(report, suite=suite).headline
+    assert list(shown) == ["judge, kind", "judge, strict", "of 100, kind", "of 100, strict", "fit"]
+    assert shown["judge, kind"] == report.summaries[0].numbers["judge kind"]
     summary = report.summaries[0]
     assert summary.numbers["judge kind"].value > summary.numbers["judge strict"].value
     assert summary.agreement["same score, percent"] == pytest.approx(100 / 6) and summary.agreement["items"] == 6

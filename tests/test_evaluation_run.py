@@ -523,7 +523,10 @@ def test_the_page_is_one_file_with_sound_pictures_and_nothing_from_elsewhere(tmp
     _, out = reported(tmp_path)
     page = (out / "report.html").read_text()
     assert page.count("data:audio/ogg;base64,") == 2 and page.count("data:image/png;base64,") == 2
-    assert "Try &lt;one&gt;" in page and "<one>" not in page
+    assert "Try &lt;one&gt;" in page and "<one>" not in page and "built-in method" not in page
+    data = json.loads((out / "report.json").read_text())["summaries"][0]
+    name = next(iter(data["numbers"]))
+    assert f'<td>{data["part"]}</td><td class="n">{data["items"]}</td>' in page and f"<td>{name}</td>" in page
     assert "http://" not in page and "https://" not in page and 'src="' in page
 
 

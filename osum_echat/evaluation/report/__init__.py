@@ -49,8 +49,21 @@ class Report:
         chosen = self.suite.headline or {
             f"{s.name}.{name}": f"{s.name}.{name}" for s in self.summaries if not s.group for name in list(s.numbers)[:2]
         }
-        found = {name: find(self.summaries, path) for name, path in chosen.items()}
+        found: dict[str, Number | None] = {}
+        for name, path in chosen.items():
+            several = self._by_judge(path)
+            found |= {f"{name}, {judge}": number for judge, number in several.items()} or {name: find(self.summaries, path)}
         return {name: number for name, number in found.items() if number is not None}
+
+    def _by_judge(self, path: str) -> dict[str, Number]:
+        """The number of each judge that a path such as ``reply.judge_100`` stands for, where there are several."""
+        place, _, measure = path.rpartition(".")
+        if measure not in ("judge", "judge_100"):
+            return {}
+        ending = measure.removeprefix("judge")
+        numbers = next((s.numbers for s in self.summaries if s.name == place), {})
+        judges = dict.fromkeys(judge for row in self.rows for judge in row.judged)
+        return {judge: numbers[f"judge {judge}{ending}"] for judge in judges if f"judge {judge}{ending}" in numbers}
 
     def holes(self) -> list[dict[str, Any]]:
         """Everything that is missing: faults of files, unanswered and refused items, judge's holes."""
