@@ -77,7 +77,10 @@ def _example(row: Any) -> dict[str, Any]:
     one = example(row)
     beside = [f"heard: {one['heard']}"] if one.get("heard") else []
     beside += [f"noted: {' '.join(one['noted'].values())}"] if one.get("noted") else []
-    beside += [f"judge {name}: {judged['score']}: {judged['reason']}" for name, judged in one.get("judged", {}).items()]
+    beside += [
+        f"judge {name}: {judged['score']:g}{judged['reason'] and ': '}{judged['reason']}"
+        for name, judged in one.get("judged", {}).items()
+    ]
     said = row.item.wav if row.item.wav is not None else row.item.prompt_wav
     return {
         **one,
