@@ -296,6 +296,12 @@ def readme(args: argparse.Namespace, rows: dict[str, Row]) -> None:
         seconds = "real time" if name == "live" else "-" if row.seconds is None else f"{row.seconds:.2f}"
         numbers = ", ".join(f"{key} {value:g}" for key, value in row.numbers.items())
         lines.append(f"| [{name}]({folder_of(name)}/report.md) | {row.answers} | {row.holes} | {seconds} | {numbers} |")
+    whole = args.out / "mini_full" / "report.json"
+    if whole.is_file():
+        data = json.loads(whole.read_text(encoding="utf-8"))
+        numbers = ", ".join(f"{key} {round(value, 2):g}" for key, value in data["headline"].items())
+        about = f"mini, own suite, every item; a run of its own, {data['date']}"
+        lines.append(f"| [{about}](mini_full/report.md) | see report | {data['holes']['count']} | - | {numbers} |")
     for name, row in rows.items():
         if row.notes:
             notes = row.notes if name == "live" else [f"- {note}" for note in row.notes]
@@ -342,7 +348,7 @@ def main() -> None:
             "latency": ("latency", DEMO / "demo.jsonl", args.limit if args.limit < 8 else None),
         }
         rows: dict[str, Row] = {}
-        for name in [*suites, "live", "mini's own suite"]:
+        for name in [*suites, "live", "mini, own suite"]:
             work, done = args.work / folder_of(name), args.work / f"{folder_of(name)}.json"
             if done.is_file():
                 rows[name] = Row(**json.loads(done.read_text()))

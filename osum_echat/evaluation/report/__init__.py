@@ -52,7 +52,9 @@ class Report:
         found: dict[str, Number | None] = {}
         for name, path in chosen.items():
             several = self._by_judge(path)
-            found |= {f"{name}, {judge}": number for judge, number in several.items()} or {name: find(self.summaries, path)}
+            found.update((f"{name}, {judge}", number) for judge, number in several.items())
+            if not several:
+                found[name] = find(self.summaries, path)
         return {name: number for name, number in found.items() if number is not None}
 
     def _by_judge(self, path: str) -> dict[str, Number]:
