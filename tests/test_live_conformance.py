@@ -106,6 +106,7 @@ async def results(target: Target, *only: str) -> list[Result]:
 @live
 async def test_a_right_server_passes_every_point() -> None:
     async with serving() as target:
+        target.timeout = 60.0  # nothing is missing: a busy machine may take its time
         found = await results(target)
     assert [(r.name, r.why) for r in found if not r.holds] == []
     assert len(found) == len(POINTS) and all(r.about for r in found)

@@ -108,7 +108,10 @@ def test_the_version_is_the_same_everywhere():
         ("chat.py", []),
         ("stream_to_speakers.py", []),
         ("own_voice.py", []),
-        ("own_data_to_lora.py", ["max_steps=2", "precision=fp32", "threads=1", "device=cpu"]),
+        (
+            "own_data_to_lora.py",
+            "max_steps=2 precision=fp32 threads=1 device=cpu data.workers=0 tensorboard=false safety.try_largest_batch=false".split(),
+        ),
     ],
 )
 def test_examples_run(name, arguments, tmp_path):
