@@ -240,7 +240,7 @@ def rank_main(case: dict[str, Any], rank: int, world: int, port: int) -> None:
     distributed.stop()
 
 
-def launch(case: dict[str, Any], world: int = 1, timeout: float = 120.0) -> list[int]:
+def launch(case: dict[str, Any], world: int = 1, timeout: float = 600.0) -> list[int]:
     """Run a case in ``world`` real processes; exit codes (-9: killed). When one dies, the others are ended as torchrun would end them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)

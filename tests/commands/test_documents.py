@@ -21,6 +21,7 @@ TRANSLATED = [
     (ROOT / "README.md", ROOT / "README_CN.md"),
     *((ROOT / "docs" / path.name, path) for path in sorted((ROOT / "docs" / "zh").glob("*.md"))),
 ]
+FEW_STEPS = ["max_steps=2", "precision=fp32", "threads=1", "device=cpu"]
 HAN = r"[\u4e00-\u9fff]"
 
 
@@ -110,7 +111,7 @@ def test_the_version_is_the_same_everywhere():
         ("own_voice.py", []),
         (
             "own_data_to_lora.py",
-            "max_steps=2 precision=fp32 threads=1 device=cpu data.workers=0 tensorboard=false safety.try_largest_batch=false".split(),
+            [*FEW_STEPS, "data.workers=0", "tensorboard=false", "safety.try_largest_batch=false"],
         ),
     ],
 )

@@ -170,11 +170,11 @@ def test_a_long_text_is_said_to_its_end(here: Path, capsys: pytest.CaptureFixtur
         "There are other shops in town.",
         "Look at the sky before you go.",
     ]
-    text = " ".join(sentences * 3)
+    text = " ".join(sentences * 2)
     alone = [len(ask(capsys, "--task", "tts", "--text", sentence, "--out", "one.wav")["speech_tokens"]) for sentence in sentences]
     found = ask(capsys, "--task", "tts", "--text", text, "--out", "all.wav")
     seconds = soundfile.info("all.wav").duration
-    assert found["text"] == text and seconds > 0.7 * 3 * sum(alone) / 25 and found["finish_reason"] == "stop"
+    assert found["text"] == text and seconds > 0.7 * 2 * sum(alone) / 25 and found["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_the_script_shares_a_list_out_and_a_killed_run_goes_on(tmp_path: Path) -
     (tmp_path / "list.jsonl").write_text(
         "".join(
             json.dumps({**record, "key": f"{record['key']}-{i}", "wav": str(wav_of(record))}) + "\n"
-            for i in range(4)
+            for i in range(2)
             for record in RECORDS
         )
     )
@@ -358,24 +358,24 @@ def test_the_script_shares_a_list_out_and_a_killed_run_goes_on(tmp_path: Path) -
         env={**env, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
     )
-    for _ in range(1200):
+    for _ in range(6000):
         if part.exists() and part.read_bytes().count(b"\n") >= 2:
             break
         time.sleep(0.05)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     kept = part.read_bytes()
-    assert 2 <= kept.count(b"\n") < 16, "it was killed in the middle"
+    assert 2 <= kept.count(b"\n") < 8, "it was killed in the middle"
     with part.open("ab") as file:
         file.write(b'{"key": "half')
     done = script("infer_with_shards_or_raw.sh", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1, "one line of scores"
     score = json.loads(done.stdout)
-    assert (score["records"], score["failed"]) == (32, 0) and score["tags"]["emotion"]["right"] >= 28
+    assert (score["records"], score["failed"]) == (16, 0) and score["tags"]["emotion"]["right"] >= 14
     assert part.read_bytes().startswith(kept), "what was there is not made again"
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert len({row["key"] for row in rows}) == 32
+    assert len({row["key"] for row in rows}) == 16
 
 
 def test_the_script_without_arguments_shows_its_help_and_nothing_else(tmp_path: Path) -> None:

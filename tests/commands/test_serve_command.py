@@ -45,24 +45,24 @@ def test_it_serves_page_and_health_and_stops_when_told_to() -> None:
     command = [sys.executable, "-m", "osum_echat.cli", "serve", "--port", str(port), "--device", "cpu", "--threads", "1"]
     server = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert server.poll() is None, "it ended by itself"
             try:
-                health = httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
+                health = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
                 break
             except httpx.TransportError:
                 time.sleep(0.1)
         assert health.json()["status"] == "ok" and health.json()["model"] == "osum-echat-mini"
-        page = httpx.get(f"http://127.0.0.1:{port}/", timeout=5)
+        page = httpx.get(f"http://127.0.0.1:{port}/", timeout=60)
         assert (
             page.status_code == 200
             and "/static/live.js" in page.text
             and "microphone=(self)" in page.headers["permissions-policy"]
         )
         for name in ("live.js", "audio.js", "worklet.js", "words.js", "live.css", "icon.svg"):
-            assert httpx.get(f"http://127.0.0.1:{port}/static/{name}", timeout=5).status_code == 200
+            assert httpx.get(f"http://127.0.0.1:{port}/static/{name}", timeout=60).status_code == 200
     finally:
         server.send_signal(signal.SIGTERM)
-        said, _ = server.communicate(timeout=60)
+        said, _ = server.communicate(timeout=300)
     assert server.returncode in (0, -signal.SIGTERM), server.returncode
     assert "has not learnt past turns" in said and f"ws://127.0.0.1:{port}/v1/realtime" in said

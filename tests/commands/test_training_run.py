@@ -91,8 +91,8 @@ def kill_after(run: subprocess.Popen[str], metrics: Path, step: int) -> None:
     ranks = psutil.Process(run.pid).children(recursive=True)  # torchrun's ranks are in sessions of their own
     for process in (run, *ranks):
         process.kill()
-    run.communicate(timeout=60)
-    psutil.wait_procs(ranks, timeout=60)
+    run.communicate(timeout=300)
+    psutil.wait_procs(ranks, timeout=300)
     assert run.returncode == -signal.SIGKILL
 
 
