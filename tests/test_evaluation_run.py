@@ -26,7 +26,7 @@ from osum_echat.evaluation.suite import Bar, Part, Suite, known_suites, load_sui
 from osum_echat.evaluation.summary import Summary, find, summarise
 from osum_echat.pipeline import Ask, Reply
 from recipes.mini.evaluation import SUITE as MINI
-from tests.evaluation_case import Parrot, Talker, item, result, think, thinking, write_list, write_wav
+from tests.evaluation_case import Listener, Parrot, Talker, item, result, think, thinking, write_list, write_wav
 
 
 def summaries(suite: Suite, out: Path, pairs: list[tuple[Item, Result]]) -> list[Summary]:
@@ -296,6 +296,23 @@ def test_scores_are_kept_and_made_anew_only_where_the_answer_changed(tmp_path: P
     assert first == again == {"reply_fit": 100} and calls == ["0", "1"]
     assert numbers(suite, tmp_path, [(items[0], result("0")), (items[1], result("1", "Nice."))]) == {"reply_fit": 50}
     assert calls == ["0", "1", "1"]
+
+
+def test_a_run_that_finds_its_scores_still_says_what_they_were_made_with(tmp_path: Path):
+    data = write_list(tmp_path / "l.jsonl", write_wav(tmp_path / "a.wav"), 2)
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text("".join(json.dumps({"id": f"k{n}", "text": "x", "wav": str(tmp_path / "a.wav")}) + "\n" for n in range(2)))
+    suite = plain("own_speech:item", "replies")
+
+    def run(name: str) -> list[str]:
+        heard = {"whisper-base": Listener("sentence number 0")}
+        heard["whisper-base"].name = name
+        return list(run_suite(Plan(suite, str(data), tmp_path / "out", results=theirs, recognisers=heard)).about)
+
+    first, again = run("one"), run("another")
+    assert first == again and "recogniser of spoken replies: one" in first and "text normalisation: own" in first
+    theirs.write_text(theirs.read_text().replace('"k1", "text": "x"', '"k1", "text": "y"'))
+    assert "recogniser of spoken replies: another; one" in run("another")
 
 
 def test_lines_survive_a_cut_and_hold_any_text(tmp_path: Path):

@@ -231,13 +231,7 @@ def _about(plan: Plan, scored: score.Scored) -> list[str]:
     lines = [f"data: {Path(plan.data).name}" + (f", the first {plan.limit} items of each set" if plan.limit is not None else "")]
     if plan.results is not None:
         lines.append(f"answers from {plan.results.name}")
-    used = sorted({recogniser.name for recogniser in plan.recognisers.values()})
-    if used:
-        lines.append(f"recogniser of spoken replies: {', '.join(used)}")
-    if any("normalizer" in tools.__dict__ for tools in scored.tools.values()):
-        lines.append(
-            f"text normalisation: {next(t.normalizer.name for t in scored.tools.values() if 'normalizer' in t.__dict__)}"
-        )
+    lines += [f"{name}: {'; '.join(sorted(values))}" for name, values in sorted(scored.made_with.items())]
     lines.append(
         f"osum-echat {__version__}, torch {torch.__version__}, CPU threads {torch.get_num_threads()}, {time.strftime('%Y-%m-%d')}"
     )

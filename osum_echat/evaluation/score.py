@@ -41,13 +41,20 @@ class Row:
 
 @dataclass
 class Scored:
-    """What the step found: rows, the measures by part, scorers that could not be had, and faults of the results file."""
+    """What the step found: rows, the measures by part, scorers that could not be had, and faults of the results file.
+
+    ``made_with``: recognisers and normalisations by which the scores were made, those of earlier runs too.
+    """
 
     rows: list[Row] = field(default_factory=list)
     measures: dict[str, dict[str, Measure]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     faults: list[ItemError] = field(default_factory=list)
-    tools: dict[str, Tools] = field(default_factory=dict)
+    made_with: dict[str, set[str]] = field(default_factory=dict)
+
+    def note(self, made_with: Mapping[str, str]) -> None:
+        for name, value in made_with.items():
+            self.made_with.setdefault(name, set()).add(value)
 
 
 def join(
@@ -110,7 +117,6 @@ def score(
             if not mine:
                 continue
             kit = tools([row.item for row in mine])
-            found.tools[name] = kit
             scorers = _make(part.scorers, kit, found.unavailable)
             for count, row in enumerate(mine, start=1):
                 if row.result is None or row.hole:
@@ -119,11 +125,14 @@ def score(
                 old = before.get((name, row.item.id))
                 if old is not None and old.get("digest") == mark:
                     row.score = Score(_pairs(old["values"]), {k: (v[0], v[1]) for k, v in old["pairs"].items()}, old["notes"])
+                    found.note(old.get("made_with", {}))
                     continue
                 if known_only:
                     continue
                 row.score = _score(row, scorers, found.unavailable)
-                lines.write(_written(row, mark))
+                made_with = kit.made_with()
+                found.note(made_with)
+                lines.write(_written(row, mark) | ({"made_with": made_with} if made_with else {}))
                 progress(f"{suite.name}, scores of {name}: {count}/{len(mine)}")
             found.measures[name] = {n: m for scorer in scorers.values() for n, m in scorer.measures.items()}
     return found

@@ -72,6 +72,12 @@ class Tools:
     token2wav: str | None = None
     wheels: Any = None
     recognisers: dict[str, SpeechRecogniser] = field(default_factory=dict)
+    heard_by: set[str] = field(default_factory=set)
+
+    def made_with(self) -> dict[str, str]:
+        """What these tools were when they were used, for the report: a score that is kept keeps it."""
+        out = {"recogniser of spoken replies": ", ".join(sorted(self.heard_by))} if self.heard_by else {}
+        return out | ({"text normalisation": self.normalizer.name} if "normalizer" in self.__dict__ else {})
 
     @cached_property
     def normalizer(self) -> Normalizer:
@@ -99,6 +105,7 @@ class Tools:
         name = self.suite.recogniser.get(language) or self.suite.recogniser.get("en", "whisper-base")
         if name not in self.recognisers:
             self.recognisers[name] = recogniser.load(name, wheels=self.wheels)
+        self.heard_by.add(self.recognisers[name].name)
         return self.recognisers[name]
 
 
