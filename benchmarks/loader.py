@@ -81,10 +81,10 @@ class Meter:
     def batch(self, count: int) -> None:
         self.batches += 1
         if self.batches == 1:
-            self._wall, self._cpu = now(self._device), _cpu_seconds()
+            self._wall, self._cpu, self._worker = now(self._device), _cpu_seconds(), _cpu_seconds(workers_only=True)
         else:
             self.used += count
-            self._ends = now(self._device), _cpu_seconds()
+            self._ends = now(self._device), _cpu_seconds(), _cpu_seconds(workers_only=True)
 
     @property
     def per_second(self) -> float:
@@ -94,10 +94,16 @@ class Meter:
     def cpu_ms(self) -> float:
         return 1000 * (self._ends[1] - self._cpu) / self.used
 
+    @property
+    def worker_cpu_ms(self) -> float:
+        """Of the worker alone: what bounds the utterances a second of one worker."""
+        return 1000 * (self._ends[2] - self._worker) / self.used
 
-def _cpu_seconds() -> float:
-    """Of this process and its children, running ones among them."""
-    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+
+def _cpu_seconds(workers_only: bool = False) -> float:
+    """Of this process and its children, running ones among them; or of the children alone."""
+    own = psutil.Process()
+    processes = [*([] if workers_only else [own]), *own.children(recursive=True)]
     total = 0.0
     for process in processes:
         times = process.cpu_times()
@@ -232,6 +238,7 @@ def main() -> None:
             meter, memory = ours(lists[form], 3 if form == "shard" else 1, args.features, device)
             result[f"{form}_utt_per_s"], result[f"{form}_cpu_ms"] = meter.per_second, meter.cpu_ms
             if form == "shard":
+                result["shard_worker_cpu_ms"] = meter.worker_cpu_ms
                 # The first epoch fills caches; what comes on top afterwards would be a leak.
                 result["memory_growth_mb"] = memory[-1] - memory[0]
                 result["memory_mb"] = memory
