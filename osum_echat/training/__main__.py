@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # of its fonts nobody needs to hear
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on every checkpoint of one process
     try:
         config = load_config(args.config, args.stage, args.overrides)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -108,5 +109,7 @@ def trained_weights(step: Path) -> dict[str, Tensor]:
         for name, meta in stored.items()
         if name.startswith("model.") and isinstance(meta, TensorStorageMetadata)
     }
-    dcp.load({"model": state}, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark in every single process
+        dcp.load({"model": state}, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in state.items()}
