@@ -285,7 +285,7 @@ def head(args: argparse.Namespace) -> list[str]:
         "",
         *what,
         f"Checkpoint: {fingerprint(Path(args.checkpoint))}. {cpu or platform.machine()}, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, "
-        f"commit {commit}. Seconds an answer are processor seconds (generation, scoring, report); the machine was shared, so latency is that of a busy one.",
+        f"commit {commit}. Seconds an answer are processor seconds (generation, scoring, report), so other work on the machine does not count; waiting times are by the clock.",
         "",
     ]  # fmt: skip
 
@@ -304,9 +304,9 @@ def readme(args: argparse.Namespace, rows: dict[str, Row]) -> None:
         lines.append(f"| [{about}](mini_full/report.md) | see report | {data['holes']['count']} | - | {numbers} |")
     for name, row in rows.items():
         if row.notes:
-            notes = row.notes if name == "live" else [f"- {note}" for note in row.notes]
-            title = "delay to the first sound, seconds, by server and by client" if name == "live" else "what was not answered"
-            lines += ["", f"## {name}: {title}", "", *notes]
+            title = {"live": "delay to the first sound, seconds, by server and by client", "latency": "how it was measured"}
+            notes = row.notes if name in title else [f"- {note}" for note in row.notes]
+            lines += ["", f"## {name}: {title.get(name, 'what was not answered')}", "", *notes]
     (args.out / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -361,6 +361,8 @@ def main() -> None:
             elif name in suites:
                 suite, data, limit = suites[name]
                 rows[name] = plain_suite(name, suite, data, limit, args, work, model, judges)
+                if name == "latency":
+                    rows[name].notes.append(f"Load of the machine when it was done: {_load()}.")
             else:
                 rows[name] = own_suite(name, args, work, model)
             done.write_text(json.dumps(dataclasses.asdict(rows[name])))
