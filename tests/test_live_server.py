@@ -280,9 +280,9 @@ async def test_told_to_stop_it_takes_nobody_new_and_lets_answers_end() -> None:
 # ---- REST ----------------------------------------------------------------------------------------------------------------------------
 
 
-def wav(seconds: float = 1.0) -> bytes:
+def wav(seconds: float = 1.0, peak: float = 1 / 3, subtype: str = "PCM_16") -> bytes:
     out = io.BytesIO()
-    soundfile.write(out, np.sin(np.arange(round(16000 * seconds)) / 9) / 3, 16000, format="WAV")
+    soundfile.write(out, np.sin(np.arange(round(16000 * seconds)) / 9) * peak, 16000, format="WAV", subtype=subtype)
     return out.getvalue()
 
 
@@ -396,6 +396,8 @@ async def test_chat_completions_in_text() -> None:
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image_url"),
         ("/v1/chat/completions", {"messages": [{"role": "wizard"}]}, "wizard"),
         ("/v1/chat/completions", {"messages": [heard(b"/etc/passwd")]}, "audio"),
+        ("/v1/chat/completions", {"messages": [heard(wav(1.0, np.nan, "FLOAT"))]}, "NaN"),
+        ("/v1/chat/completions", {"messages": [heard(wav(1.0, 1e30, "FLOAT"))]}, "1.0e+30"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "n": 3}, "n must be 1"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "temperature": 9}, "temperature"),
         ("/v1/audio/transcriptions", {"file": "/etc/passwd"}, "multipart"),
