@@ -40,7 +40,6 @@ class Answers:
     llm_engine: str
     folder: str | None
     threads: int
-    rows: int
 
     def open(self, device: str) -> AnswerWorker:
         import torch
@@ -138,7 +137,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Medians of all engines and their ratios to ``local``."""
     counts = [int(text) for text in args.requests.split(",")]
     names = args.engines.split(",")
-    engines = {name: _engine(name, args, max(counts)) for name in names}
+    engines = {name: _engine(name, args) for name in names}
     found: dict[str, dict[int, list[dict[str, Any]]]] = {name: {count: [] for count in counts} for name in names}
     for _ in range(args.rounds):
         for count in counts:
@@ -171,14 +170,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     return {"measured": rows, "rounds": args.rounds, "threads": args.threads, **machine()}
 
 
-def _engine(name: str, args: argparse.Namespace, rows: int) -> Any:
+def _engine(name: str, args: argparse.Namespace) -> Any:
     if name == "local":
-        return Local(Answers("own", None, args.threads, rows))
+        return Local(Answers("own", None, args.threads))
     if name == "ray":
-        return Ray(Answers("own", None, 1, rows), args.threads)
+        return Ray(Answers("own", None, 1), args.threads)
     if name == "vllm":
         folder = args.folder or _export()
-        return Local(Answers("vllm", str(folder), args.threads, rows))
+        return Local(Answers("vllm", str(folder), args.threads))
     raise SystemExit(f"unknown engine {name!r}: use {', '.join(ENGINES)}")
 
 
@@ -262,6 +261,7 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # vLLM's process takes it from here
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the cores are the same for all engines, which take turns
     result = compare(args)
     if args.json:
         print(json.dumps(result))
