@@ -223,6 +223,13 @@ class Client:
         return self.sent[-1]
 
 
+async def at_rest(model: Any) -> None:
+    """The engine of a `LiveModel` has done all that was submitted."""
+    while model.load().waiting or model.load().positions != model.load().kept:
+        await asyncio.sleep(0.02)
+    await asyncio.wrap_future(model.engine.run(lambda: None))  # behind what is being done
+
+
 def live(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
     """An async test, which may wait as long as a busy machine takes."""
     import functools

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from osum_echat.serving.backend import Ended, Exchange, Heard, Text, Turn
 from osum_echat.serving.live import LiveMemory, LiveModel
 from osum_echat.serving.shared import SharedEChat
 from tests.generation_case import DATA
-from tests.live_case import live
+from tests.live_case import at_rest, live
 
 SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=12) for name in OUTPUTS})
 
@@ -44,15 +43,6 @@ async def answer(model: LiveModel, turn: Turn, memory: LiveMemory | None) -> tup
     raise AssertionError("a job ends with Ended")
 
 
-async def read_again(model: LiveModel, memory: LiveMemory) -> None:
-    """The past has been read in the form in which the next turn shows it."""
-    for _ in range(500):
-        await asyncio.sleep(0.01)
-        if not model.load().waiting and not model.load().reading and model.load().kept:
-            return
-    raise AssertionError("the past was not read")
-
-
 @live
 async def test_the_next_turn_stands_behind_the_past_which_is_read_only_once(model: LiveModel) -> None:
     model.start_threads()
@@ -63,7 +53,7 @@ async def test_the_next_turn_stands_behind_the_past_which_is_read_only_once(mode
     assert ended.reason in ("stop", "length")
     past = (Exchange((first,), "", "Hello there."),)
     model.remember(memory, past, asked)
-    await read_again(model, memory)
+    await at_rest(model)
     turn = Turn(past=past, heard=second, speak=False, seed=4)
     text, ended = await answer(model, turn, memory)
     alone, afresh = await answer(model, turn, model.open())

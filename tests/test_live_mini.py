@@ -25,7 +25,7 @@ from osum_echat.serving.backend import Ended, Sound, Text, ThoughtDone, Turn
 from osum_echat.serving.live import LiveModel
 from osum_echat.serving.realtime.settings import SessionLimits
 from osum_echat.serving.shared import SharedEChat
-from tests.live_case import live
+from tests.live_case import at_rest, live
 from tests.test_live_server import _no_uname, serving  # noqa: F401  the fixture is used by being here
 
 MINI = Path("checkpoints/mini")
@@ -106,6 +106,41 @@ async def test_a_spoken_turn_over_the_wire_is_cut_when_the_client_cancels(echat:
                 break
             await asyncio.sleep(0.02)
         assert model.load().rows == 0 and model.pool is not None and len(model.pool) == 0, "nothing works for it any more"
+
+
+@live
+async def test_the_second_turn_stands_behind_the_first_as_far_as_the_checkpoint_has_learnt_that(echat: EChat) -> None:
+    model = LiveModel(SharedEChat(echat))
+    samples = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
+    audio = base64.b64encode((samples * 32767).astype("<i2").tobytes()).decode()
+    session = {"type": "realtime", "output_modalities": ["text"], "audio": {"input": {"turn_detection": None}}}
+    async with serving(model, limits=SessionLimits()) as running, connect(f"{running.ws}/v1/realtime") as socket:
+
+        async def answered() -> dict[str, Any]:
+            for message in (
+                {"type": "input_audio_buffer.append", "audio": audio},
+                {"type": "input_audio_buffer.commit"},
+                {"type": "response.create"},
+            ):
+                await socket.send(json.dumps(message))
+            while True:
+                event = json.loads(await socket.recv())
+                assert event["type"] != "error", event
+                if event["type"] == "response.done":
+                    return event["response"]
+
+        await socket.send(json.dumps({"type": "session.update", "session": session}))
+        first = await answered()
+        await at_rest(model)  # the past is read while nobody waits
+        second = await answered()
+    assert first["status"] == second["status"] == "completed" and second["output"][0]["content"][0]["text"]
+    read = [response["usage"]["input_tokens"] for response in (first, second)]
+    cached = second["usage"]["input_token_details"]["cached_tokens"]
+    if model.past_turns:
+        heard = first["usage"]["input_token_details"]["audio_tokens"]
+        assert read[1] > read[0] + heard and cached > heard, "the first turn stands in front, and is not read again"
+    else:
+        assert read[1] == read[0] and cached == 0 and "history" in model.warnings
 
 
 @live
