@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from osum_echat.cli.serve import main
+from osum_echat.model.config import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,4 +66,5 @@ def test_it_serves_page_and_health_and_stops_when_told_to() -> None:
         server.send_signal(signal.SIGTERM)
         said, _ = server.communicate(timeout=300)
     assert server.returncode in (0, -signal.SIGTERM), server.returncode
-    assert "has not learnt past turns" in said and f"ws://127.0.0.1:{port}/v1/realtime" in said
+    learnt = load_config(ROOT / "checkpoints" / "mini" / "config.yaml").dialect.learnt.past_turns
+    assert ("has not learnt past turns" in said) is (learnt == 0) and f"ws://127.0.0.1:{port}/v1/realtime" in said
