@@ -18,6 +18,7 @@ from osum_echat.config import read_yaml
 from recipes.mini import texts
 
 HELD_OUT = 100
+_TIMES = ("morning", "afternoon", "evening", "night")
 _HELD_OUT_VALUES = 5  # every fifth combination of values is kept for tests
 
 
@@ -64,25 +65,34 @@ def facts() -> dict[str, Any]:
 
 
 def _capital(text: str, value: str) -> str:
-    """Names are written with a capital letter."""
-    return text.replace(value, value.capitalize()) if value in _names() else text
+    """Names are written with capital letters (a time of the day is none)."""
+    if value not in _names():
+        return text
+    words = [word if word in _TIMES else word.capitalize() for word in value.split()]
+    return text.replace(value, " ".join(words))
 
 
 @functools.cache
 def _names() -> frozenset[str]:
     named = ("name", "pet_name", "town", "day")
-    return frozenset(value for kind in named for value in facts()[kind]["values"])
+    return frozenset(value for kind in named for value in (*facts()[kind]["values"], *facts()[kind]["more"]) if "the " not in value)
+
+
+def _filled(template: str, value: str) -> str:
+    """``template`` with its value; "a" in front of a vowel becomes "an"."""
+    text = template.replace("{value}", value)
+    return text.replace(f" a {value}", f" an {value}") if value[0] in "aeio" else text
 
 
 def _stated(kind: str, value: str, rng: random.Random) -> Turn:
     rule = facts()[kind]
-    answers = tuple(_capital(answer.replace("{value}", value), value) for answer in rule["answer"])
-    return Turn(rng.choice(rule["say"]).replace("{value}", value), tuple(_rules()["noted"]), answers)
+    answers = tuple(_capital(_filled(answer, value), value) for answer in rule["answer"])
+    return Turn(_filled(rng.choice(rule["say"]), value), tuple(_rules()["noted"]), answers)
 
 
 def _asked(kind: str, value: str, rng: random.Random) -> Turn:
     rule = facts()[kind]
-    answers = tuple(_capital(answer.replace("{value}", value), value) for answer in rule["answer"])
+    answers = tuple(_capital(_filled(answer, value), value) for answer in rule["answer"])
     return Turn(rng.choice(rule["ask"]), tuple(_rules()["remember"]), answers)
 
 
@@ -91,8 +101,16 @@ def _chat(rng: random.Random, sentences: Sequence[tuple[str, str]]) -> Turn:
     return Turn(sentence, (), (), topic)
 
 
+def _value(kind: str, rng: random.Random, test: bool) -> str:
+    """One of ``values``; in training half of the time one of ``more``."""
+    name = "values" if test or rng.random() < 0.5 else "more"
+    return str(rng.choice(facts()[kind][name]))
+
+
 def _kept_for_tests(kind: str, value: str, other: str, other_value: str) -> bool:
     """A fifth of the pairs of values, whatever the order in which they are said."""
+    if any(v not in facts()[name]["values"] for name, v in ((kind, value), (other, other_value))):
+        return False  # of no test
     first, second = sorted([(kind, value), (other, other_value)])
     at = [facts()[name]["values"].index(v) for name, v in (first, second)]
     return (at[0] + 2 * at[1] + len(first[0])) % _HELD_OUT_VALUES == 0
@@ -103,7 +121,7 @@ def dialogue(rng: random.Random, sentences: Sequence[tuple[str, str]], test: boo
     count = turns or rng.choice((3, 3, 4))
     while True:
         kind, other = rng.sample(sorted(facts()), 2)
-        value, other_value = rng.choice(facts()[kind]["values"]), rng.choice(facts()[other]["values"])
+        value, other_value = _value(kind, rng, test), _value(other, rng, test)
         if _kept_for_tests(kind, value, other, other_value) == test:
             break
     stated = [_stated(kind, value, rng), _stated(other, other_value, rng)]

@@ -21,17 +21,20 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes.mini import texts
+from recipes.mini import dialogues, texts
+from recipes.mini.dialect import DIALECT
 
 CODES, CODES_A_SECOND = 256, 25
 VALIDATION = 64
 OUTSIDE = 0.35  # of the thinks in text
+CONVERSATIONS = 0.25  # of the records in text
 CHOICE = 120  # recordings of people that a training measures itself on
 TAG_TASKS = {"age": "<AGE>", "gender": "<GENDER>", "emotion": "<EMOTION>", "event": "<CAPTION>"}
 TAG_SETS = (("age",), ("gender",), ("emotion",), ("event",), ("age", "gender"))  # asked for alone
 TAG_SETS_WITH_WORDS = (*TAG_SETS, ("emotion", "age", "gender"), ("event", "age", "gender"))
 
 Json = dict[str, Any]
+TURN_END, ASSISTANT = DIALECT.strings.turn_end, DIALECT.strings.assistant
 
 
 def read_list(path: Path) -> list[Json]:
@@ -99,8 +102,8 @@ def tagged_reply(said_as: texts.Labels, answer: str) -> str:
 def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET) -> Iterator[Json]:
     """Sentences for the language model alone; ``wordnet_folder`` holds WordNet's ``data.*``.
 
-    More than half: think and answer for a sentence with its tags, in tags or (behind "tell:") in natural language, or answer a plain text. The
-    rest: copy a grammar sentence, an open-vocabulary sentence, or words in random order (so that copying never becomes guessing).
+    A quarter: a turn of a conversation with the turns before it. Of the others more than half: think and answer for a sentence with its tags, in tags or
+    (behind "tell:") in natural language, or answer a plain text. The rest: copy a grammar sentence, an open-vocabulary sentence, or words in random order (so that copying never becomes guessing).
     """
     rng = random.Random(f"text {seed}")
     grammar = texts.training_user_sentences()
@@ -110,7 +113,10 @@ def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET
     )
     for number in range(count):
         key = f"text_{number:06d}"
-        rate = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.15)
+        rate = 0.0 if rng.random() < 0.5 else rng.uniform(0, 0.3)
+        if rng.random() < CONVERSATIONS:
+            yield _conversation(key, rng, grammar, rate)
+            continue
         kind = rng.random()
         if kind < 0.12:
             sentence, about = (_outside(rng, wordnet), None) if kind < 0.04 else rng.choice(grammar)
@@ -134,6 +140,20 @@ def _outside(rng: random.Random, wordnet: list[str]) -> str:
     return rng.choice(wordnet) if source == "wordnet" else texts.said(source, rng)
 
 
+def _conversation(key: str, rng: random.Random, grammar: Any, rate: float) -> Json:
+    """A turn of a conversation behind the turns before it, as recordings with a past are laid out; mostly the last one, which needs them."""
+    turns = dialogues.dialogue(rng, grammar).turns
+    said_as = texts.draw_labels(rng)
+    at = len(turns) - 1 if rng.random() < 0.7 else rng.randrange(len(turns))
+    heard = [f"{misheard(turn.said, rng, rate)}{bracketed(said_as)}" for turn in turns]
+    past = [f"{words}{TURN_END}{ASSISTANT}{turn.reply(said_as, rng)}{TURN_END}" for words, turn in zip(heard, turns[:at], strict=False)]
+    turn, natural = turns[at], rng.random() < 0.2
+    answer = turn.reply(said_as, rng)
+    if rng.random() < 0.6:
+        answer = _think(turn.said, turn.topic, said_as, natural, rng, answer)
+    return _text(key, f"{'tell: ' if natural else ''}{''.join(past)}{heard[at]}", answer)
+
+
 def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], words: list[str]) -> str:
     kind = rng.random()
     if kind < 0.25:
@@ -143,17 +163,18 @@ def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], word
     return " ".join(rng.choice(words) for _ in range(rng.randint(3, 10)))
 
 
-def _think(sentence: str, topic: str | None, said_as: texts.Labels, natural: bool, rng: random.Random) -> str:
+def _think(
+    sentence: str, topic: str | None, said_as: texts.Labels, natural: bool, rng: random.Random, answer: str | None = None
+) -> str:
+    """A think of ``sentence`` and its answer (None: one by the rule)."""
     from osum_echat.dialogue.think import Think
-    from recipes.mini.dialect import DIALECT
-
     think = Think(
         raw=texts.natural_think(sentence, said_as),
         transcript=sentence,
         reply_emotion=texts.reply_emotion(said_as),
         **{n: getattr(said_as, n) for n in TAG_TASKS},
     )
-    return DIALECT.strings.template("language" if natural else "tag").write(think) + texts.reply(topic, said_as, rng, sentence)
+    return DIALECT.strings.template("language" if natural else "tag").write(think) + (answer or texts.reply(topic, said_as, rng, sentence))
 
 
 def _text(key: str, question: str, answer: str) -> Json:
