@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -160,7 +161,7 @@ def test_large_checkpoints_are_kept_as_this_cpu_computes_best(
 ) -> None:
     monkeypatch.setattr(cpu, "detect", lambda: cpu.Cpu("a CPU", "avx2", fast, False, False))
     monkeypatch.setattr(cpu, "rounds", lambda kind: rounds)
-    monkeypatch.setattr(cpu.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
     assert cpu.default_weights(int(weights)) == wanted
 
 

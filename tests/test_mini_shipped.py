@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from osum_echat.audio import io as audio_io
+from osum_echat.config import read_yaml
 from osum_echat.evaluation import generate, readers, results, summary
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS
@@ -133,6 +134,16 @@ def test_it_says_new_sentences_and_answers_written_ones(echat, measure):
     sentence, _ = texts.user_sentences()[-1]
     reply = echat.chat(text=sentence)
     assert "my friend" in reply.text and reply.text.endswith((".", "?"))
+
+
+@pytest.mark.skipif(
+    read_yaml(MINI / "config.yaml")["dialect"]["learnt"]["past_turns"] < 2, reason="the shipped weights have learnt no past turns"
+)
+def test_its_third_answer_needs_the_first_turn(measure):
+    """Ten held-out conversations: with the turns before it the last answer uses the fact of the first far more often than a lucky guess would."""
+    part = Part(ask={"think": "tag"}, scorers=["contains"], refusals_count=True)
+    _, values = measure("dialogues", part, few=30)
+    assert values["contains"] >= 40
 
 
 def test_the_demo_recordings_are_of_voices_and_sentences_that_never_were_in_training():

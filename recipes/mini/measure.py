@@ -135,10 +135,13 @@ def people_numbers(rows: Sequence[Heard]) -> dict[str, float]:
 
 
 def fit_turns(echat: EChat, data: Path, limit: int | None = None, think: bool = True) -> dict[str, float]:
-    """Held-out conversations (`heldout/dialogues.jsonl` of `recipes.mini.synthesize`), answered turn after turn; the last answer must use the fact."""
+    """Held-out conversations (`heldout/dialogues.jsonl` of `recipes.mini.synthesize`), answered turn after turn; the last answer must use the fact.
+
+    ``without_past``: the same when the last turn is asked alone, which is what a lucky guess comes to.
+    """
     lines = (data / "heldout" / "dialogues.jsonl").read_text(encoding="utf-8").splitlines()[:limit]
     wanted = dialogues.held_out_dialogues()
-    fits = 0
+    fits = alone = 0
     for line, dialogue in zip(lines, wanted, strict=False):
         session = echat.session()
         reply = None
@@ -146,7 +149,9 @@ def fit_turns(echat: EChat, data: Path, limit: int | None = None, think: bool = 
             reply = session.chat(turn["wav"], think="tag" if think else None)
         assert reply is not None, "a conversation has turns"
         fits += dialogue.fits(reply.text)
-    return {"reply_fit_turns": 100 * fits / max(len(lines), 1), "dialogues": len(lines)}
+        alone += dialogue.fits(echat.chat(json.loads(line)["turns"][-1]["wav"], think="tag" if think else None).text)
+    count = max(len(lines), 1)
+    return {"reply_fit_turns": 100 * fits / count, "without_past": 100 * alone / count, "dialogues": len(lines)}
 
 
 def main() -> int:

@@ -147,11 +147,11 @@ def _conversation(key: str, rng: random.Random, grammar: Any, rate: float) -> Js
     at = len(turns) - 1 if rng.random() < 0.7 else rng.randrange(len(turns))
     heard = [f"{misheard(turn.said, rng, rate)}{bracketed(said_as)}" for turn in turns]
     past = [f"{words}{TURN_END}{ASSISTANT}{turn.reply(said_as, rng)}{TURN_END}" for words, turn in zip(heard, turns[:at], strict=False)]
-    turn, natural = turns[at], rng.random() < 0.2
+    turn, thinks, natural = turns[at], rng.random() < 0.6, rng.random() < 0.2
     answer = turn.reply(said_as, rng)
-    if rng.random() < 0.6:
+    if thinks:
         answer = _think(turn.said, turn.topic, said_as, natural, rng, answer)
-    return _text(key, f"{'tell: ' if natural else ''}{''.join(past)}{heard[at]}", answer)
+    return _text(key, f"{'tell: ' if thinks and natural else ''}{''.join(past)}{heard[at]}", answer)
 
 
 def _sentence_to_copy(rng: random.Random, grammar: Any, wordnet: list[str], words: list[str]) -> str:
