@@ -75,7 +75,9 @@ def _capital(text: str, value: str) -> str:
 @functools.cache
 def _names() -> frozenset[str]:
     named = ("name", "pet_name", "town", "day")
-    return frozenset(value for kind in named for value in (*facts()[kind]["values"], *facts()[kind]["more"]) if "the " not in value)
+    return frozenset(
+        value for kind in named for value in (*facts()[kind]["values"], *facts()[kind]["more"]) if "the " not in value
+    )
 
 
 def _filled(template: str, value: str) -> str:

@@ -146,7 +146,10 @@ def _conversation(key: str, rng: random.Random, grammar: Any, rate: float) -> Js
     said_as = texts.draw_labels(rng)
     at = len(turns) - 1 if rng.random() < 0.7 else rng.randrange(len(turns))
     heard = [f"{misheard(turn.said, rng, rate)}{bracketed(said_as)}" for turn in turns]
-    past = [f"{words}{TURN_END}{ASSISTANT}{turn.reply(said_as, rng)}{TURN_END}" for words, turn in zip(heard, turns[:at], strict=False)]
+    past = [
+        f"{words}{TURN_END}{ASSISTANT}{turn.reply(said_as, rng)}{TURN_END}"
+        for words, turn in zip(heard, turns[:at], strict=False)
+    ]
     turn, thinks, natural = turns[at], rng.random() < 0.6, rng.random() < 0.2
     answer = turn.reply(said_as, rng)
     if thinks:
@@ -168,13 +171,16 @@ def _think(
 ) -> str:
     """A think of ``sentence`` and its answer (None: one by the rule)."""
     from osum_echat.dialogue.think import Think
+
     think = Think(
         raw=texts.natural_think(sentence, said_as),
         transcript=sentence,
         reply_emotion=texts.reply_emotion(said_as),
         **{n: getattr(said_as, n) for n in TAG_TASKS},
     )
-    return DIALECT.strings.template("language" if natural else "tag").write(think) + (answer or texts.reply(topic, said_as, rng, sentence))
+    return DIALECT.strings.template("language" if natural else "tag").write(think) + (
+        answer or texts.reply(topic, said_as, rng, sentence)
+    )
 
 
 def _text(key: str, question: str, answer: str) -> Json:

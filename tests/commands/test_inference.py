@@ -268,7 +268,9 @@ def test_without_past_turns_each_recording_is_answered_by_itself(here: Path, cap
 def dialogue_clips(number: int, folder: Path) -> tuple[list[Path], dict[str, Any]]:
     """The three recordings of a held-out conversation, and what its last answer has to contain."""
     with tarfile.open(ROOT / "assets" / "evaluation" / "dialogues.tar.gz") as archive:
-        archive.extractall(folder, [f"dialogue_{number:03d}_{turn}.{end}" for turn in (1, 2, 3) for end in ("ogg", "extra")], filter="data")
+        archive.extractall(
+            folder, [f"dialogue_{number:03d}_{turn}.{end}" for turn in (1, 2, 3) for end in ("ogg", "extra")], filter="data"
+        )
     wanted = json.loads((folder / f"dialogue_{number:03d}_3.extra").read_text(encoding="utf-8"))
     return [folder / f"dialogue_{number:03d}_{turn}.ogg" for turn in (1, 2, 3)], wanted
 
