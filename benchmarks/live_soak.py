@@ -7,7 +7,7 @@
 
 5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A tenth (``--whole``) say a whole sentence and are answered with a
 thought and a transcript, as long as the model likes; those that interrupt by speech are answered as long as it likes, too. The others say a second
-and are answered by 36 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
+and are answered by 30 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
 most 10 % above that of the first, every refusal was a sentence, and the server still answers.
 """
 
@@ -36,7 +36,7 @@ from osum_echat.serving.conformance.nonsense import frame
 
 SLICES, SLICE_S = 24, 10.0
 """A session is stuck when nothing came in so many waits of so many seconds."""
-SHORT_PIECES, SHORT_IDS = 10, 36
+SHORT_PIECES, SHORT_IDS = 10, 30
 """Messages of 100 ms that a short turn has, and the ids of its answer at most."""
 
 
