@@ -525,7 +525,7 @@ def reported(tmp_path: Path, change: Callable[[Suite], Suite] = lambda suite: su
 def test_report_shows_numbers_sets_pictures_and_examples(tmp_path: Path):
     _, out = reported(tmp_path)
     text = (out / "report.md").read_text()
-    assert "| wer | 25.00 | 0.00 to 50.00 | 2 | 10 | 4 | below the bar |" in text
+    assert "| wer | 25.00 | 0.00 to 50.00 | 2 | 5 | 3 | below the bar |" in text
     assert "| emotion | 50.00 | 0.00 to 100.00 | 2 | 93 | 98 | below the bar |" in text
     assert "my dog ran away" in text and "recogniser: nobody" in text
     assert (out / "confusion_p.png").stat().st_size > 1000 and (out / "bars.png").exists()
