@@ -24,8 +24,8 @@ how they are said, thinks, and answers in text and speech. It runs through the c
 
 ## What it cannot do
 
-- **Every word.** Of what people say it mishears more than one word in three (numbers below: `people_read_wer`), fewer in short orders; a good recogniser mishears one in twenty.
-  Say it again in other words, or slower.
+- **Every word.** Of what people read aloud it mishears more than half (`people_read_wer` below; worst in long sentences), of short orders a fifth; a good recogniser mishears one word in
+  twenty. Say it again in fewer words.
 - **Open conversation.** It knows {topics} everyday topics; its answers follow a rule of ours (topic, age, gender, emotion, event). Of another sentence it takes up a
   thing that was named. It knows nothing about the world, and remembers no earlier turn.
 - **Feelings.** "Emotion", "age" and "event" are signal rules (pitch, formants, rate, brightness, tremor, generated sounds), not human behaviour. What people read or order calmly it
