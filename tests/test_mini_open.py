@@ -75,8 +75,8 @@ def test_an_unknown_source_is_said():
 def test_the_last_turn_can_only_be_answered_with_an_earlier_one():
     for dialogue in dialogues.training_dialogues(200, singles=0):
         *earlier, last = dialogue.turns
-        assert dialogue.value not in last.said.split()
-        assert any(dialogue.value in turn.said.split() for turn in earlier)
+        assert f" {dialogue.value} " not in f" {last.said} "
+        assert any(f" {dialogue.value} " in f" {turn.said} " for turn in earlier)
         assert 3 <= len(dialogue.turns) <= 4
 
 
