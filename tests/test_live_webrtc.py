@@ -148,10 +148,12 @@ async def test_a_caller_speaks_is_answered_in_sound_and_interrupts() -> None:
         cleared = await caller.until("output_audio_buffer.cleared", seen)
         done = await caller.until("response.done", seen)
         assert done.response.status == "cancelled" and cleared.response_id == done.response.id
-        await asyncio.sleep(1.0)  # what is on its way
+        await asyncio.sleep(0.5)  # what is on its way
         before = caller.loud()
-        await asyncio.sleep(0.3)
-        assert caller.loud() == before, "nothing of twenty seconds sounds on"
+        await asyncio.sleep(2.5)
+        assert caller.loud() - before < 1.0, (
+            "the rest of twenty seconds does not sound on; an answer to the interruption may (0.6 s)"
+        )
 
 
 @live
