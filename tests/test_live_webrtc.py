@@ -119,7 +119,9 @@ def long_answer(turn: Turn) -> list[Any]:
     return [Text("Well"), *[tone(1.0) for _ in range(20)]] if turn.past else [Text("Yes"), tone(0.6)]
 
 
-@pytest.mark.xfail(reason="open: sound is still heard after an interruption (seen 2026-11-28: 1.9 of the next 2.5 s)", strict=False)
+@pytest.mark.xfail(
+    reason="open: sound is still heard after an interruption (seen 2026-11-28: 1.9 of the next 2.5 s)", strict=False
+)
 @live
 async def test_a_caller_speaks_is_answered_in_sound_and_interrupts() -> None:
     async with (
@@ -153,7 +155,6 @@ async def test_a_caller_speaks_is_answered_in_sound_and_interrupts() -> None:
         before = caller.loud()
         await asyncio.sleep(0.3)
         assert caller.loud() == before, "nothing of twenty seconds sounds on"
-        )
 
 
 @live
