@@ -6,9 +6,10 @@
     python benchmarks/live_soak.py --fuzz 10000                            # frames of nonsense
 
 5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A tenth (``--whole``) say a whole sentence and are answered with a
-thought and a transcript, as long as the model likes; those that interrupt by speech are answered as long as it likes, too. The others say a second
-and are answered by 30 ids at most. Exit code 0 when nothing was stuck, memory of the last tenth is at
-most 10 % above that of the first, every refusal was a sentence, and the server still answers.
+thought and a transcript, as long as the model likes; those that interrupt (half by a message, half by speech) are answered as long as it likes, too.
+The others say a second and are answered by 30 ids at most. Before that three whole sessions for each place, which are not counted, bring memory to
+where the work of that many at once has it. Exit code 0 when nothing was stuck, memory of the last tenth is at most 10 % above that of the first,
+every refusal was a sentence, and the server still answers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from websockets.exceptions import ConnectionClosed
 from osum_echat.audio.io import to_mono_16k
 from osum_echat.serving.conformance.nonsense import frame
 
+WARM = 3
+"""Whole sessions for each place before the count."""
 SLICES, SLICE_S = 24, 10.0
 """A session is stuck when nothing came in so many waits of so many seconds."""
 SHORT_PIECES, SHORT_IDS = 10, 30
@@ -132,7 +135,7 @@ class Visitor:
             "output_modalities": ["audio"],
             "audio": {"input": heard},
             "x_echat": {"think": "tag" if self.whole else None},
-            "max_output_tokens": "inf" if self.whole or interrupt == "speech" else SHORT_IDS,
+            "max_output_tokens": "inf" if self.whole or interrupt else SHORT_IDS,
         }
         await self.socket.send(json.dumps({"type": "session.update", "session": session}))
 
@@ -164,6 +167,10 @@ async def soak(
     speech = appends(soxr.resample(to_mono_16k(SPEECH), 16000, 24000))
     cut = set(dice.sample(range(sessions), min(interruptions, sessions)))
     room = asyncio.Semaphore(together)
+    for turn in range(WARM):
+        await asyncio.gather(
+            *(Visitor(url, speech, random.Random(-1 - turn), Count(), True).visit(None) for _ in range(together))
+        )
 
     async def one(number: int) -> None:
         async with room:
