@@ -243,20 +243,23 @@ class EChatModel(nn.Module):
             plan: `plan` of the batch, on the model's device; without one it is made here, which reads rows and lengths to the host.
         """
         plan = plan if plan is not None else self.plan(rows, _frames(lengths_N, encoded, audio)).to(self.device)
+        device = (
+            plan.rows.ids_P.device
+        )  # not asked of a weight, which ZeRO-3 would gather for it: on the ranks alone that come by here
         touched: list[Tensor] = []
         if audio is None and encoded is not None:
             audio = self.adapt(*encoded, plan.recordings.adapter if plan.recordings is not None else None)
         elif audio is None and feats_NTF is not None and lengths_N is not None and len(lengths_N):
             audio = self.encode_audio(feats_NTF, lengths_N, plan.recordings)
         if audio is None and run_all_parts:
-            touched += self._run_audio_on_silence(self.device)
+            touched += self._run_audio_on_silence(device)
         if not language:
-            none = torch.zeros(0, dtype=torch.long, device=self.device)
-            no_nll = torch.zeros(0, device=self.device)
+            none = torch.zeros(0, dtype=torch.long, device=device)
+            no_nll = torch.zeros(0, device=device)
             return LossParts(no_nll, none, none, *self._ctc_loss(audio, transcripts, no_nll), *self._tag_loss(audio, tags))
         sequence = plan.rows
         if audio is not None and self.ctc is not None and self.ctc.config.compress:
-            sequence = plan.hide(audio.visible_P.tolist()).to(self.device)  # the one thing that the host cannot know before
+            sequence = plan.hide(audio.visible_P.tolist()).to(device)  # the one thing that the host cannot know before
         embeds_PD = self._sequence_inputs(sequence, audio, plan)
         if touched:
             embeds_PD = embeds_PD + 0.0 * torch.stack(touched).sum().to(embeds_PD.dtype)
