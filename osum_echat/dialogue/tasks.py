@@ -136,6 +136,13 @@ _PROMPTED = (
     "<TRANSCRIBE> <CAPTION> <AGE> <GENDER> <EMOTION> <STYLE>",
 )
 
+
+def begins_with_words(task: str) -> bool:
+    """Whether the answer to an understanding task begins with what was said, and holds nothing but words until a tag comes."""
+    marks = task.split()
+    return marks[:1] == ["<TRANSCRIBE>"] and "<ALIGN>" not in marks
+
+
 _TASK_ROWS = (
     *(Task(name, "text", prompted=True) for name in _PROMPTED),
     Task("<TEXT2TOKEN>", "text2token"),

@@ -21,6 +21,7 @@ from osum_echat.generation.config import GenerationConfig, Mode, Sampling
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.sampling import Dice, SamplingRows, choose, penalise, sampling_rows
+from osum_echat.generation.transcript import Place, TranscriptRow, ending_ids
 
 
 class ChoosingRow:
@@ -28,10 +29,13 @@ class ChoosingRow:
 
     Attributes:
         age_armed: the age guard may still act.
+        transcript: of rows whose words the CTC head chooses too.
     """
 
-    def __init__(self, state: RowState, mode: Mode, seed: int, age_armed: bool = True) -> None:
-        self.state, self.mode, self.age_armed = state, mode, age_armed
+    def __init__(
+        self, state: RowState, mode: Mode, seed: int, age_armed: bool = True, transcript: TranscriptRow | None = None
+    ) -> None:
+        self.state, self.mode, self.age_armed, self.transcript = state, mode, age_armed, transcript
         self.dice = Dice(seed)
         self._rolled = (-1, 0.0)
 
@@ -78,7 +82,8 @@ class Choice:
     """
 
     def __init__(self, config: GenerationConfig, tokenizer: Tokenizer, vocab: Vocabulary) -> None:
-        self.config, self.vocab = config, vocab
+        self.config, self.vocab, self._tokenizer = config, vocab, tokenizer
+        self._ends: dict[str, Tensor] = {}
         guards = config.guards
         self.age = AgeChoice.compile(guards.age, tokenizer, vocab) if guards.age is not None else None
         self.speech_guards: list[Repetition | Silence] = []
@@ -93,6 +98,14 @@ class Choice:
         guard = self.config.guards.age
         return guard is None or not guard.spoken_only or state.form != "none"
 
+    def transcript(self, place: Place | None, log_probs_PC: Tensor | None) -> TranscriptRow | None:
+        """For a row that begins: its transcript, where there is one and the CTC head has a share in it."""
+        if place is None or log_probs_PC is None or not self.config.ctc_weight:
+            return None
+        if place.end not in self._ends:
+            self._ends[place.end] = ending_ids(self._tokenizer, self.vocab, place.end)
+        return TranscriptRow(place, log_probs_PC, self._ends[place.end])
+
     def age_acts(self, row: ChoosingRow) -> bool:
         """Whether the age guard acts on the id that the row chooses now. It depends on ids alone, so it can be asked again later."""
         if self.age is None or not row.age_armed or row.state.in_speech:
@@ -105,9 +118,24 @@ class Choice:
         known = self._known(rows, in_speech, settings, logits_RV.device)
         if settings.any_penalty:
             logits_RV = penalise(logits_RV, known.generated_RG, known.generated_RG >= 0, settings.penalty_R)
+        if not in_speech:
+            logits_RV = self._with_ctc(rows, logits_RV)
         chosen_R, acted = self.decide(logits_RV, known, settings, in_speech, self.may_act(rows))
         read = torch.stack([chosen_R, *acted.values()], dim=1).tolist()
         return [Picked(chosen, tuple(name for name, flag in zip(acted, flags, strict=True) if flag)) for chosen, *flags in read]
+
+    def _with_ctc(self, rows: Sequence[ChoosingRow], logits_RV: Tensor) -> Tensor:
+        """The logits of rows in a transcript, joined with what the CTC head says; the others as they are."""
+        found = {r: row.transcript.scores(row.state.text_ids) for r, row in enumerate(rows) if row.transcript is not None}
+        share = self.config.ctc_weight
+        joined = {
+            r: (1 - share) * logits_RV[r].log_softmax(0) + share * scores_V.to(logits_RV.device)
+            for r, scores_V in found.items()
+            if scores_V is not None
+        }
+        if not joined:
+            return logits_RV
+        return torch.stack([joined.get(r, logits_V) for r, logits_V in enumerate(logits_RV)])
 
     @staticmethod
     def may_act(rows: Sequence[ChoosingRow]) -> MayAct:

@@ -174,6 +174,8 @@ class GenerationConfig:
         force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there; otherwise the model
             must choose it itself.
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
+        ctc_weight: share of the CTC head in choosing the words of a transcript, from 0 (the LLM alone) to below 1; see `generation.transcript`. For models
+            with a CTC head; they are decoded in the usual way then, not by the static step.
         static_step: decode by a step of fixed shape that stays on the device (`generation.static_rows`): auto (on accelerators), always, never. It gives
             the same ids. A model that it does not take is decoded in the usual way, which is said once.
     """
@@ -182,11 +184,14 @@ class GenerationConfig:
     guards: Guards = field(default_factory=Guards)
     force_speech_begin: bool = True
     max_codes_per_word: int = 50
+    ctc_weight: float = 0.0
     static_step: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         if self.static_step not in ("auto", "always", "never"):
             raise ValueError(f"static_step={self.static_step!r}: use auto, always or never")
+        if not 0 <= self.ctc_weight < 1:
+            raise ValueError(f"ctc_weight must be 0 or more and below 1, found {self.ctc_weight}")
         unknown = sorted(set(self.modes) - set(OUTPUTS))
         if unknown:
             raise ValueError(f"modes: unknown output type {unknown[0]!r}; use {', '.join(OUTPUTS)}")

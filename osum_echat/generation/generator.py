@@ -36,6 +36,8 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 
 log = logging.getLogger(__name__)
 
+_ON_HOST = "ctc_weight > 0: the words of transcripts are chosen with the CTC head, which the static step does not do"
+
 
 class Generator:
     """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same moment).
@@ -120,6 +122,8 @@ class Generator:
         Raises:
             ValueError: for a model that it does not take.
         """
+        if self._joint:
+            raise ValueError(_ON_HOST)
         self._decoder, self._sizes, self._looked = build_step(self.model), sizes, True
 
     def _static_decoder(self) -> DecoderStep | None:
@@ -129,10 +133,17 @@ class Generator:
             wanted = self.config.static_step
             if wanted == "always" or (wanted == "auto" and devices.overlaps(self.model.device)):
                 try:
+                    if self._joint:
+                        raise ValueError(_ON_HOST)
                     self._decoder = build_step(self.model)
                 except ValueError as error:
                     log.warning("decoding takes the usual way: %s", error)
         return self._decoder
+
+    @property
+    def _joint(self) -> bool:
+        """The CTC head has a share in transcripts."""
+        return self.config.ctc_weight > 0 and self.model.ctc is not None
 
     def read(self, request: Request) -> KeptCache | None:
         """Only read the prompt, for its cache; None where the cache is not ours to keep."""
@@ -144,7 +155,7 @@ class Generator:
     def begin(self, index: int, request: Request, started: float) -> LiveRow:
         """A row in work. ``index``: what its events are marked with; ``started``: the second it counts its times from."""
         state = request.state(self.config, self.tokenizer, self.vocab, self.dialect)
-        return LiveRow(index, request, state, started, self.choice.age_armed(state))
+        return LiveRow(index, request, state, started, self.choice)
 
     def was_read(self, row: LiveRow) -> list[tuple[int, Event]]:
         """The prompt of a row has been read: what there is to say before its first step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from osum_echat.generation.choice import ChoosingRow
+from osum_echat.generation.choice import Choice, ChoosingRow
 from osum_echat.generation.config import Reason
 from osum_echat.generation.events import Done, Event, SpeechToken, Timings
 from osum_echat.generation.phases import RowState
@@ -14,8 +14,9 @@ from osum_echat.generation.request import Request
 class LiveRow(ChoosingRow):
     """A row in work: its request, its state, its random numbers and its clock."""
 
-    def __init__(self, index: int, request: Request, state: RowState, started: float, age_armed: bool = True) -> None:
-        super().__init__(state, request.mode, request.seed, age_armed)
+    def __init__(self, index: int, request: Request, state: RowState, started: float, choice: Choice) -> None:
+        transcript = choice.transcript(request.place, request.ctc())
+        super().__init__(state, request.mode, request.seed, choice.age_armed(state), transcript)
         self.index, self.request, self.started = index, request, started
         self.prefill = 0.0
         self.first: dict[str, float] = {}

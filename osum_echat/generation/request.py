@@ -19,6 +19,7 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.config import GenerationConfig, Mode
 from osum_echat.generation.phases import RowState
+from osum_echat.generation.transcript import Place
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
 
@@ -39,6 +40,8 @@ class Request:
         past: cache of an earlier part of a dialogue; what it has in common with the prompt is not read again.
         keep_cache: hand the cache back in `cache` when the row is done.
         think: form of the think that the prompt asks for (see `build_request`).
+        place: where the transcript of the current recording stands in the row's text.
+        ctc_PC: what the CTC head heard in the current recording, where ``heard`` does not say it.
         cancelled: set it to stop the row within one step.
     """
 
@@ -55,6 +58,14 @@ class Request:
     think: ThinkForm | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     cache: KeptCache | None = None
+    place: Place | None = None
+    ctc_PC: Tensor | None = None
+
+    def ctc(self) -> Tensor | None:
+        """Log-probabilities [P, C] of the CTC head for the current recording, None where there is none."""
+        if self.ctc_PC is None and self.heard and self.heard[-1].ctc_log_probs_NPC is not None:
+            return self.heard[-1].ctc_log_probs_NPC[0]
+        return self.ctc_PC
 
     def cancel(self) -> None:
         self.cancelled.set()
@@ -132,6 +143,7 @@ def build_request(
     seed: int = 0,
     greedy: bool = False,
     think: ThinkForm | None = None,
+    transcribes: bool = False,
 ) -> Request:
     """A request of any kind of sequence.
 
@@ -143,6 +155,7 @@ def build_request(
         history: past turns, oldest first.
         dialect: how the model is spoken to (its config's section); default: as the published ones.
         think: ask for a think of this form, where the dialect tells the two forms apart.
+        transcribes: the text begins with a transcript of the recording, as the instruction asks.
 
     Raises:
         ValueError: unknown output type, or what it needs is missing.
@@ -166,7 +179,11 @@ def build_request(
         raise ValueError(
             f"{output_type} with {len(history)} past turns takes {sample.num_recordings} recordings, found {len(lengths)}"
         )
-    layout = (dialect or Dialect()).layout(sample, tokenizer, vocab, prefix_only=True)
+    dialect = dialect or Dialect()
+    place = Place() if transcribes else None
+    if output.think and think == "tag":
+        place = Place.in_think(dialect.strings.template(think), tokenizer)
+    layout = dialect.layout(sample, tokenizer, vocab, prefix_only=True)
     row = flatten(layout.prefix, lengths, layout.text_softmax)
     return Request(
         output_type,
@@ -177,4 +194,5 @@ def build_request(
         text_ids=text_ids,
         words=tuple(split_words(say)) if output.spoken_text else (),
         think=think,
+        place=place,
     )

@@ -16,6 +16,7 @@ from osum_echat import device as devices
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import MAX_SECONDS, Source, to_mono_16k
 from osum_echat.dialogue.dialect import Dialect
+from osum_echat.dialogue.tasks import begins_with_words
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import Engine, EngineLimits, LlmEngine
 from osum_echat.generation.events import Done, Event, TextDelta, ThinkDelta, speech_codes
@@ -310,6 +311,10 @@ class EChat:
         audio = encode_recordings(self.model, self._features(wavs))
         lengths = iter([] if audio is None else audio.lengths_N.tolist())
         requests = [self._request(ask, [next(lengths)] if ask.wav is not None else []) for ask in asks]
+        if audio is not None and audio.ctc_log_probs_NPC is not None:
+            hearing = [request for request, ask in zip(requests, asks, strict=True) if ask.wav is not None]
+            for request, log_probs_PC, length in zip(hearing, audio.ctc_log_probs_NPC, audio.lengths_N.tolist(), strict=True):
+                request.ctc_PC = log_probs_PC[:length]
         return self.generator.generate(requests, audio=audio)
 
     def hear(self, wavs: Sequence[Source]) -> list[AudioFeatures]:
@@ -345,6 +350,7 @@ class EChat:
             seed=ask.seed,
             dialect=self.dialect,
             think=ask.think,
+            transcribes=ask.kind == "understand" and not ask.prompt and begins_with_words(ask.task),
         )
         return tuned(request, ask)
 

@@ -15,10 +15,12 @@ N rows of vLLM's batch, R rows that choose from one head, V text ids, S speech c
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from osum_echat.generation.config import GenerationConfig, Mode, Sampling
 from osum_echat.generation.guards import AgeChoice
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.request import Request
+from osum_echat.generation.transcript import Place
 
 GUARDS = ("age", "think", "repetition", "silence")
 """Bit n of what is sent back: the guard acted on this id."""
@@ -62,18 +65,20 @@ class RowPlan:
     text_ids: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
     plan: tuple[tuple[int, int], ...] = ()
+    place: Place | None = None
+    ctc_PC: Tensor | None = None
 
     @classmethod
     def of(cls, request: Request) -> RowPlan:
         plan = tuple(sorted(request.plan.items()))
-        return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan)
+        ctc_PC = request.ctc() if request.place is not None else None
+        return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan, request.place, ctc_PC)
 
     def to_plain(self) -> dict[str, Any]:
         """Only strings, numbers, lists and dicts."""
-        data = asdict(self)
-        return data | {
-            name: [list(x) if isinstance(x, tuple) else x for x in data[name]] for name in ("text_ids", "words", "plan")
-        }
+        data = asdict(replace(self, place=None, ctc_PC=None))
+        lists = {name: [list(x) if isinstance(x, tuple) else x for x in data[name]] for name in ("text_ids", "words", "plan")}
+        return data | lists | {"place": None, "ctc_PC": None} | _transcript_to_plain(self.place, self.ctc_PC)
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], vocab: Vocabulary) -> RowPlan:
@@ -87,6 +92,7 @@ class RowPlan:
                 tuple(int(i) for i in data["text_ids"]),
                 tuple(str(word) for word in data["words"]),
                 tuple((int(step), int(token)) for step, token in data["plan"]),
+                *_transcript_from_plain(data, vocab),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no request of osum-echat: {error!r}") from error
@@ -96,6 +102,25 @@ class RowPlan:
         if any(not 0 <= i <= vocab.speech_delimiter for i in ids):
             raise ValueError(f"ids outside [0, {vocab.speech_delimiter}]")
         return read
+
+
+def _transcript_to_plain(place: Place | None, ctc_PC: Tensor | None) -> dict[str, Any]:
+    """Numbers as the bytes of float32 in base64: they are many, and must arrive as they are."""
+    if place is None or ctc_PC is None:
+        return {}
+    data = ctc_PC.float().cpu().contiguous().numpy().astype("<f4").tobytes()
+    return {"place": [list(place.begin), place.end], "ctc_PC": [*ctc_PC.shape, base64.b64encode(data).decode()]}
+
+
+def _transcript_from_plain(data: Mapping[str, Any], vocab: Vocabulary) -> tuple[Place | None, Tensor | None]:
+    if data["place"] is None or data["ctc_PC"] is None:
+        return None, None
+    begin, end = data["place"]
+    positions, classes, coded = data["ctc_PC"]
+    numbers = np.frombuffer(base64.b64decode(str(coded), validate=True), dtype="<f4")
+    if classes != vocab.text_size + 1 or positions < 1 or len(numbers) != positions * classes:
+        raise ValueError(f"{len(numbers)} probabilities for {positions} positions of {vocab.text_size + 1} classes")
+    return Place(tuple(int(i) for i in begin), str(end)), torch.from_numpy(numbers.reshape(positions, classes).astype(np.float32))
 
 
 class Row:
@@ -181,7 +206,8 @@ class BatchRules:
             plan.words,
             self.speech_form,
         )
-        row = ChoosingRow(state, plan.mode, plan.seed, self.choice.age_armed(state))
+        transcript = self.choice.transcript(plan.place, plan.ctc_PC)
+        row = ChoosingRow(state, plan.mode, plan.seed, self.choice.age_armed(state), transcript)
         self.rows[index] = Row(row, dict(plan.plan), output, self.choice)
 
     def remove(self, index: int) -> None:
