@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,41 @@ def test_interrupted_and_restored_equals_uninterrupted(
 @pytest.mark.parametrize(("workers", "stop"), [(1, 1), (4, 3), (4, 6)])
 def test_restore_with_worker_processes(lists: dict[str, str], workers: int, stop: int):
     check_resume(lambda: loader(lists, workers=workers), stop)
+
+
+def test_restore_with_a_worker_process_and_a_large_shuffle_buffer(tmp_path: Path):
+    """The state of a reader is then larger than what a pipe to a worker that has not started takes (64 KiB)."""
+    raw = write_raw(tmp_path, [{**record(n, "<TEXT2TEXT>"), "question": "why", "wav": None} for n in range(4000)])
+
+    def make() -> Loader:
+        return loader({"raw": raw}, shuffle_buffer=3000, workers=1)
+
+    with time_limit(120):
+        first = make()
+        running = iter(first)
+        next(running)
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        assert len(pickle.dumps(state)) > 65_536
+        second = make()
+        second.load_state_dict(state)
+        restored = iter(second)
+        assert all(same(next(running), next(restored)) for _ in range(5))
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """`TimeoutError` where the body has not ended by then, also within a system call that waits."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_rank_that_is_through_says_so_until_the_next_epoch_begins(lists: dict[str, str]):

@@ -130,7 +130,7 @@ class Loader:
         for at, output in outputs:
             yield order[at], output
 
-    def _from_workers(self, epoch: int, todo: Sequence[_ReaderState]) -> Iterable[tuple[int, ReaderStep]]:
+    def _from_workers(self, epoch: int, todo: Sequence[_ReaderState]) -> Iterator[tuple[int, ReaderStep]]:
         """One worker process a reader. They are kept for the next epoch: starting them takes a second, opening lists included."""
         if self._workers is None or len(todo) > self._workers.num_workers:
             self._shares.orders = [multiprocessing.SimpleQueue() for _ in todo]
@@ -144,9 +144,11 @@ class Loader:
                 persistent_workers=not self._repeat,
                 generator=torch.Generator(),  # of its own: the seed that torch draws for workers must not move the training's random state
             )
+        # Workers first: a restored reader's state is larger than what a pipe holds, so `put` waits until a worker reads.
+        running = iter(self._workers)
         for at, orders in enumerate(self._shares.orders):
             orders.put((epoch, [(at, todo[at])] if at < len(todo) else [], self._num_readers))
-        return self._workers
+        return running
 
     def _next_batch(self, outputs: Iterator[tuple[int, ReaderStep]]) -> Batch | None:
         """The next batch, None at the end; accounts for what was left out on the way."""

@@ -180,7 +180,7 @@ class Reader:
             self._cursors[n].restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the following batches depend on; some ten kilobytes."""
+        """Everything that the following batches depend on: 40 bytes a record of the shuffle buffer (80 kB with 2,000), and some kB."""
         return {
             "cursors": [c.state_dict() for c in self._cursors],
             "alive": list(self._alive),
