@@ -23,6 +23,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from osum_echat.serving import calls, rest
 from osum_echat.serving.backend import Backend
 from osum_echat.serving.metrics import Metrics
+from osum_echat.serving.realtime.events import build_error
 from osum_echat.serving.realtime.gpt_live import AHEAD_S, LiveSession
 from osum_echat.serving.realtime.session import RealtimeSession
 from osum_echat.serving.realtime.settings import SessionLimits
@@ -112,17 +113,14 @@ class Server:
         protocols = [p.strip() for p in socket.headers.get("sec-websocket-protocol", "").split(",") if p.strip()]
         key = key_of(socket.headers, protocols)
         refusal = self._refusal(socket, key)
-        if refusal is not None and refusal[0] == POLICY:
+        if refusal is not None:
             self.metrics.refused.labels("not_allowed").inc()
-            await socket.close(refusal[0], refusal[1])  # before the handshake: the client gets 403
+            await socket.close(POLICY, refusal)  # before the handshake: the client gets 403
             return
         await socket.accept("realtime" if "realtime" in protocols else None)
-        if refusal is not None:
-            self.metrics.refused.labels("full" if self.full else "draining").inc()
-            from osum_echat.serving.realtime.events import build_error
-
-            await socket.send_text(build_error("server_full", refusal[1], fault=True))
-            await socket.close(refusal[0], refusal[1])
+        if (why := self.no_room()) is not None:
+            await socket.send_text(build_error("server_full", why, fault=True))
+            await socket.close(TRY_LATER, why)
             return
         session = self.keys.session_of(key) or {}
         limits = self.settings.limits
@@ -133,9 +131,11 @@ class Server:
     async def gpt_live(self, socket: WebSocket) -> None:
         """The same in the other dialect."""
         refusal = self._refusal(socket, key_of(socket.headers))
-        if refusal is not None:
-            self.metrics.refused.labels("gpt_live").inc()
-            await socket.close(refusal[0], refusal[1])
+        why = refusal or self.no_room()
+        if why is not None:
+            if refusal is not None:
+                self.metrics.refused.labels("not_allowed").inc()
+            await socket.close(TRY_LATER if refusal is None else POLICY, why)
             return
         await socket.accept()
         limits = replace(self.settings.limits, ahead_seconds=AHEAD_S)
@@ -172,24 +172,30 @@ class Server:
             session=session,
         )
 
-    def _refusal(self, socket: WebSocket, key: str | None) -> tuple[int, str] | None:
+    def no_room(self) -> str | None:
+        """Why nobody new is taken now, counted as a refusal; None: there is room."""
+        if not (self.draining or self.full):
+            return None
+        self.metrics.refused.labels("draining" if self.draining else "full").inc()
+        if self.draining:
+            return "the server is shutting down; connect again later"
+        return f"the server is full: {self.settings.sessions} sessions are open; try again in a moment"
+
+    def _refusal(self, socket: WebSocket, key: str | None) -> str | None:
+        """Why this client may not use the server at all."""
         settings = self.settings
         host = socket.headers.get("host")
         if not host_allowed(host, settings.host, settings.origins):
-            return POLICY, f"this server is not called {host}"
+            return f"this server is not called {host}"
         if not origin_allowed(socket.headers.get("origin"), host, settings.origins):
-            return POLICY, "pages of this origin may not use this server; start it with --origin"
+            return "pages of this origin may not use this server; start it with --origin"
         if not self.keys.allows(key):
-            return POLICY, "the API key is missing or wrong"
-        if self.draining:
-            return TRY_LATER, "the server is shutting down; connect again later"
-        if self.full:
-            return TRY_LATER, f"the server is full: {settings.sessions} sessions are open; try again in a moment"
+            return "the API key is missing or wrong"
         return None
 
 
-def build_app(server: Server) -> FastAPI:
-    """All routes. The model's threads run as long as the application does."""
+def build_app(server: Server, single: bool = True) -> FastAPI:
+    """All routes. The model's threads run as long as the application does. ``single``: no other replica answers under this address."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -253,7 +259,7 @@ def build_app(server: Server) -> FastAPI:
         return FileResponse(path, headers=PAGE_HEADERS)
 
     rest.add_routes(app, server)
-    calls.add_routes(app, server)
+    calls.add_routes(app, server, single)
     return app
 
 

@@ -18,6 +18,8 @@ from osum_echat.serving.realtime.settings import SessionLimits
 from osum_echat.serving.realtime.socket import Connection
 from osum_echat.serving.safety import Keys, key_of
 
+ALONE = "calls over WebRTC are for a single server; this one has several replicas"
+INSTALL = "pip install 'osum-echat[webrtc]' (Python 3.11 or newer)"
 MAX_SDP = 64 * 2**10
 PATHS = ("/v1/realtime/calls", "/realtime/calls")
 
@@ -27,10 +29,9 @@ class Host(Protocol):
 
     keys: Keys
     metrics: Metrics
-    draining: bool
+    connections: set[Connection]
 
-    @property
-    def full(self) -> bool: ...
+    def no_room(self) -> str | None: ...
 
     @property
     def limits(self) -> SessionLimits: ...
@@ -40,49 +41,59 @@ class Host(Protocol):
     async def serve(self, connection: Connection) -> None: ...
 
 
-def add_routes(app: FastAPI, server: Host) -> None:
-    """Without aiortc the routes answer 501 with what is to be installed."""
+def add_routes(app: FastAPI, server: Host, single: bool = True) -> None:
+    """Without aiortc the routes answer 501 with what is to be installed.
+
+    Args:
+        single: False where other replicas of the server answer requests too; a call is known to one process, so there are none then.
+    """
     running: dict[str, tuple[Any, asyncio.Task[None]]] = {}
 
     async def create(request: Request) -> Response:
+        if not single:
+            return rest.failure(501, f"{ALONE}; use a WebSocket (/v1/realtime)", "not_served")
         try:
-            from osum_echat.serving.realtime.webrtc import CallSession, CallSocket
+            from osum_echat.serving.realtime.webrtc import CallSession, CallSocket, without_formats
         except ImportError:
-            return rest.failure(501, "calls need aiortc: pip install 'osum-echat[webrtc]'", "not_installed")
-        if server.draining or server.full:
-            why = "is shutting down; call again later" if server.draining else "is full; try again in a moment"
-            server.metrics.refused.labels("draining" if server.draining else "full").inc()
-            return rest.failure(503, f"the server {why}", "server_full")
-        call = None
+            return rest.failure(501, f"calls need aiortc: {INSTALL}", "not_installed")
+        if (refusal := _no_room(server)) is not None:
+            return refusal
+        call, begun = None, False
         try:
             offer, given = await _read(request)
-            session = {**(server.keys.session_of(key_of(request.headers)) or {}), **given}
+            session = without_formats({**(server.keys.session_of(key_of(request.headers)) or {}), **given})
             asked = request.query_params.get("model") or session.get("model")
             model = asked if isinstance(asked, str) else None
             call = CallSocket()
             answer, speaker = await call.answer(offer), call.speaker
+            if (refusal := _no_room(server)) is not None:  # others have come meanwhile
+                return refusal
             connection = Connection(
                 call,
-                lambda c: CallSession(c.emit, lambda emit: server.new_session(emit, model, session), speaker),
+                lambda c: CallSession(c.emit, lambda emit: server.new_session(emit, model, session), speaker, c.seen),
                 server.limits,
             )
+            server.connections.add(connection)  # counted from here on
+            running[call.id] = (call, asyncio.create_task(serve(call, connection)))
+            begun = True
         except ValueError as error:
-            if call is not None:
-                await call.close()
             return rest.failure(400, str(error), "invalid_value")
-
-        async def serve() -> None:
-            try:
-                await server.serve(connection)
-            finally:
-                running.pop(call.id)
+        finally:
+            if call is not None and not begun:
                 await call.close()
-
-        running[call.id] = (call, asyncio.create_task(serve()))
         headers = {"Location": f"/v1/realtime/calls/{call.id}", "Access-Control-Expose-Headers": "Location"}
         return Response(answer, 201, headers, media_type="application/sdp")
 
+    async def serve(call: Any, connection: Connection) -> None:
+        try:
+            await server.serve(connection)
+        finally:
+            running.pop(call.id)
+            await call.close()
+
     async def hang_up(call_id: str) -> Response:
+        if not single:
+            return rest.failure(501, ALONE, "not_served")
         found = running.get(call_id)
         if found is None:
             return rest.failure(404, "there is no such call", "not_found")
@@ -92,6 +103,11 @@ def add_routes(app: FastAPI, server: Host) -> None:
     for path in PATHS:
         app.add_api_route(path, create, methods=["POST"])
         app.add_api_route(f"{path}/{{call_id}}/hangup", hang_up, methods=["POST"])
+
+
+def _no_room(server: Host) -> Response | None:
+    why = server.no_room()
+    return None if why is None else rest.failure(503, why, "server_full")
 
 
 async def _read(request: Request) -> tuple[str, Mapping[str, Any]]:

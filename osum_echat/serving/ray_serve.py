@@ -30,7 +30,7 @@ def build(
 
     def application() -> FastAPI:
         """The application of a replica, made in its process. Ray Serve takes a function for a builder, and nothing else."""
-        return build_app(make_server())
+        return build_app(make_server(), single=False)
 
     class Live:
         """A replica; its requests are the application's."""

@@ -38,7 +38,8 @@ class Socket(Protocol):
 
     async def send_text(self, data: str) -> None: ...
 
-    async def receive(self) -> MutableMapping[str, Any]: ...
+    async def receive(self) -> MutableMapping[str, Any]:
+        """A message of ASGI. One with ``sound`` is a piece of a track, which comes whether anybody is there or not."""
 
     async def close(self, code: int = 1000, reason: str | None = None) -> None: ...
 
@@ -53,6 +54,7 @@ class Connection:
         self._why: tuple[int, str] | None = None
         self._ended = asyncio.Event()
         self._draining = False
+        self._seen = time.monotonic()
         self.machine = make(self)
 
     def emit(self, text: str) -> None:
@@ -66,6 +68,10 @@ class Connection:
         if self._why is None:
             self._why = (code, why)
             self._ended.set()
+
+    def seen(self) -> None:
+        """The client has given a sign of life."""
+        self._seen = time.monotonic()
 
     def drain(self) -> None:
         """The server is going down: end when the answer that is being made has been."""
@@ -115,8 +121,11 @@ class Connection:
     async def _read(self) -> None:
         while True:
             try:
-                message: MutableMapping[str, Any] = await asyncio.wait_for(self.socket.receive(), self.limits.idle_seconds)
+                left = self._seen + self.limits.idle_seconds - time.monotonic()
+                message: MutableMapping[str, Any] = await asyncio.wait_for(self.socket.receive(), left)
             except asyncio.TimeoutError:
+                if time.monotonic() - self._seen < self.limits.idle_seconds:
+                    continue  # somebody spoke meanwhile
                 self.end(GOING_AWAY, f"nothing was received for {self.limits.idle_seconds:g} s")
                 return
             except (RuntimeError, WebSocketDisconnect):
@@ -131,6 +140,8 @@ class Connection:
                 self.end(TOO_BIG, f"a message may have {self.limits.message_bytes} bytes")
                 return
             await self._inbox.put((text, time.monotonic()))
+            if not message.get("sound"):
+                self.seen()
 
     async def _act(self) -> None:
         """Messages one after the other; each knows when it came, whatever the one before it took."""

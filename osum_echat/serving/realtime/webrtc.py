@@ -16,7 +16,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from aiortc import RTCConfiguration, RTCPeerConnection, RTCSessionDescription
@@ -36,6 +36,12 @@ CONNECT_S = 30.0
 """A call that is not connected after so long is given up."""
 _HEARD_AT_ONCE_S = 0.5
 """Sound in one message to the machine at most."""
+_HELD_S = 30.0
+"""Sound that may wait for the machine; of more the oldest is not heard."""
+WAITING_MESSAGES, WAITING_BYTES = 1000, 16 * 2**20
+"""A client's messages that may wait for the machine, and their bytes; a call with more ends."""
+_BUFFERED_BYTES = 2**20
+"""Bytes that may wait in the data channel; behind them messages wait where they are counted (`SessionLimits.outbox`)."""
 
 
 class Loudspeaker(MediaStreamTrack):
@@ -57,11 +63,11 @@ class Loudspeaker(MediaStreamTrack):
         """Call it when what waits now has been played."""
         self._queue.append(then)
 
-    def clear(self) -> bool:
-        """Play nothing of what waits; whether anything did."""
-        waited = bool(self._queue)
-        self._queue.clear()
-        return waited
+    def clear(self, behind: Callable[[], None] | None = None) -> None:
+        """Play nothing of what waits. ``behind``: only what stands behind this call of `when_played`, or all if it has been made."""
+        kept = list(self._queue)
+        del kept[kept.index(behind) if behind in kept else 0 :]
+        self._queue = deque(kept)
 
     async def recv(self) -> AudioFrame:
         """The next 20 ms, when they are due."""
@@ -96,13 +102,24 @@ class Loudspeaker(MediaStreamTrack):
 
 
 class CallSession:
-    """One caller's session machine. ``make`` builds the inner one for what it emits."""
+    """One caller's session machine.
+
+    Args:
+        make: builds the inner machine for what it emits.
+        speech: called when speech begins or ends, the sign of life of somebody who sends no events.
+    """
 
     def __init__(
-        self, emit: Callable[[str], None], make: Callable[[Callable[[str], None]], RealtimeSession], speaker: Loudspeaker
+        self,
+        emit: Callable[[str], None],
+        make: Callable[[Callable[[str], None]], RealtimeSession],
+        speaker: Loudspeaker,
+        speech: Callable[[], None],
     ) -> None:
-        self._emit, self._speaker = emit, speaker
-        self._playing: str | None = None  # the response whose sound waits or is being played
+        self._emit, self._speaker, self._speech = emit, speaker, speech
+        self._playing: str | None = None  # the response that is being played
+        self._queued: str | None = None  # the last response whose sound waits or is being played
+        self._begins: Callable[[], None] | None = None  # what stands before the sound of that response
         self._inner = make(self._from_inner)
 
     def begin(self) -> None:
@@ -119,10 +136,9 @@ class CallSession:
     async def handle(self, text: str, arrived: float | None = None) -> None:
         inner = self._inner
         if _is_sound(text) and inner.turns.rules.mode == "none":
-            inner.turns.keep_last(
-                inner.max_turn_s - _HEARD_AT_ONCE_S
-            )  # the track never stops: what is too old for a turn is forgotten
-        await inner.handle(without_formats(text), arrived)
+            # The track never stops: what is too old for a turn is forgotten.
+            inner.turns.keep_last(inner.max_turn_s - _HEARD_AT_ONCE_S)
+        await inner.handle(event_without_formats(text), arrived)
 
     def _from_inner(self, text: str) -> None:
         event = json.loads(text)
@@ -130,6 +146,8 @@ class CallSession:
         if kind == "response.output_audio.delta":
             self._play(event)
             return
+        if kind in ("input_audio_buffer.speech_started", "input_audio_buffer.speech_stopped"):
+            self._speech()
         if kind == "input_audio_buffer.speech_started" and self._interrupts():
             self._emit(text)
             self._hush()
@@ -138,26 +156,38 @@ class CallSession:
             self._hush()
             return
         self._emit(text)
-        if kind == "response.done" and event["response"]["id"] == self._playing:
-            if event["response"]["status"] == "cancelled":
-                self._hush()
-            else:
-                self._speaker.when_played(lambda: self._ended("output_audio_buffer.stopped"))
+        if kind == "response.done" and event["response"]["id"] == self._queued:
+            self._done(event["response"]["id"], event["response"]["status"])
 
     def _interrupts(self) -> bool:
         detection = self._inner.session["audio"]["input"].get("turn_detection") or {}
         return detection.get("interrupt_response") is not False
 
     def _play(self, event: dict[str, Any]) -> None:
-        if self._playing != event["response_id"]:
-            self._hush()
-            self._playing = event["response_id"]
-            self._emit(build("output_audio_buffer.started", response_id=self._playing))
+        response = event["response_id"]
+        if self._queued != response:  # the one before it may still be in the loudspeaker, and is played to its end
+            self._queued, self._begins = response, lambda: self._began(response)
+            self._speaker.when_played(self._begins)
         self._speaker.play(base64.b64decode(event["delta"]))
+
+    def _done(self, response: str, status: str) -> None:
+        """All sound of a response has come."""
+        if status != "cancelled":
+            self._speaker.when_played(lambda: self._ended("output_audio_buffer.stopped"))
+        elif self._playing == response:
+            self._hush()
+        else:
+            self._speaker.clear(behind=self._begins)
+            self._queued = None
 
     def _hush(self) -> None:
         self._speaker.clear()
+        self._queued = None
         self._ended("output_audio_buffer.cleared")
+
+    def _began(self, response: str) -> None:
+        self._playing = response
+        self._emit(build("output_audio_buffer.started", response_id=response))
 
     def _ended(self, kind: str) -> None:
         if self._playing is not None:
@@ -172,7 +202,21 @@ def _is_sound(text: str) -> bool:
     return text.startswith(_SOUND)
 
 
-def without_formats(text: str) -> str:
+def without_formats(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A session, or the fields of a response, without the audio formats that it names."""
+    audio = fields.get("audio")
+    if not isinstance(audio, Mapping):
+        return dict(fields)
+    sides = {
+        name: {key: value for key, value in side.items() if key != "format"}
+        if name in ("input", "output") and isinstance(side, Mapping)
+        else side
+        for name, side in audio.items()
+    }
+    return {**fields, "audio": sides}
+
+
+def event_without_formats(text: str) -> str:
     """A client's event without the audio formats that it names."""
     if "format" not in text or _is_sound(text):
         return text
@@ -183,10 +227,8 @@ def without_formats(text: str) -> str:
     if not isinstance(event, dict):
         return text
     for name in ("session", "response"):
-        audio = event[name].get("audio") if isinstance(event.get(name), dict) else None
-        for side in ("input", "output"):
-            if isinstance(audio, dict) and isinstance(audio.get(side), dict):
-                audio[side].pop("format", None)
+        if isinstance(event.get(name), dict):
+            event[name] = without_formats(event[name])
     return json.dumps(event)
 
 
@@ -199,8 +241,10 @@ class CallSocket:
         self._peer = RTCPeerConnection(RTCConfiguration(iceServers=[]))
         self._channel: Any = None
         self._open = asyncio.Event()
-        self._texts: deque[str] = deque()
-        self._sound = bytearray()
+        self._sound = bytearray()  # heard, and not yet given to the machine
+        self._given = 0  # bytes of sound before that
+        self._texts: deque[tuple[int, str]] = deque()  # each with the bytes of sound that came before it
+        self._text_size = 0
         self._came = asyncio.Event()
         self._gone = self._has_channel = False
         self._hearing: asyncio.Task[None] | None = None
@@ -229,19 +273,27 @@ class CallSocket:
         if not self._has_channel:
             return
         await self._open.wait()
+        while not self._gone and self._channel.bufferedAmount > _BUFFERED_BYTES:
+            await asyncio.sleep(FRAME_S)
         if self._gone:
             raise WebSocketDisconnect(1006)
         self._channel.send(data)
 
     async def receive(self) -> dict[str, Any]:
+        """A message, in the order in which events and sound came; ``sound``: it is a piece of the track."""
         while not self._gone:
+            size = int(_HEARD_AT_ONCE_S * RATE) * 2
             if self._texts:
-                return {"type": "websocket.receive", "text": self._texts.popleft()}
+                size = min(size, self._texts[0][0] - self._given)  # of this much sound the next event is the end
+                if size <= 0:
+                    text = self._texts.popleft()[1]
+                    self._text_size -= len(text)
+                    return {"type": "websocket.receive", "text": text}
             if self._sound:
-                size = int(_HEARD_AT_ONCE_S * RATE) * 2
                 piece = bytes(self._sound[:size])
-                del self._sound[:size]
-                return {"type": "websocket.receive", "text": f'{_SOUND}{base64.b64encode(piece).decode()}"}}'}
+                self._drop(len(piece))
+                text = f'{_SOUND}{base64.b64encode(piece).decode()}"}}'
+                return {"type": "websocket.receive", "text": text, "sound": True}
             self._came.clear()
             await self._came.wait()
         return {"type": "websocket.disconnect"}
@@ -280,24 +332,43 @@ class CallSocket:
         self._open.set()
 
     def _on_message(self, message: str | bytes) -> None:
-        self._texts.append(message if isinstance(message, str) else message.decode("utf-8", errors="replace"))
+        text = message if isinstance(message, str) else message.decode("utf-8", errors="replace")
+        self._texts.append((self._given + len(self._sound), text))
+        self._text_size += len(text)
+        if len(self._texts) > WAITING_MESSAGES or self._text_size > WAITING_BYTES:
+            log.warning("call %s ends: too many messages wait (%d, of %d letters)", self.id, len(self._texts), self._text_size)
+            self._texts.clear()
+            self.hang_up()
         self._came.set()
 
     def _on_track(self, track: Any) -> None:
         if track.kind == "audio" and self._hearing is None:
             self._hearing = asyncio.create_task(self._hear(track))
+            self._hearing.add_done_callback(self._hearing_ended)
 
     async def _hear(self, track: Any) -> None:
-        resampler = AudioResampler(format="s16", layout="mono", rate=RATE)
+        kind = resampler = None
         while True:
             try:
                 frame = await track.recv()
             except MediaStreamError:
                 return
+            if resampler is None or kind != (frame.sample_rate, frame.layout.name):  # a resampler takes one kind of sound only
+                kind = frame.sample_rate, frame.layout.name
+                resampler = AudioResampler(format="s16", layout="mono", rate=RATE)
             for part in resampler.resample(frame):
                 self._sound += bytes(part.planes[0])[: part.samples * 2]
-            del self._sound[
-                : max(0, len(self._sound) - 30 * RATE * 2)
-            ]  # a machine that stood still does not hear what is long past
+            # A machine that stood still does not hear what is long past.
+            self._drop(max(0, len(self._sound) - int(_HELD_S * RATE) * 2))
             if len(self._sound) >= 3 * _FRAME:
                 self._came.set()
+
+    def _drop(self, size: int) -> None:
+        """The first bytes of the sound that waits are given, or too old."""
+        del self._sound[:size]
+        self._given += size
+
+    def _hearing_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("call %s ends: its sound cannot be heard", self.id, exc_info=error)
+            self.hang_up()
