@@ -139,11 +139,11 @@ async def test_sound_stays_close_to_what_was_played_and_the_model_is_asked_to_pa
     client = Client(backend, limits=SessionLimits(ahead_seconds=2.0), clock=clock)
     await client.send(said("talk"), CREATE)
     await asyncio.sleep(0.3)
-    assert 2.0 <= client.session._active.playback.sent <= 2.2
+    assert 2.0 <= client.session._answers.active.playback.sent <= 2.2
     assert backend.jobs[0].paused == [True]
     clock.now = 2.0
     await asyncio.sleep(0.7)
-    assert client.session._active.playback.sent == pytest.approx(4.0, abs=0.2)
+    assert client.session._answers.active.playback.sent == pytest.approx(4.0, abs=0.2)
     while client.session.busy:
         clock.now += 1.0
         await asyncio.sleep(0.05)

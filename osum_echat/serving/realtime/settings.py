@@ -1,13 +1,16 @@
-"""What a session is when it begins, and what a server allows."""
+"""What a session is when it begins and after an update, and what a server allows."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from osum_echat.serving.realtime import events
+from osum_echat.serving.realtime.events import BadEvent
 from osum_echat.serving.realtime.turns import TurnRules
 
 SERVER_VAD: Mapping[str, Any] = {
@@ -97,6 +100,31 @@ def with_detection_defaults(session: dict[str, Any], update: Mapping[str, Any]) 
         keep = {key: value for key, value in found.items() if key in DETECTION[kind] or key in detection}
         session["audio"]["input"]["turn_detection"] = {**DETECTION[kind], **keep}
     return session
+
+
+def merged(session: Mapping[str, Any], update: Mapping[str, Any], event_id: str | None) -> dict[str, Any]:
+    """A session with a client's update laid over it. Raises BadEvent for what no session can be."""
+    fixed = {key: value for key, value in update.items() if key not in ("id", "object", "expires_at")}
+    audio = fixed.get("audio", {})
+    if not isinstance(audio, dict) or not all(isinstance(audio.get(side, {}), dict) for side in ("input", "output")):
+        raise BadEvent("invalid_value", "session.audio, its input and its output must be objects", "session.audio", event_id)
+    result = with_detection_defaults(events.merge(copy.deepcopy(dict(session)), fixed), fixed)
+    events.check_session(result, event_id)
+    own = result.get("x_echat")
+    if not isinstance(own, dict) or own.get("think") not in (None, "tag", "language"):
+        raise BadEvent("invalid_value", "x_echat.think must be null, tag or language", "session.x_echat.think", event_id)
+    audio = result["audio"]
+    for side in ("input", "output"):
+        found = audio[side].get("format")
+        kind = (found or {}).get("type") or "audio/pcm"
+        audio[side]["format"] = {"type": kind, "rate": 24000} if kind == "audio/pcm" else {"type": kind}
+    if result.get("output_modalities") not in (["audio"], ["text"], ["text", "audio"], ["audio", "text"]):
+        raise BadEvent("invalid_value", 'output_modalities must be ["audio"] or ["text"]', "session.output_modalities", event_id)
+    try:
+        turn_rules(result, 1.0)
+    except (ValueError, TypeError) as error:
+        raise BadEvent("invalid_value", str(error), "session.audio.input.turn_detection", event_id) from error
+    return result
 
 
 def turn_rules(session: Mapping[str, Any], max_turn_s: float) -> TurnRules:
