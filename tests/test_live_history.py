@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -78,3 +79,27 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
     assert with_past[0] == without[0] and with_past[1].tokens["read"] == without[1].tokens["read"]
     model.remember(memory, turn.past, turn)
     assert model.load().kept == 0
+
+
+@pytest.mark.parametrize("reads", [True, False])
+@live
+async def test_nothing_is_kept_of_a_dialogue_that_ends_while_the_model_works_for_it(model: LiveModel, reads: bool) -> None:
+    """``reads``: it ends while its past is read, else while it is answered."""
+    model.start_threads()
+    first = await heard(model, 1)
+    asked = Turn(heard=first, speak=False, seed=3)
+    memory = model.open()
+    if reads:
+        await answer(model, asked, memory)
+    job = None
+    model.engine.run(lambda: time.sleep(0.2))  # both come before the model does anything
+    if reads:
+        model.remember(memory, (Exchange((first,), "", "Hello there."),), asked)
+    else:
+        job = model.start(asked, memory)
+    memory.close()
+    if job is not None:
+        async for _ in job:
+            pass
+    await at_rest(model)
+    assert model.load().kept == 0 and memory.session.kept is None

@@ -17,6 +17,7 @@ from osum_echat.audio.pauses import is_silent
 from osum_echat.dialogue.tasks import OUTPUTS, PastTurn
 from osum_echat.dialogue.think import ThinkForm
 from osum_echat.dialogue.tokens import encode
+from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.engine import EngineFull, Load
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta
 from osum_echat.generation.events import Event as RowEvent
@@ -56,8 +57,16 @@ class LiveMemory:
         self._model = model
         self.session = Session(model.echat.generator, model.past_turns, MAX_POSITIONS)
         self.last: Request | None = None
+        self._closed = False
+
+    def keep(self, cache: KeptCache | None) -> None:
+        """What has been read; on the model's thread. What ends after the dialogue did (an answer that was cut off, a past that was read) is not kept."""
+        if cache is not None and not self._closed:
+            self.session.kept = cache
+            self._model.engine.remember(self.session)
 
     def close(self) -> None:
+        self._closed = True  # before the engine forgets, so that nothing is kept behind that
         with contextlib.suppress(EngineFull):  # the engine has closed, and its memory is gone
             self._model.engine.forget(self.session)
 
@@ -180,9 +189,8 @@ class LiveModel:
             return
 
         def done(event: RowEvent) -> None:
-            if isinstance(event, Done) and reading.cache is not None:
-                session.kept = reading.cache
-                self.engine.remember(session)
+            if isinstance(event, Done):
+                memory.keep(reading.cache)
 
         try:
             self.engine.submit(reading, done, read_only=True)
@@ -357,9 +365,8 @@ class LiveJob:
     def _on_decoded(self, done: Done) -> None:
         """The dialogue keeps what was read as soon as it can."""
         request, memory = self._request, self._memory
-        if memory is not None and request is not None and request.cache is not None:
-            memory.session.kept = request.cache
-            self._model.engine.remember(memory.session)
+        if memory is not None and request is not None:
+            memory.keep(request.cache)
 
     def _say(self, text: str) -> Request:
         """What says a written answer."""
