@@ -8,8 +8,9 @@
 5 % of the sessions are dropped without a goodbye, 2 % of the frames are garbage. A tenth (``--whole``) say a whole sentence and are answered with a
 thought and a transcript, as long as the model likes; those that interrupt (half by a message, half by speech) are answered as long as it likes, too.
 The others say a second and are answered by 30 ids at most. Before that three whole sessions for each place, which are not counted, bring memory to
-where the work of that many at once has it. Exit code 0 when nothing was stuck, memory of the last tenth is at most 10 % above that of the first,
-every refusal was a sentence, and the server still answers.
+where the work of that many at once has it. Exit code 0 when nothing was stuck, memory of the last tenth is at most 10 % above that of the first and
+rises by 0.1 MiB a session at most in the second half (of 200 sessions or more), every refusal was a sentence, and the server still answers. The ratio alone would let a
+leak pass that is small beside the weights.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WARM = 3
 """Whole sessions for each place before the count."""
 SLICES, SLICE_S = 24, 10.0
 """A session is stuck when nothing came in so many waits of so many seconds."""
+SLOPE_SESSIONS, SLOPE_MIB = 200, 0.1
+"""Sessions from which on the rise of memory is judged, and what a session may leave behind."""
 SHORT_PIECES, SHORT_IDS = 10, 30
 """Messages of 100 ms that a short turn has, and the ids of its answer at most."""
 
@@ -193,6 +196,14 @@ def growth(memory: list[int]) -> float:
     return statistics.mean(memory[-tenth:]) / statistics.mean(memory[tenth : 2 * tenth]) if len(memory) >= 20 else 1.0
 
 
+def slope(memory: list[int]) -> float | None:
+    """MiB a session in the second half, by least squares; None with too few sessions to tell it from the ups and downs of answers in progress."""
+    if len(memory) < SLOPE_SESSIONS:
+        return None
+    half = [value / 2**20 for value in memory[len(memory) // 2 :]]
+    return statistics.linear_regression(range(len(half)), half).slope
+
+
 def own_server(address: str) -> psutil.Process:
     port = int(address.rsplit(":", 1)[1])
     for child in psutil.Process().children(recursive=True):
@@ -222,7 +233,7 @@ def main() -> int:
             began = time.monotonic()
             count = asyncio.run(soak(url, args.sessions, args.interruptions, args.together, args.whole, args.seed, server))
             sentences = all(" " in message for message in count.refused)
-            ratio = growth(count.memory)
+            ratio, rise = growth(count.memory), slope(count.memory)
             result = {
                 "seconds": round(time.monotonic() - began),
                 "sessions": count.sessions,
@@ -235,9 +246,10 @@ def main() -> int:
                 "refusals_are_sentences": sentences,
                 "stuck": len(count.stuck),
                 "memory_last_to_first_tenth": round(ratio, 3),
+                "memory_mib_a_session": None if rise is None else round(rise, 3),
                 "memory_mib": [value >> 20 for value in count.memory[:: max(1, len(count.memory) // 20)]],
             }
-            good = not count.stuck and sentences and ratio <= 1.10
+            good = not count.stuck and sentences and ratio <= 1.10 and (rise is None or rise <= SLOPE_MIB)
         if not args.url:
             time.sleep(1.0)  # the last goodbyes
             health = json.loads(urllib.request.urlopen(f"http://{address}/health", timeout=10).read())
