@@ -73,7 +73,7 @@ DEVICES = (
     Device("L40S", 0.864e12, 362e12, 48e9, 1.0),
 )
 BANDWIDTH_SHARE = 0.5
-"""Of the data sheet's bandwidth in decoding. Measured on a CPU: 0.43 to 0.51."""
+"""Of the data sheet's bandwidth in decoding. Measured on two CPUs: 0.43 to 0.72 of the copy bandwidth (benchmarks/results/2026-11-28-decode-*.json)."""
 PEAK_SHARE = {"dense": 0.35, "flow": 0.15}
 """Of the data sheet's operations: large products (encoder, prefill, decoding of many rows), and token2wav's U-Net of narrow layers."""
 HOST_MS = {1: 0.5, 8: 1.0, 32: 2.0, 128: 6.5, 256: 13.0}

@@ -17,17 +17,17 @@ import psutil
 
 from osum_echat.batch.local import LocalEngine
 from osum_echat.batch.work import Outcome, Unit
-from tests.cluster.case import STORE, Bench, Question, busy, differences, done, rows_of, write_list
+from tests.cluster.case import ROOT, STORE, Bench, Question, busy, differences, done, rows_of, write_list
 
 COUNT, BLOCK = 96, 8
 
 
-def when(log: Path, blocks: int, act: Callable[[], None]) -> threading.Thread:
-    """A thread that acts when so many blocks are done and both workers are at one."""
+def when(log: Path, blocks: int, act: Callable[[], object], workers: int = 2) -> threading.Thread:
+    """A thread that acts when so many blocks are done and so many workers are at one."""
 
     def wait() -> None:
         for _ in range(6000):
-            if sum(len(some) for some in done(log).values()) >= blocks and len(busy(log)) == 2:
+            if sum(len(some) for some in done(log).values()) >= blocks and len(busy(log)) == workers:
                 act()
                 return
             time.sleep(0.05)
@@ -38,7 +38,7 @@ def when(log: Path, blocks: int, act: Callable[[], None]) -> threading.Thread:
 
 
 def workers_and_nodes(bench: Bench) -> None:
-    """kill -9 of a worker, then removal of a node: complete, equal, nothing twice, and no more again than the lost blocks."""
+    """kill -9 of a worker, removal of a node, a node that comes: complete, equal, nothing twice, and no more again than the lost blocks."""
     folder = bench.folder / "faults"
     folder.mkdir()
     question = Question(str(write_list(folder, COUNT)), "emotion")
@@ -63,32 +63,30 @@ def workers_and_nodes(bench: Bench) -> None:
         worked = sum(len(numbers) for some in done(log).values() for _, _, numbers in some)
         bench.check(f"{what}: {worked - COUNT} records were done again", worked - COUNT <= 3 * BLOCK, worked)
         bench.check(f"{what}: it was lost in the middle", len(list(log.glob("busy*"))) >= 1, list(log.glob("*")))
+    what, log = "a node comes", folder / "a_node_comes"
+    acting = when(log, 2, lambda: cluster.add_node(num_cpus=1, object_store_memory=STORE), workers=1)
+    rows = rows_of(bench.engine(block_size=BLOCK, workers=2).run(question.work(log), units))
+    acting.join()
+    bench.check(f"{what}: {COUNT} records, each once, equal to the local engine", not differences(rows, local))
+    bench.check(f"{what}: the worker that waited for it had part", len(done(log)) == 2, done(log).keys())
 
 
 def driver(bench: Bench) -> None:
-    """kill -9 of the command: the same command goes on."""
+    """kill -9 of the command, here the shell script's: the same command goes on."""
     folder = bench.folder / "driver"
     folder.mkdir()
     path = write_list(folder, COUNT)
-    call = [
-        sys.executable,
-        "-m",
-        "osum_echat.cli",
-        "batch",
-        "--list",
-        str(path),
-        "--task",
-        "emotion",
-        "--greedy",
-        "--device",
-        "cpu",
-    ]
-    call += ["--threads", "1", "--block", str(BLOCK)]
-    subprocess.run([*call, "--out", str(folder / "local")], check=True, capture_output=True)
+    asked = ["--task", "emotion", "--greedy", "--device", "cpu", "--threads", "1", "--block", str(BLOCK)]
+    local_call = [sys.executable, "-m", "osum_echat.cli", "batch", "--list", str(path), "--out", str(folder / "local"), *asked]
+    subprocess.run(local_call, check=True, capture_output=True)
     bench.start()
-    call += ["--out", str(folder / "ray"), "--engine", "ray", "--address", bench.cluster.address]
+    script = ["bash", str(ROOT / "infer_with_shards_or_raw.sh"), str(path), str(folder / "ray"), "ray", "", "mini", ""]
+    call = [*script, "--address", bench.cluster.address, *asked]
     results = folder / "ray" / "results.jsonl"
-    first = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ["PYTHON"] = sys.executable
+    first = subprocess.Popen(
+        call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )  # the script's process becomes the command
     for _ in range(6000):
         if results.exists() and results.read_bytes().count(b"\n") >= 2 * BLOCK:
             break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -43,16 +44,13 @@ def local_rows(folder: Path, question: Question, block: int) -> dict[int, Any]:
     return rows
 
 
-def cost(log: Path, end: float | None = None) -> tuple[float, int]:
-    """Worker-seconds from each worker's first block to the end of the run (of the worker, if ``end`` is None), and records."""
-    blocks = done(log)
-    last = {pid: max(ended for _, ended, _ in some) for pid, some in blocks.items()}
-    seconds = sum((end or last[pid]) - min(began for began, _, _ in some) for pid, some in blocks.items())
-    return seconds, sum(len(numbers) for some in blocks.values() for _, _, numbers in some)
+def seconds_of(log: Path) -> float:
+    """Seconds of all workers, from the beginning of a worker's first block to the end of its last one."""
+    return sum(max(ended for _, ended, _ in some) - min(began for began, _, _ in some) for some in done(log).values())
 
 
 def forms(bench: Bench) -> None:
-    """Transcription in each form, equal to the local engine; what the cluster costs beside it, without start and loading."""
+    """Transcription in each form, equal to the local engine."""
     folder = bench.folder / "forms"
     folder.mkdir()
     lists = write_forms(folder, bench.records)
@@ -61,9 +59,6 @@ def forms(bench: Bench) -> None:
     bench.check(
         f"local: {bench.records} records, none failed", len(local) == bench.records and not any(r[2] for r in local.values())
     )
-    own = [cost(folder / f"local{part}" / "log") for part in range(PROCESSES)]
-    each = sum(seconds for seconds, _ in own) / sum(records for _, records in own)
-    bench.found["local_seconds_each"] = round(each, 4)
     bench.start()
     for form, path in lists.items():
         question, log = Question(str(path), "asr"), folder / f"ray-{form}"
@@ -73,9 +68,33 @@ def forms(bench: Bench) -> None:
             not differences(rows, local),
             differences(rows, local)[:9],
         )
-        seconds, records = cost(log, max(ended for some in done(log).values() for _, ended, _ in some))
-        bench.found[f"ray_{form}_over_local"] = round(seconds / records / each, 3)
         bench.check(f"ray: {form}, two workers had part", len(done(log)) == 2, done(log).keys())
+
+
+def overhead(bench: Bench, rounds: int = 3) -> None:
+    """What Ray costs beside the local engine on the same two cores, without start and loading: the same list in turns, with a cluster of its own for
+    each of Ray's turns. Workers are counted from their first block to their last, so what the other one still has to do at the end is left out."""
+    folder = bench.folder / "overhead"
+    folder.mkdir()
+    question, block = Question(str(write_list(folder, bench.records)), "asr"), 8
+    units = question.units()
+    each: dict[str, list[float]] = {"local": [], "ray": []}
+    for turn in range(rounds):
+        own = folder / f"{turn}"
+        local = local_rows(own, question, block)
+        each["local"].append(sum(seconds_of(own / f"local{part}" / "log") for part in range(PROCESSES)) / bench.records)
+        bench.start()
+        rows = rows_of(bench.engine(block_size=block).run(question.work(own / "ray"), units))
+        bench.close()
+        each["ray"].append(seconds_of(own / "ray") / bench.records)
+        bench.check(f"turn {turn}: {bench.records} records equal", not differences(rows, local), differences(rows, local)[:9])
+        bench.check(f"turn {turn}: both workers had part", len(done(own / "ray")) == PROCESSES, done(own / "ray").keys())
+    ratios = [theirs / ours for theirs, ours in zip(each["ray"], each["local"], strict=True)]
+    bench.found["overhead"] = {
+        "ray_over_local": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "seconds_each": {name: [round(seconds, 4) for seconds in some] for name, some in each.items()},
+    }
 
 
 @dataclass

@@ -24,7 +24,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdateBuilder, LogitsProcessors, MoveDirectionality
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
-from vllm_requests import DEMO, ROOT, check_greedy, decode, differences, end, mini_requests, one_thread, tiny_requests
+from vllm_requests import DEMO, ROOT, check_greedy, decode, differences, end, mini_requests, one_thread, tell, tiny_requests
 
 from osum_echat.cli import main
 from osum_echat.dialogue.dialect import Dialect
@@ -83,6 +83,7 @@ def test_54_greedy_requests_of_the_tiny_model_have_our_ids_and_our_guards(tiny: 
     assert len(requests) == 54
     ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, tiny_requests(greedy=True))
     found = differences(tiny.own, requests, ours, theirs)
+    tell("the tiny model", ours, theirs, found)
     check_greedy(found, len(requests))
     alike = [n for n in range(len(requests)) if n not in {d.row for d in found}]
     same([theirs[n] for n in alike], [ours[n] for n in alike])
@@ -96,6 +97,7 @@ def test_50_greedy_requests_of_mini_have_our_ids_and_our_guards(mini: Any, mini_
     assert len(requests) == 50 and len(kinds) >= 6, kinds
     ours, theirs = decode(mini.generator, requests), decode(mini_vllm.generator, mini_requests(mini_vllm, 50, greedy=True))
     found = differences(mini.generator, requests, ours, theirs)
+    tell("mini", ours, theirs, found)
     check_greedy(found, len(requests))
     alike = [n for n in range(len(requests)) if n not in {d.row for d in found}]
     same([theirs[n] for n in alike], [ours[n] for n in alike])

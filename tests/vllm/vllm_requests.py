@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,6 +115,15 @@ def _logits_at(generator: Generator, request: Request, generated: Sequence[int],
         state.accept(generated[len(state.generated)])
     assert chosen[-1] == step, f"the id at {step} was given, not chosen"
     return seen[len(chosen) - 1], generator.vocab.text_size if in_speech else 0
+
+
+def tell(what: str, ours: Sequence[Sequence[Event]], theirs: Sequence[Sequence[Event]], found: Sequence[Difference]) -> None:
+    """A line for the report (`make test-vllm` shows it)."""
+    counts = [sum((Counter(end(row).guards) for row in rows), Counter[str]()) for rows in (ours, theirs)]
+    ids = sum(len(end(row).generated) for row in ours)
+    print(
+        f"\n{len(ours)} greedy requests of {what}, {ids} ids: {len(ours) - len(found)} replies equal; guards {dict(counts[0])}, {dict(counts[1])}"
+    )
 
 
 def check_greedy(found: Sequence[Difference], total: int) -> None:
