@@ -1,6 +1,6 @@
 """Lists and the live server on a Ray cluster of two nodes on this machine, with the mini model: equal to one process, whatever is lost on the way.
 
-    python tests/cluster/run.py [--only forms,overhead,tasks,tokens,eval,faults,memory,driver,serve] [--records 200]
+    python tests/cluster/run.py [--only overhead,forms,tasks,tokens,eval,faults,memory,driver,serve] [--records 200]
 
 `make test-ray` runs it (some 15 minutes on two cores). Every check is a line; the last line is one JSON object with what was measured. Exit code 0
 when every check held. A short part of it, without model and nodes, is in `make test` (tests/test_batch_engines.py).
@@ -28,8 +28,8 @@ from tests.cluster import faults, lists, service  # noqa: E402
 from tests.cluster.case import Bench  # noqa: E402
 
 PARTS: dict[str, Any] = {
-    "forms": lists.forms,
     "overhead": lists.overhead,
+    "forms": lists.forms,
     "tasks": lists.tasks,
     "tokens": lists.tokens,
     "eval": lists.evaluation,
