@@ -96,8 +96,8 @@ class Question:
         asked = ["--list", self.list, "--out", "-", "--task", self.task, "--greedy", "--device", "cpu", "--threads", "1"]
         return batch.make_parser().parse_args([*asked, *self.more])
 
-    def work(self, log: Path) -> Traced:
-        return Traced(Answering(self.args), str(log))
+    def work(self, log: Path, gate: Path | None = None) -> Traced:
+        return Traced(Answering(self.args), str(log), None if gate is None else str(gate))
 
     def units(self) -> list[Unit]:
         units, faults = batch.read_units(open_source(self.list))
@@ -107,27 +107,61 @@ class Question:
 
 @dataclass(frozen=True)
 class Traced:
-    """Work whose workers write when they began and ended each block: ``PID BEGIN END NUMBER NUMBER ...`` in the folder ``log``."""
+    """Work whose workers write into the folder ``log`` that they are ready, what they work on, and of each block that is done a line of `Block`.
+
+    Attributes:
+        gate: file without which no block is begun; None for none.
+    """
 
     inner: Work
     log: str
+    gate: str | None = None
 
     def open(self, device: str) -> TracedWorker:
-        return TracedWorker(self.inner.open(device), Path(self.log))
+        return TracedWorker(self.inner.open(device), Path(self.log), self.gate)
 
 
 class TracedWorker:
-    def __init__(self, inner: Worker, log: Path) -> None:
-        self.inner, self.log = inner, log
+    def __init__(self, inner: Worker, log: Path, gate: str | None) -> None:
+        self.inner, self.log, self.gate = inner, log, gate
         log.mkdir(parents=True, exist_ok=True)
+        (log / f"ready{os.getpid()}").touch()
 
     def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
-        numbers, began = " ".join(str(unit.number) for unit in units), time.time()
-        (self.log / f"busy{os.getpid()}").write_text(numbers)
+        came, numbers, mark = time.time(), " ".join(str(unit.number) for unit in units), self.log / f"busy{os.getpid()}"
+        while not self._passes(mark, numbers):
+            time.sleep(0.005)
+        began = time.time()
         yield from self.inner.run(units)
-        (self.log / f"busy{os.getpid()}").unlink()
+        ended = time.time()
+        mark.unlink()
         with (self.log / f"done{os.getpid()}").open("a") as file:
-            file.write(f"{began} {time.time()} {numbers}\n")
+            file.write(f"{came} {began} {ended} {numbers}\n")
+
+    def _passes(self, mark: Path, numbers: str) -> bool:
+        """Whether the gate is open; the mark is there before, so that whoever has closed it sees all that passed."""
+        if self.gate is not None and not os.path.exists(self.gate):
+            return False
+        mark.write_text(numbers)
+        if self.gate is None or os.path.exists(self.gate):
+            return True
+        mark.unlink()
+        return False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that was done: when it came to its worker, passed the gate, and ended; its units."""
+
+    came: float
+    began: float
+    ended: float
+    numbers: list[int]
+
+
+def ready(log: Path) -> list[int]:
+    """Processes of the workers that have loaded."""
+    return [int(path.name[5:]) for path in log.glob("ready*")]
 
 
 def busy(log: Path) -> list[tuple[int, str]]:
@@ -135,13 +169,14 @@ def busy(log: Path) -> list[tuple[int, str]]:
     return [(int(path.name[4:]), path.read_text()) for path in log.glob("busy*")]
 
 
-def done(log: Path) -> dict[int, list[tuple[float, float, list[int]]]]:
-    """Blocks of each process: when they began and ended, and their numbers."""
-    out: dict[int, list[tuple[float, float, list[int]]]] = {}
+def done(log: Path) -> dict[int, list[Block]]:
+    """Blocks of each process, in the order in which it did them."""
+    out: dict[int, list[Block]] = {}
     for path in log.glob("done*"):
         for line in path.read_text().splitlines():
-            began, ended, *numbers = line.split()
-            out.setdefault(int(path.name[4:]), []).append((float(began), float(ended), list(map(int, numbers))))
+            came, began, ended, numbers = line.split(maxsplit=3)
+            block = Block(float(came), float(began), float(ended), list(map(int, numbers.split())))
+            out.setdefault(int(path.name[4:]), []).append(block)
     return out
 
 

@@ -60,7 +60,7 @@ def workers_and_nodes(bench: Bench) -> None:
             not differences(rows, local),
             differences(rows, local)[:9],
         )
-        worked = sum(len(numbers) for some in done(log).values() for _, _, numbers in some)
+        worked = sum(len(block.numbers) for some in done(log).values() for block in some)
         bench.check(f"{what}: {worked - COUNT} records were done again", worked - COUNT <= 3 * BLOCK, worked)
         bench.check(f"{what}: it was lost in the middle", len(list(log.glob("busy*"))) >= 1, list(log.glob("*")))
     what, log = "a node comes", folder / "a_node_comes"

@@ -2,51 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import pickle
-import statistics
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from osum_echat.batch.local import LocalEngine
 from osum_echat.cli import main as command
 from osum_echat.cli.batch_answers import AnswerWorker
 from osum_echat.pipeline import EChat
 from osum_echat.pipeline.ask import MODES, find_mode
-from tests.cluster.case import DEMO, ROOT, Bench, Question, differences, done, rows_of, write_forms, write_list
+from tests.cluster.case import DEMO, ROOT, Bench, Question, busy, differences, done, ready, rows_of, write_forms, write_list
 
 PROCESSES = 2
 
 
 def local_process(folder: Path) -> None:
     """Every second block of a question in this process; `folder` has the question, and gets the rows."""
-    question, part, block = pickle.loads((folder / "question").read_bytes())
+    question, part, block, gate = pickle.loads((folder / "question").read_bytes())
     units = [unit for unit in question.units() if unit.number // block % PROCESSES == part]
-    rows = rows_of(LocalEngine("cpu", block).run(question.work(folder / "log"), units))
+    rows = rows_of(LocalEngine("cpu", block).run(question.work(folder.parent / "log", gate), units))
     (folder / "rows").write_bytes(pickle.dumps(rows))
 
 
-def local_rows(folder: Path, question: Question, block: int) -> dict[int, Any]:
-    """The rows of the local engine on both cores: two processes, each every second block."""
+@contextlib.contextmanager
+def local_rows(folder: Path, question: Question, block: int, gate: Path | None = None) -> Iterator[dict[int, Any]]:
+    """The local engine on both cores: two processes, each every second block, their log in the folder. The rows are there when the context ends."""
     running = []
     for part in range(PROCESSES):
         own = folder / f"local{part}"
         own.mkdir(parents=True)
-        (own / "question").write_bytes(pickle.dumps((question, part, block)))
+        (own / "question").write_bytes(pickle.dumps((question, part, block, gate)))
         running.append(subprocess.Popen([sys.executable, str(ROOT / "tests" / "cluster" / "run.py"), "--local", str(own)]))
-    assert [process.wait() for process in running] == [0] * PROCESSES
     rows: dict[int, Any] = {}
+    try:
+        yield rows
+        assert [process.wait() for process in running] == [0] * PROCESSES
+    finally:
+        for process in running:
+            process.kill()
     for part in range(PROCESSES):
         rows |= pickle.loads((folder / f"local{part}" / "rows").read_bytes())
-    return rows
-
-
-def seconds_of(log: Path) -> float:
-    """Seconds of all workers, from the beginning of a worker's first block to the end of its last one."""
-    return sum(max(ended for _, ended, _ in some) - min(began for began, _, _ in some) for some in done(log).values())
 
 
 def forms(bench: Bench) -> None:
@@ -55,7 +61,8 @@ def forms(bench: Bench) -> None:
     folder.mkdir()
     lists = write_forms(folder, bench.records)
     block = 8
-    local = local_rows(folder, Question(str(lists["raw"]), "asr"), block)
+    with local_rows(folder, Question(str(lists["raw"]), "asr"), block) as local:
+        pass
     bench.check(
         f"local: {bench.records} records, none failed", len(local) == bench.records and not any(r[2] for r in local.values())
     )
@@ -71,30 +78,91 @@ def forms(bench: Bench) -> None:
         bench.check(f"ray: {form}, two workers had part", len(done(log)) == 2, done(log).keys())
 
 
-def overhead(bench: Bench, rounds: int = 3) -> None:
-    """What Ray costs beside the local engine on the same two cores, without start and loading: the same list in turns, with a cluster of its own for
-    each of Ray's turns. Workers are counted from their first block to their last, so what the other one still has to do at the end is left out."""
+def overhead(bench: Bench) -> None:
+    """What Ray costs beside the local engine on the same two cores, without start and loading.
+
+    A machine's own speed may change by half within a minute, so the engines take turns of some seconds: both are there all the time, and gates let the
+    workers of one pass while those of the other wait. Counted are the seconds of the blocks, the seconds that a worker has no block, and the CPU seconds of
+    the command, the raylets and all else of Ray's.
+    """
     folder = bench.folder / "overhead"
     folder.mkdir()
-    question, block = Question(str(write_list(folder, bench.records)), "asr"), 8
-    units = question.units()
-    each: dict[str, list[float]] = {"local": [], "ray": []}
-    for turn in range(rounds):
-        own = folder / f"{turn}"
-        local = local_rows(own, question, block)
-        each["local"].append(sum(seconds_of(own / f"local{part}" / "log") for part in range(PROCESSES)) / bench.records)
-        bench.start()
-        rows = rows_of(bench.engine(block_size=block).run(question.work(own / "ray"), units))
-        bench.close()
-        each["ray"].append(seconds_of(own / "ray") / bench.records)
-        bench.check(f"turn {turn}: {bench.records} records equal", not differences(rows, local), differences(rows, local)[:9])
-        bench.check(f"turn {turn}: both workers had part", len(done(own / "ray")) == PROCESSES, done(own / "ray").keys())
-    ratios = [theirs / ours for theirs, ours in zip(each["ray"], each["local"], strict=True)]
-    bench.found["overhead"] = {
-        "ray_over_local": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "seconds_each": {name: [round(seconds, 4) for seconds in some] for name, some in each.items()},
+    question, size = Question(str(write_list(folder, bench.records)), "asr"), 8
+    logs = {name: folder / name / "log" for name in ("local", "ray")}
+    gates = {name: folder / f"{name}.gate" for name in logs}
+    turns: dict[str, list[tuple[float, float]]] = {name: [] for name in logs}
+    others: list[float] = []
+
+    def take_turns() -> None:
+        until(lambda: all(len(ready(log)) == PROCESSES for log in logs.values()))
+        workers = {pid for log in logs.values() for pid in ready(log)}
+        others.append(cpu_of_others(workers))
+        total = -(-bench.records // size)
+        while any(blocks_done(log) < total for log in logs.values()):
+            for name, log in logs.items():
+                target, began = min(total, blocks_done(log) + TURN), time.time()
+                gates[name].touch()
+                until(lambda: blocks_done(log) >= target)  # noqa: B023 - called at once
+                gates[name].unlink()
+                until(lambda: not busy(log))  # noqa: B023
+                turns[name].append((began, time.time()))
+        others.append(cpu_of_others(workers))
+
+    bench.start()
+    with local_rows(folder / "local", question, size, gates["local"]) as local:
+        turning = threading.Thread(target=take_turns)
+        turning.start()
+        rows = rows_of(bench.engine(block_size=size).run(question.work(logs["ray"], gates["ray"]), question.units()))
+        turning.join()
+    bench.check(f"in turns: {bench.records} records equal", not differences(rows, local), differences(rows, local)[:9])
+    bench.check("in turns: both workers had part", len(done(logs["ray"])) == PROCESSES, done(logs["ray"]).keys())
+    seconds = {name: [sum(b.ended - b.began for b in some) for some in done(log).values()] for name, log in logs.items()}
+    between = {
+        name: sum(after.came - before.ended for some in done(log).values() for before, after in itertools.pairwise(some))
+        for name, log in logs.items()
     }
+    ours, theirs = (sum(seconds[name]) + between[name] for name in logs)
+    bench.found["overhead"] = {
+        "over_local": round(theirs / ours, 3),
+        "with_all_cpu_of_others": round((theirs + others[1] - others[0]) / ours, 3),
+        "seconds": {name: round(sum(some), 2) for name, some in seconds.items()},
+        "without_a_block": {name: round(some, 2) for name, some in between.items()},
+        "cpu_of_others": round(others[1] - others[0], 2),
+        "turns": [round(b / a, 3) for a, b in zip(*(seconds_each(logs[name], turns[name]) for name in logs), strict=False)],
+    }
+
+
+TURN = 4
+"""Blocks of an engine's turn, both workers together."""
+
+
+def blocks_done(log: Path) -> int:
+    return sum(map(len, done(log).values()))
+
+
+def seconds_each(log: Path, turns: Sequence[tuple[float, float]]) -> list[float]:
+    """Seconds a record in each turn that had blocks."""
+    blocks = [block for some in done(log).values() for block in some]
+    in_turns = [[block for block in blocks if start <= block.began < end] for start, end in turns]
+    return [sum(b.ended - b.began for b in some) / sum(len(b.numbers) for b in some) for some in in_turns if some]
+
+
+def until(held: Callable[[], bool], seconds: float = 900) -> None:
+    deadline = time.monotonic() + seconds
+    while not held():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def cpu_of_others(workers: Collection[int]) -> float:
+    """CPU seconds of this process and all that it started, but for ``workers``."""
+    this, seconds = psutil.Process(), 0.0
+    for process in (this, *this.children(recursive=True)):
+        if process.pid not in workers:
+            with contextlib.suppress(psutil.Error):  # ended meanwhile
+                times = process.cpu_times()
+                seconds += times.user + times.system
+    return seconds
 
 
 @dataclass
