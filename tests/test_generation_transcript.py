@@ -163,6 +163,7 @@ def test_a_plan_for_vllm_carries_place_and_probabilities(echat: EChat) -> None:
     assert read.place == request.place is not None
     assert read.ctc_PC is not None and torch.equal(read.ctc_PC, request.ctc())  # type: ignore[arg-type]
     assert replace(read, ctc_PC=None) == replace(plan, ctc_PC=None)
+    assert RowPlan.of(request, joint=False).ctc_PC is None, "without a share of the CTC head nothing is sent of it"
     broken = plan.to_plain()
     broken["ctc_PC"] = [*broken["ctc_PC"][:2], broken["ctc_PC"][2][:400]]
     with pytest.raises(ValueError, match="probabilities"):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,32 @@ def test_50_greedy_requests_of_mini_have_our_ids_and_our_guards(mini: Any, mini_
     check_greedy(found, len(requests))
     alike = [n for n in range(len(requests)) if n not in {d.row for d in found}]
     same([theirs[n] for n in alike], [ours[n] for n in alike])
+
+
+def test_with_a_share_of_the_ctc_head_in_transcripts_the_ids_are_still_ours(mini: Any, mini_folder: Path) -> None:
+    config = replace(mini.generator.config, ctc_weight=0.9)
+    own = Generator(mini.model, mini.tokenizer, config, mini.dialect)
+    settings = to_settings(config, mini.dialect)
+    vllm = VllmGenerator(
+        mini.model,
+        mini.tokenizer,
+        config,
+        mini.dialect,
+        lambda limits: VllmDecoder(mini_folder, limits, settings),
+        EngineLimits(8, 8192),
+    )
+    try:
+        requests = [request for request in mini_requests(mini, 50, greedy=True) if request.place is not None][:12]
+        theirs = decode(vllm, [request for request in mini_requests(mini, 50, greedy=True) if request.place is not None][:12])
+    finally:
+        vllm.close()
+    ours, without = decode(own, requests), decode(mini.generator, requests)
+    found = differences(own, requests, ours, theirs)
+    tell("mini with a share of 0.9", ours, theirs, found)
+    check_greedy(found, 20)
+    changed = sum(end(a).generated != end(b).generated for a, b in zip(ours, without, strict=True))
+    print(f"{changed} of {len(requests)} replies are others without the share")
+    assert len(requests) == 12 and changed > 0
 
 
 def test_sampled_replies_have_the_ids_of_their_seeds(tiny: Tiny, mini: Any, mini_vllm: Any) -> None:

@@ -339,7 +339,8 @@ class VllmEngine:
                     state.pending.clear()
                 if state.finished is None:
                     most = 1 if entry.ticket.read_only else request.mode.max_new + 1
-                    self._decoder.add(entry.name, prompt_TD, RowPlan.of(request), min(most, self._room(prompt_TD)))
+                    plan = RowPlan.of(request, joint=self.generator.config.ctc_weight > 0)
+                    self._decoder.add(entry.name, prompt_TD, plan, min(most, self._room(prompt_TD)))
             except ValueError as error:
                 log.warning("request %s is not taken: %s", entry.name, error)
                 self._give_up(entry, error)

@@ -69,9 +69,10 @@ class RowPlan:
     ctc_PC: Tensor | None = None
 
     @classmethod
-    def of(cls, request: Request) -> RowPlan:
+    def of(cls, request: Request, joint: bool = True) -> RowPlan:
+        """``joint``: the CTC head has a share in transcripts; else its probabilities (2 MB for 10 s of mini's) are not sent."""
         plan = tuple(sorted(request.plan.items()))
-        ctc_PC = request.ctc() if request.place is not None else None
+        ctc_PC = request.ctc() if joint and request.place is not None else None
         return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan, request.place, ctc_PC)
 
     def to_plain(self) -> dict[str, Any]:
