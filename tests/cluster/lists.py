@@ -206,7 +206,7 @@ def tasks(bench: Bench) -> None:
 
 
 def tokens(bench: Bench) -> None:
-    """Speech tokens of a list, through the command."""
+    """Speech tokens of a list, through the command, two workers on one core."""
     folder = bench.folder / "tokens"
     folder.mkdir()
     path = write_list(folder, 24)
@@ -214,7 +214,7 @@ def tokens(bench: Bench) -> None:
     asked = ["tokens", "--token2wav", sound, "--input", str(path), "--block", "5"]
     assert command([*asked, "--output", str(folder / "local.list")]) == 0
     bench.start()
-    assert command([*asked, "--output", str(folder / "ray.list"), "--engine", "ray"]) == 0
+    assert command([*asked, "--output", str(folder / "ray.list"), "--engine", "ray", "--share", "0.5", "--workers", "2"]) == 0
     local, ray = ((folder / f"{name}.list").read_bytes() for name in ("local", "ray"))
     bench.check("tokens of 24 recordings, byte for byte", local == ray and local.count(b"\n") == 24)
 
