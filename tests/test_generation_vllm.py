@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -445,3 +451,22 @@ def test_what_contradicts_is_refused(options: tuple[str, str | None, str], sente
     with pytest.raises(ValueError, match=sentence):
         uses_vllm(*options)
     assert uses_vllm("vllm", "folder", "auto") and not uses_vllm("own", None, "int8")
+
+
+def test_processes_of_vllm_end_with_a_killed_owner() -> None:
+    """An owner, an engine that it starts, a worker that the engine starts: the worker sees the owner go, and takes the engine with it."""
+    worker = "import os, time; from osum_echat.generation.vllm.owner import end_with_owner as end; told = end(0.05)"
+    worker += "; print(os.getpid(), os.getppid(), told, flush=True); time.sleep(600)"
+    engine = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
+    owner = "import subprocess, sys; from osum_echat.generation.vllm.owner import claim, end_with_owner; claim()"
+    owner += f"; assert not end_with_owner(); subprocess.run([sys.executable, '-c', {engine!r}])"
+    with subprocess.Popen([sys.executable, "-c", owner], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker_pid, engine_pid, told = process.stdout.readline().split()
+        assert told == "True" and int(engine_pid) != process.pid
+        others = [psutil.Process(int(pid)) for pid in (worker_pid, engine_pid)]
+        time.sleep(0.2)
+        assert all(other.is_running() for other in others)
+        os.kill(process.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(others, timeout=60)
+    assert not alive

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import torch
@@ -166,6 +167,17 @@ def test_cancelling_frees_the_row_and_its_cache(tiny: Tiny) -> None:
     requests = wide_requests(greedy=True)[:3]
     ours, theirs = decode(tiny.own, requests), decode(tiny.vllm, wide_requests(greedy=True)[:3])
     check_greedy(differences(tiny.own, requests, ours, theirs), 20)
+
+
+def test_vllm_ends_with_a_killed_process(mini_folder: Path) -> None:
+    script = [sys.executable, str(ROOT / "tests" / "vllm" / "vllm_owner.py"), str(mini_folder)]
+    with subprocess.Popen(script, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        told = next((line for line in process.stdout if line.startswith("processes ")), "")
+        os.kill(process.pid, signal.SIGKILL)
+    started = [psutil.Process(int(pid)) for pid in told.split()[1:]]
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert len(started) >= 2 and not alive, alive
 
 
 # ---- as a person would -----------------------------------------------------------------------------------------------------------------

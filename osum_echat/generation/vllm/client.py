@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from osum_echat.generation.engine import EngineLimits
+from osum_echat.generation.vllm.owner import claim
 from osum_echat.generation.vllm.rules import RowPlan
 
 ARGUMENT = "osum_echat"
@@ -106,6 +107,7 @@ class VllmDecoder:
             # An installed package is found by its entry point; from a mere PYTHONPATH it is named.
             "logits_processors": None if _has_entry_point() else [PROCESSOR],
         }
+        claim()
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments | dict(options or {})))
         self.max_positions = self._llm.model_config.max_model_len
 

@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from osum_echat.generation.vllm.export import SETTINGS_FILE, read_settings
+from osum_echat.generation.vllm.owner import end_with_owner
 from osum_echat.generation.vllm.rules import BatchRules, RowPlan, rules_of
 from osum_echat.model.checkpoint import TOKENIZER_FOLDER
 
@@ -30,6 +31,7 @@ class EChatLogitsProcessor(LogitsProcessor):
             from transformers import AutoTokenizer
 
             override = dict(vllm_config.additional_config or {}).get(ARGUMENT)
+            end_with_owner()
             self.rules = rules_of(read_settings(model), AutoTokenizer.from_pretrained(str(model / TOKENIZER_FOLDER)), override)
 
     @classmethod
