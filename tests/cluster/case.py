@@ -131,12 +131,12 @@ class TracedWorker:
         came, numbers, mark = time.time(), " ".join(str(unit.number) for unit in units), self.log / f"busy{os.getpid()}"
         while not self._passes(mark, numbers):
             time.sleep(0.005)
-        began = time.time()
+        began, cpu = time.time(), time.process_time()
         yield from self.inner.run(units)
-        ended = time.time()
+        ended, cpu = time.time(), time.process_time() - cpu
         mark.unlink()
         with (self.log / f"done{os.getpid()}").open("a") as file:
-            file.write(f"{came} {began} {ended} {numbers}\n")
+            file.write(f"{came} {began} {ended} {cpu} {numbers}\n")
 
     def _passes(self, mark: Path, numbers: str) -> bool:
         """Whether the gate is open; the mark is there before, so that whoever has closed it sees all that passed."""
@@ -151,11 +151,12 @@ class TracedWorker:
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was done: when it came to its worker, passed the gate, and ended; its units."""
+    """A block that was done: when it came to its worker, passed the gate, and ended; CPU seconds of the worker's process for it; its units."""
 
     came: float
     began: float
     ended: float
+    cpu: float
     numbers: list[int]
 
 
@@ -174,8 +175,8 @@ def done(log: Path) -> dict[int, list[Block]]:
     out: dict[int, list[Block]] = {}
     for path in log.glob("done*"):
         for line in path.read_text().splitlines():
-            came, began, ended, numbers = line.split(maxsplit=3)
-            block = Block(float(came), float(began), float(ended), list(map(int, numbers.split())))
+            came, began, ended, cpu, numbers = line.split(maxsplit=4)
+            block = Block(float(came), float(began), float(ended), float(cpu), list(map(int, numbers.split())))
             out.setdefault(int(path.name[4:]), []).append(block)
     return out
 

@@ -82,8 +82,8 @@ def overhead(bench: Bench) -> None:
     """What Ray costs beside the local engine on the same two cores, without start and loading.
 
     A machine's own speed may change by half within a minute, so the engines take turns of some seconds: both are there all the time, and gates let the
-    workers of one pass while those of the other wait. Counted are the seconds of the blocks, the seconds that a worker has no block, and the CPU seconds of
-    the command, the raylets and all else of Ray's.
+    workers of one pass while those of the other wait. Counted are seconds and CPU seconds of the blocks (other programs disturb the second less), the seconds
+    that a worker has no block, and the CPU seconds of the command, the raylets and all else of Ray's in all the turns.
     """
     folder = bench.folder / "overhead"
     folder.mkdir()
@@ -116,19 +116,22 @@ def overhead(bench: Bench) -> None:
         turning.join()
     bench.check(f"in turns: {bench.records} records equal", not differences(rows, local), differences(rows, local)[:9])
     bench.check("in turns: both workers had part", len(done(logs["ray"])) == PROCESSES, done(logs["ray"]).keys())
-    seconds = {name: [sum(b.ended - b.began for b in some) for some in done(log).values()] for name, log in logs.items()}
-    between = {
-        name: sum(after.came - before.ended for some in done(log).values() for before, after in itertools.pairwise(some))
-        for name, log in logs.items()
-    }
-    ours, theirs = (sum(seconds[name]) + between[name] for name in logs)
+    blocks = {name: list(done(log).values()) for name, log in logs.items()}
+    seconds = {name: sum(block.ended - block.began for some in blocks[name] for block in some) for name in logs}
+    cpu = {name: sum(block.cpu for some in blocks[name] for block in some) for name in logs}
+    between = {name: sum(b.came - a.ended for some in blocks[name] for a, b in itertools.pairwise(some)) for name in logs}
+    cpu_others = others[1] - others[0]
     bench.found["overhead"] = {
-        "over_local": round(theirs / ours, 3),
-        "with_all_cpu_of_others": round((theirs + others[1] - others[0]) / ours, 3),
-        "seconds": {name: round(sum(some), 2) for name, some in seconds.items()},
-        "without_a_block": {name: round(some, 2) for name, some in between.items()},
-        "cpu_of_others": round(others[1] - others[0], 2),
-        "turns": [round(b / a, 3) for a, b in zip(*(seconds_each(logs[name], turns[name]) for name in logs), strict=False)],
+        "clock_over_local": round((seconds["ray"] + between["ray"]) / (seconds["local"] + between["local"]), 3),
+        "clock_over_local_by_turn": [
+            round(b / a, 3) for a, b in zip(*(seconds_each(logs[name], turns[name]) for name in logs), strict=False)
+        ],
+        "cpu_over_local_workers": round(cpu["ray"] / cpu["local"], 3),
+        "cpu_over_local_with_all_else_of_ray": round((cpu["ray"] + cpu_others) / cpu["local"], 3),
+        "without_a_block_share": round(between["ray"] / (seconds["ray"] + between["ray"]), 4),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "cpu": {**{name: round(value, 2) for name, value in cpu.items()}, "all_else_of_ray": round(cpu_others, 2)},
+        "without_a_block": {name: round(value, 2) for name, value in between.items()},
     }
 
 
