@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -36,6 +38,57 @@ def test_every_section_runs_at_small_size(tmp_path: Path) -> None:
     arms = [arm for arm in found["train"].values() if isinstance(arm, dict)]
     assert len(arms) == 4 and all(arm["targets_s"] > 0 and arm["useful_tflops"] > 0 for arm in arms), found["train"]
     assert found["first_sound"]["whole_s"] > 0
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> tuple[ModuleType, ModuleType]:
+    """`tools/gpu_check.py` and `benchmarks/on_accelerator.py`; the first runs the second in this process."""
+    for folder in ("tools", "benchmarks"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # scripts in benchmarks set their own
+    command, sections = importlib.import_module("gpu_check"), importlib.import_module("on_accelerator")
+
+    def run_here(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, sections.main(command[2:]), "", "")
+
+    monkeypatch.setattr(command.subprocess, "run", run_here)
+    return command, sections
+
+
+def test_a_wrong_update_gives_exit_code_1(
+    check: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command, sections = check
+    call = ["--device", "cpu", "--tiny", "--only", "correctness", "--out", str(tmp_path)]
+    assert command.main(call) == 0
+    step, calls = sections.one_step, iter(range(2))
+
+    def second_is_wrong(*args: Any) -> dict[str, Any]:
+        found = step(*args)
+        if next(calls) == 1:
+            found["weights"][0] += 0.01
+        return found
+
+    monkeypatch.setattr(sections, "one_step", second_is_wrong)
+    assert command.main(call) == 1
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["correctness"]
+    assert found["ids_equal"] and found["update_difference"] > 0.1 and "update_difference" in found["failed"]
+
+
+def test_an_arm_without_enough_memory_gives_exit_code_1(
+    check: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command, sections = check
+
+    def arm(place: Any, lora: bool, **kwargs: Any) -> dict[str, Any]:
+        if not lora:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"positions_s": 1.0}
+
+    monkeypatch.setattr(sections, "arm_of", arm)
+    assert command.main(["--device", "cpu", "--tiny", "--only", "train", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "gpu_check.json").read_text())["train"]
+    assert "full_checkpointed" in found["failed"] and found["lora_checkpointed"] == {"positions_s": 1.0}
 
 
 def test_a_section_that_takes_too_long_costs_itself_alone_and_is_named(tmp_path: Path) -> None:

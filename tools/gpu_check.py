@@ -4,6 +4,7 @@
     python tools/gpu_check.py --device cpu --tiny               # the same code on small models
     python tools/gpu_check.py --only box,train --out results
 
+Exit code 1: a section stopped, took too long, found numbers that differ from the CPU's by more than rounding, or had too little memory.
 Each section is a process with a limit of its own; its result is written before the next one begins, so a crash or a limit costs that section alone. The last thing
 printed is a table. `tools/pack_tree.py` makes the smallest copy of the tree that it needs. This file itself needs nothing but Python.
 """
@@ -34,7 +35,7 @@ LIMITS = {
 
 
 def run(section: str, args: argparse.Namespace, out: Path, left: float) -> dict[str, Any]:
-    """A section in a process of its own: its result, or what went wrong with the end of what it printed."""
+    """A section in a process of its own: its result (``failed`` in it: what is wrong there), or the end of what it printed."""
     result = out / f"{section}.json"
     result.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "benchmarks/on_accelerator.py"), section, "--device", args.device, "--out", str(result)]
@@ -55,8 +56,9 @@ def run(section: str, args: argparse.Namespace, out: Path, left: float) -> dict[
         pieces = [p.decode(errors="replace") if isinstance(p, bytes) else p or "" for p in (error.stdout, error.stderr)]
         printed, problem = "".join(pieces), f"longer than {limit:.0f} s"
     (out / f"{section}.log").write_text(printed, encoding="utf-8")
-    if not problem and result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))[section]
+    if result.is_file():
+        found = json.loads(result.read_text(encoding="utf-8"))[section]
+        return found if not problem else {"failed": problem, **found}
     last = [line for line in printed.strip().splitlines() if line.strip()][-1:]
     return {"failed": f"{problem or 'no result'}: {' '.join(last)[:200]}"}
 
