@@ -89,6 +89,9 @@ class Parrot:
             self.asked.append(ask)
         return out
 
+    def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
+        return None
+
 
 class Talker(Parrot):
     """The same with sessions: ``past_turns`` before a turn at most, more are refused."""
@@ -103,10 +106,14 @@ class Talker(Parrot):
 
     def chat(self, **options: Any) -> Reply:
         past = self.sessions[-1]
-        if len(past) > self.past_turns:
-            raise ValueError(f"this checkpoint has not learnt dialogues with {len(past)} past turns")
+        why = self.refusal(Ask(**options), len(past))
+        if why is not None:
+            raise ValueError(why)
         past.append(Ask(**options))
         return self.batch([past[-1]])[0]
+
+    def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
+        return f"this checkpoint has not learnt dialogues with {past_turns} past turns" if past_turns > self.past_turns else None
 
 
 class Listener:

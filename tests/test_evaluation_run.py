@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osum_echat import config as config_io
+from osum_echat.audio.io import AudioError
 from osum_echat.config import ConfigError
 from osum_echat.evaluation import results
 from osum_echat.evaluation.claim import fingerprint
@@ -164,9 +166,9 @@ def test_a_checkpoint_that_takes_no_past_turns_answers_the_first_and_the_others_
     assert "turn 2 of conversation 'd0' was not answered: this checkpoint" in holes["d0/3"]
 
 
-def test_refusals_count_as_answers_without_words_where_a_part_says_so(tmp_path: Path):
+def test_count_refusals_as_answers_without_words_where_a_part_says_so(tmp_path: Path):
     data = write_turns(tmp_path / "d.jsonl", write_wav(tmp_path / "a.wav"))
-    suite = plain("contains", "think_closed", refusals_count=True)
+    suite = plain("contains", "think_closed", count_refusals=True)
     report = run_suite(Plan(suite, str(data), tmp_path / "out"), Talker(lambda ask, n: Reply(f"{n} 1", think()), past_turns=0))
     assert report.headline["p.contains"].value == pytest.approx(100 / 3)
     assert find(report.summaries, "p.think_missing").value == pytest.approx(200 / 3)
@@ -174,6 +176,42 @@ def test_refusals_count_as_answers_without_words_where_a_part_says_so(tmp_path: 
     assert report.reached == 2 and {hole["reason"] for hole in holes} == {"refused"} and len(holes) == 4
     messages = {hole["id"]: hole["message"] for hole in holes}
     assert "counts as an answer without words: this checkpoint has not learnt dialogues" in messages["d0/2"]
+
+
+def test_a_fault_is_no_refusal(tmp_path: Path):
+    """A damaged recording, a turn that the list lacks, an error in another system's file: holes also where refusals count; too long a recording is refused."""
+    wav = write_wav(tmp_path / "a.wav")
+    rows = [
+        {"id": name, "wav": str(write_wav(tmp_path / f"{name}.wav")), "text": "x", "answer": "1"} for name in ("damaged", "long")
+    ]
+    rows += [{"id": f"d/{n}", "wav": str(wav), "text": "x", "answer": "1", "dialogue_id": "d", "turn": n} for n in (2, 3)]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def answer(ask: Ask, n: int) -> Reply:
+        for name, reason in (("damaged", "not_audio"), ("long", "too_long")):
+            if str(ask.wav).endswith(f"{name}.wav"):
+                raise AudioError(reason, f"{name}!")
+        return Reply("1")
+
+    suite = plain("contains", count_refusals=True)
+    report = run_suite(Plan(suite, str(data), tmp_path / "out"), Talker(answer))
+    assert {row.item.id: (bool(row.hole), bool(row.refusal)) for row in report.rows} == {
+        "damaged": (True, False), "long": (False, True), "d/2": (True, False), "d/3": (True, False),
+    }  # fmt: skip
+    written = [json.loads(line) for line in (tmp_path / "out" / results.FILE).read_text().splitlines()]
+    assert {row["id"]: row.get("refused", False) for row in written} == {
+        "damaged": False,
+        "long": True,
+        "d/2": False,
+        "d/3": False,
+    }
+    theirs = [Result("damaged", error="our server was down"), Result("long", error="will not", refused=True)]
+    (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(result.to_dict()) + "\n" for result in theirs))
+    found, faults = read_results(tmp_path / "theirs.jsonl")
+    joined, _ = join(suite, {"p": [Item("damaged"), Item("long")]}, found, tmp_path)
+    assert not faults and [(bool(row.hole), bool(row.refusal)) for row in joined] == [(True, False), (False, True)]
+    assert config_io.from_dict(Part, {"refusals_count": True}, where="an older suite").count_refusals
 
 
 def test_a_conversation_that_was_stopped_goes_on_with_its_own_answers(tmp_path: Path):

@@ -141,7 +141,7 @@ def test_it_says_new_sentences_and_answers_written_ones(echat, measure):
 )
 def test_its_third_answer_needs_the_first_turn(measure):
     """Ten held-out conversations: with the turns before it the last answer uses the fact of the first far more often than a lucky guess would."""
-    part = Part(ask={"think": "tag"}, scorers=["contains"], refusals_count=True)
+    part = Part(ask={"think": "tag"}, scorers=["contains"], count_refusals=True)
     _, values = measure("dialogues", part, few=30)
     assert values["contains"] >= 40
 

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from osum_echat import device as devices
+from osum_echat.audio.io import AudioError
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS, canonical, read_label
 from osum_echat.evaluation.results import FILE, Lines, Result
@@ -109,8 +110,8 @@ class _Writer:
     def __init__(self, out: Path, suite: str, part: str) -> None:
         self.out, self.suite, self.part = out, suite, part
 
-    def failed(self, item: Item, error: Exception) -> Result:
-        return Result(item.id, self.part, self.suite, error=str(error))
+    def failed(self, item: Item, error: Exception, refused: bool = False) -> Result:
+        return Result(item.id, self.part, self.suite, error=str(error), refused=refused)
 
     def result(self, item: Item, reply: Reply, seconds: float) -> Result:
         wav = None
@@ -147,12 +148,12 @@ def _batch(
     echat: EChat, suite: Suite, part: Part, items: Sequence[Item], writer: _Writer
 ) -> Iterator[tuple[Result, Reply | None]]:
     asks: list[tuple[Item, Ask]] = []
-    failed: dict[str, Exception] = {}
+    failed: dict[str, Result] = {}
     for item in items:
         try:
             asks.append((item, ask_of(item, part, suite)))
         except ValueError as error:
-            failed[item.id] = error
+            failed[item.id] = writer.failed(item, error)
     began = time.perf_counter()
     replies: list[Reply | ValueError]
     try:
@@ -160,13 +161,24 @@ def _batch(
     except ValueError:  # one of them spoils the batch: each alone
         replies = [_alone(echat, ask) for _, ask in asks]
     each = (time.perf_counter() - began) / max(len(asks), 1)
-    answered = {item.id: reply for (item, _), reply in zip(asks, replies, strict=True)}
-    for item in items:
-        reply = answered.get(item.id)
-        if reply is None or isinstance(reply, ValueError):
-            yield writer.failed(item, reply if reply is not None else failed[item.id]), None
+    answered: dict[str, Reply] = {}
+    for (item, ask), reply in zip(asks, replies, strict=True):
+        if isinstance(reply, ValueError):
+            failed[item.id] = writer.failed(item, reply, _refused(echat, ask, reply))
         else:
-            yield writer.result(item, reply, each), reply
+            answered[item.id] = reply
+    for item in items:
+        if item.id in failed:
+            yield failed[item.id], None
+        else:
+            yield writer.result(item, answered[item.id], each), answered[item.id]
+
+
+def _refused(echat: EChat, ask: Ask, error: ValueError, turns: int = 1) -> bool:
+    """Whether the error is that the checkpoint has not learnt what is asked, up to so many turns into a conversation, or not at this length."""
+    if isinstance(error, AudioError):
+        return error.reason == "too_long"
+    return any(echat.refusal(ask, past) == str(error) for past in range(turns))
 
 
 def _alone(echat: EChat, ask: Ask) -> Reply | ValueError:
@@ -186,7 +198,8 @@ def _conversations(
     """Each conversation turn after turn, in a session that remembers the system's own answers. Of one that was stopped in the middle the answered turns
     are asked again (the same seed gives the same answers), so that the next ones find them, and not written again.
 
-    A turn that fails (a checkpoint that takes no past turns refuses the second) fails those behind it, each with the reason.
+    A turn that fails (a checkpoint that takes no past turns refuses the second) fails those behind it, each with the reason; they are refused where
+    it was.
     """
     turns: dict[str, list[Item]] = {}
     for item in items:
@@ -198,9 +211,9 @@ def _conversations(
             some.pop()
         if not some:
             continue
-        session, broken = echat.session(), ""
+        session, broken, refused = echat.session(), "", False
         for place, item in enumerate(some, start=1):
-            began = time.perf_counter()
+            began, ask = time.perf_counter(), None
             try:
                 if broken or item.turn != place:
                     raise ValueError(broken or f"turn {place} of conversation {item.dialogue_id!r} is not among the items")
@@ -208,7 +221,8 @@ def _conversations(
                 reply = session.chat(**{field.name: getattr(ask, field.name) for field in fields(ask) if field.init})
             except ValueError as error:
                 broken = broken or f"turn {item.turn} of conversation {item.dialogue_id!r} was not answered: {error}"
-                result = writer.failed(item, error)
+                refused = refused or (ask is not None and _refused(echat, ask, error, place))
+                result = writer.failed(item, error, refused)
             else:
                 if item.id not in wanted:
                     continue
@@ -237,6 +251,7 @@ def _one_by_one(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], w
     """Streamed, with the times at which things came. The first item is asked once before, unrecorded: it pays for what is made on first use."""
     warm = False
     for item in items:
+        ask = None
         try:
             ask = ask_of(item, part, suite)
             if not warm:
@@ -244,7 +259,7 @@ def _one_by_one(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], w
                 warm = True
             reply, times = _timed(echat, ask)
         except ValueError as error:
-            yield writer.failed(item, error)
+            yield writer.failed(item, error, ask is not None and _refused(echat, ask, error))
             continue
         result = writer.result(item, reply, times["total"])
         result.timings |= times

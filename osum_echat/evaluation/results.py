@@ -22,7 +22,7 @@ FILE = "results.jsonl"
 
 @dataclass
 class Result:
-    """An answer. ``error`` instead of one when the system could not be asked.
+    """An answer. ``error`` instead of one when the system could not be asked, ``refused`` when it was the system that would not.
 
     Attributes:
         think: fields of the parsed think, ``raw`` among them; empty without one.
@@ -30,6 +30,7 @@ class Result:
         wav: its spoken reply, as an absolute path or relative to the results file.
         finish: why it ended: ``stop``, ``length`` (cut off), ``cancelled``.
         heard_emotion: the emotion in the spoken reply's audio, where a recogniser of emotion heard it.
+        refused: the error is that the system has not learnt what was asked, or not at this length.
     """
 
     id: str
@@ -46,11 +47,12 @@ class Result:
     seconds: float = 0.0
     heard_emotion: str | None = None
     error: str | None = None
+    refused: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {"suite": self.suite, "part": self.part, "id": self.id}
         if self.error is not None:
-            return out | {"error": self.error}
+            return out | {"error": self.error} | ({"refused": True} if self.refused else {})
         return out | {name: getattr(self, name) for name in _WRITTEN if getattr(self, name) not in (None, {}, [])}
 
 
@@ -93,10 +95,14 @@ def result_from(data: Mapping[str, Any], source: Path, line: int, suite: str = "
             raise ItemError(
                 "bad_field", f"field {name!r} must be {wanted}, found {values[name]!r:.60}", str(source), line, str(id)
             )
+    if not isinstance(values.get("refused", False), bool):
+        raise ItemError(
+            "bad_field", f"field 'refused' must be true or false, found {values['refused']!r:.60}", str(source), line, str(id)
+        )
     infinite = [name for name, value in {**values, **(values.get("timings") or {})}.items() if value in (math.inf, -math.inf)]
     if infinite:
         raise ItemError("bad_field", f"field {infinite[0]!r} is too large for a number", str(source), line, str(id))
-    kept = {name: values[name] for name in (*_WRITTEN, "error") if values.get(name) is not None}
+    kept = {name: values[name] for name in (*_WRITTEN, "error", "refused") if values.get(name) is not None}
     return Result(**{**kept, "id": str(id), "part": str(values.get("part") or ""), "suite": str(of), "think": dict(think)})
 
 

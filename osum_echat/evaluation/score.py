@@ -28,7 +28,12 @@ FILE = "scores.jsonl"
 
 @dataclass
 class Row:
-    """An item, its answer, and what was found. ``hole``: why there is no answer that counts; ``refusal``: why one without words counts (`Part.refusals_count`)."""
+    """An item, its answer, and what was found.
+
+    Attributes:
+        hole: why there is no answer that counts.
+        refusal: why one without words counts (`Part.count_refusals`).
+    """
 
     part: str
     item: Item
@@ -85,7 +90,7 @@ def join(
 def _row(name: str, item: Item, result: Result, part: Part) -> Row:
     if result.error is None:
         return Row(name, item, result)
-    if part.refusals_count:
+    if part.count_refusals and result.refused:
         return Row(
             name, item, dataclasses.replace(result, error=None), refusal=f"counts as an answer without words: {result.error}"
         )

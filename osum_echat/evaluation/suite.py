@@ -10,10 +10,10 @@ line (``normalizer=own``, ``parts.words.take=20``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from osum_echat import config as config_io
 from osum_echat.config import ConfigError
@@ -56,9 +56,11 @@ class Part:
         listen: the task by which the system then hears its own spoken reply (empathy: ``<EMOTION>``); its answer goes to the judge.
         same_as: results are those of another part, so that the question is put once and scored twice; only items of that part are taken.
         optional: the part is left out, with a sentence, when its data are not there.
-        refusals_count: what could not be asked (the checkpoint refuses the recording or the past turns) counts as an answer without words, so that a
-            refusal is never better than a wrong answer; else it is a hole.
+        count_refusals: what the checkpoint refuses (past turns, the length of a recording) counts as an answer without words, so that a
+            refusal is never better than a wrong answer; else it is a hole, as everything that could not be asked for another reason.
     """
+
+    RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"refusals_count": "count_refusals"}
 
     about: str = ""
     ask: dict[str, Any] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Part:
     listen: str = ""
     same_as: str = ""
     optional: bool = False
-    refusals_count: bool = False
+    count_refusals: bool = False
 
     def __post_init__(self) -> None:
         known = {"kind", "task", "prompt", "think", "speak", "interleaved", "temperature", "max_tokens"}
