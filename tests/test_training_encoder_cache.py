@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from osum_echat import config as config_io
+from osum_echat.config import ConfigError
 from osum_echat.model.config import EncoderConfig
 from osum_echat.model.encoder import AudioEncoder
 from osum_echat.model.encoder_cache import EncoderCache
 from osum_echat.model.encoder_masks import EncoderMasks
+from osum_echat.training.build import make_trainer
+from osum_echat.training.config import TrainConfig
 from tests import training_case
 
 CONFIG = EncoderConfig(mels=8, dim=16, heads=2, ffn=32, layers=2, max_positions=64, dropout=0.0)
@@ -48,6 +52,16 @@ def test_only_new_recordings_are_encoded(tmp_path: Path):
     assert (cache.found, cache.missed) == (2, 3)
     alone, _ = own(recordings()[2:, :33], LENGTHS[2:], (2,))
     torch.testing.assert_close(found[0][2, :17], alone[0][0], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("section", ["data", "validation"])
+def test_features_of_the_device_are_refused(tmp_path: Path, section: str):
+    config = training_case.base_config(tmp_path / "out", encoder_cache=str(tmp_path / "cache"), lr={"encoder": 0.0})
+    made = config_io.from_dict(TrainConfig, config | {"data": {}, "validation": {}} | {section: {"features": "device"}})
+    if section == "data":
+        made.validation.features = "auto"  # it takes over what data says
+    with pytest.raises(ConfigError, match=f"{section}.features: auto"):
+        make_trainer(made, training_case.tiny_model(), None, training_case.ListLoader([[0]]))
 
 
 def test_features_in_bfloat16_are_cached_too(tmp_path: Path):

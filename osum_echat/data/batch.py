@@ -9,11 +9,12 @@ Shapes: N recordings of the batch, T frames (of `feats_NTF`) or positions (of `r
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from osum_echat import device as devices
 from osum_echat.data.sound import Sound, Sounds
 from osum_echat.dialogue.layout import IGNORE, Row
 from osum_echat.dialogue.packing import PackedRows, pack
@@ -125,13 +126,15 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``, where log-mels are computed that have not been yet."""
-        lengths_N = self.feats_lengths_N.to(device, non_blocking=True)
-        if self.sounds is None:
-            feats_NTF = self.feats_NTF.to(device, non_blocking=True)
-        else:
-            feats_NTF = self.sounds.features(lengths_N, device)
-        tensors = {"feats_NTF": feats_NTF, "feats_lengths_N": lengths_N, "sample_N": self.sample_N.to(device, non_blocking=True)}
-        return Batch(**{**vars(self), **tensors, "sounds": None, "rows": self.rows.to(device)})
+        batch = self.with_features(device)
+        return replace(batch, sample_N=self.sample_N.to(device, non_blocking=True), rows=self.rows.to(device))
+
+    def with_features(self, device: torch.device) -> Batch:
+        """The same batch with its log-mels and their lengths on ``device``, where those are computed that have not been yet."""
+        lengths_N = devices.send(self.feats_lengths_N, device)
+        sounds = self.sounds
+        feats_NTF = devices.send(self.feats_NTF, device) if sounds is None else sounds.features(lengths_N, device)
+        return replace(self, feats_NTF=feats_NTF, feats_lengths_N=lengths_N, sounds=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (used by torch's DataLoader when ``pin_memory`` is on)."""

@@ -142,10 +142,12 @@ def _add_encoder_cache(model: EChatModel, config: TrainConfig) -> None:
         return
     if any(parameter.requires_grad for parameter in model.encoder.parameters()):
         raise ConfigError("encoder_cache is for a frozen encoder; set lr.encoder: 0.0, or leave encoder_cache out")
-    if config.data.features == "device":
-        raise ConfigError(
-            "encoder_cache finds its entries by features that workers compute; set data.features: auto, or leave encoder_cache out"
-        )
+    for section, data in (("data", config.data), ("validation", config.validation)):
+        if data is not None and data.features == "device":
+            raise ConfigError(
+                f"encoder_cache finds its entries by features that workers compute; set {section}.features: auto, "
+                "or leave encoder_cache out"
+            )
     model.encoder_cache = EncoderCache(config.encoder_cache, model.encoder, model.config.encoder_layers)
 
 

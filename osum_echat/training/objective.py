@@ -10,7 +10,6 @@ D samples, N recordings, M targets, B rows, T positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,11 +106,8 @@ class Objective(nn.Module):
             tags = recording_tags(batch, self.model.config.adapter.tags)
             counts |= {f"tag.{name}": float((labels != IGNORE).sum()) for name, labels in tags.items()}
             tags = {name: devices.send(labels, device) for name, labels in tags.items()}
-        lengths_N = devices.send(batch.feats_lengths_N, device)
-        sounds = batch.sounds
-        feats_NTF = devices.send(batch.feats_NTF, device) if sounds is None else sounds.features(lengths_N, device)
-        sent: dict[str, Any] = {"feats_NTF": feats_NTF, "feats_lengths_N": lengths_N, "sounds": None}
-        return MicroBatch(replace(batch, **sent), plan.to(device), devices.send(weights_D, device), transcripts, tags, counts)
+        weights_D = devices.send(weights_D, device)
+        return MicroBatch(batch.with_features(device), plan.to(device), weights_D, transcripts, tags, counts)
 
     def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts of the step."""

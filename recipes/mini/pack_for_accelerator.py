@@ -4,18 +4,20 @@
     python tools/pack_tree.py tree.tar.gz --add packed          # then, on the other machine, in the tree:
     python -m recipes.mini.pack_for_accelerator --train packed --steps 2000 --out out/longest device=auto
 
-A training list becomes batches as the loader makes them (one epoch, augmentation included, or several), stored shard by shard: ids as they are, log-mels in 8 bits a
-recording (scale and offset each; the error is a 255th of its range, 0.004 of the features' unit, below what spec-augment changes). A shard that is there is
-not written again. ``--train`` runs the ordinary loop on them, and resumes as it does.
+A training list becomes batches as the loader makes them (one epoch, augmentation included, or several), stored shard by
+shard: ids as they are, log-mels in 8 bits a recording (scale and offset each; the error is at most half a 255th of its
+range, 0.004 of the features' unit, below what spec-augment changes). A shard that is there is not written again; a folder
+of another config or another list is refused. ``--train`` runs the ordinary loop on them, and resumes as it does.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -67,33 +69,51 @@ def batch_of(tensors: dict[str, Tensor], samples: list[dict[str, Any]]) -> Batch
     return Batch(PackedRows(**rows), *restored(tensors), infos, tensors["sample"].long())
 
 
-def pack(batches: Iterator[Batch], out: Path, hours: float) -> int:
-    """Write shards until ``hours`` of sound are packed or nothing is left; one that is there is not written again. Shards in all."""
+def pack(batches: Iterator[Batch], out: Path, hours: float, made_of: str) -> int:
+    """Write shards until ``hours`` of sound are packed or nothing is left; one that is there is not written again. Shards in all.
+
+    Args:
+        made_of: the fingerprint of what the batches come from.
+
+    Raises:
+        ValueError: the folder holds shards of something else.
+    """
+    index = json.loads((out / _INDEX).read_text(encoding="utf-8")) if (out / _INDEX).is_file() else {}
+    if index.get("made_of") != made_of and (index or any(out.glob("shard_*.safetensors"))):
+        raise ValueError(f"{out} holds shards of another config or another list: give another --out, or remove it")
+    _write_index(out, {**index, "made_of": made_of})
     frames, number = 0, 0
     while frames < hours * FRAMES_PER_HOUR:
         group = [batch for _, batch in zip(range(BATCHES_PER_SHARD), batches, strict=False)]
         if not group:
             break
         frames += sum(int(batch.feats_lengths_N.sum()) for batch in group)
-        file = out / f"shard_{number:04d}.safetensors"
+        file = _shard(out, number)
         if not file.is_file():
             tensors = {f"{i}/{name}": t.contiguous() for i, b in enumerate(group) for name, t in tensors_of(b).items()}
             facts = {"samples": json.dumps([[asdict(s) for s in b.samples] for b in group], ensure_ascii=False)}
             write_atomically(file, lambda path, t=tensors, f=facts: save_file(t, path, f))
         number += 1
-    write_atomically(
-        out / _INDEX, lambda path: path.write_text(json.dumps({"shards": number, "frames": frames}), encoding="utf-8")
-    )
+    _write_index(out, {"shards": number, "frames": frames, "made_of": made_of})
     return number
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"shard_{number:04d}.safetensors"
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    write_atomically(folder / _INDEX, lambda path: path.write_text(json.dumps(index), encoding="utf-8"))
 
 
 class PackedLoader:
     """Batches of a packed folder, another order of shards each epoch; a `training.loop.Loader`."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / _INDEX).is_file():
-            raise ValueError(f"{folder} holds no {_INDEX}: packing has not ended; start it again with the same command")
-        self._files = sorted(folder.glob("shard_*.safetensors"))
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8")) if (folder / _INDEX).is_file() else {}
+        if "shards" not in index:
+            raise ValueError(f"{folder} holds no whole {_INDEX}: packing has not ended; start it again with the same command")
+        self._files = [_shard(folder, number) for number in range(index["shards"])]
         self._epoch = self._done = 0
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,17 +154,32 @@ def make(config_file: Path, overrides: list[str], out: Path, hours: float) -> in
     from osum_echat.training.weights import load_start
 
     config = config_io.load(TrainConfig, config_file, overrides)
+    config = replace(config, data=replace(config.data, features="torch"))  # here, and the same whatever is installed
     model, tokenizer = load_start(config)
     loader = build_loader(config.data, tokenizer, model.vocabulary, model.config.dialect, model.config.encoder.mels)
     out.mkdir(parents=True, exist_ok=True)
-    without_lists = replace(config, data=replace(config.data, streams={}), validation=None, encoder_cache=None)
-    (out / "config.yaml").write_text(config_io.to_yaml(without_lists), encoding="utf-8")
 
     def epochs() -> Iterator[Batch]:
         while True:
             yield from loader
 
-    return pack(epochs(), out, hours)
+    settings = [config.data, model.vocabulary, model.config.dialect, model.config.encoder]
+    lists = [source.name for stream in loader.streams for source in stream.sources]
+    shards = pack(epochs(), out, hours, fingerprint(settings, lists))
+    without_lists = replace(config, data=replace(config.data, streams={}), validation=None, encoder_cache=None)
+    (out / "config.yaml").write_text(config_io.to_yaml(without_lists), encoding="utf-8")
+    return shards
+
+
+def fingerprint(settings: Sequence[Any], lists: Sequence[str]) -> str:
+    """Of the config sections that batches depend on, and of the files of all lists."""
+    digest = hashlib.sha256("".join(config_io.to_yaml(section) for section in settings).encode())
+    for name in lists:
+        digest.update(name.encode())
+        with open(name, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def train(folder: Path, overrides: list[str], out: Path, steps: int) -> int:
