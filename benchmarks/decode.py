@@ -27,15 +27,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
-from clock import add_device, cpu_or_wall, device_of, now, seconds
+from common import NoText, add_device, commit, cpu_or_wall, device_of, now, seconds
 from torch import nn
 
 from osum_echat import device as devices
@@ -79,16 +78,6 @@ _WIDE = _SHAPE | {"hidden_size": 2048, "intermediate_size": 11008, "num_attentio
 
 
 Clock = Callable[[], float]
-
-
-class NoText:
-    """Stands for the tokenizer: turning ids into text is not what is measured."""
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return []
-
-    def decode(self, ids: list[int], **kwargs: object) -> str:
-        return ""
 
 
 def random_model(layers: int, dtype: torch.dtype, shape: dict[str, Any] = _SHAPE) -> EChatModel:
@@ -320,16 +309,13 @@ def summary(found: dict[str, list[Any]], facts: dict[str, Any]) -> dict[str, Any
 
 def about() -> dict[str, Any]:
     """Date, commit, hardware, versions."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     import transformers
 
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "cpu": name,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

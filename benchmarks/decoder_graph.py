@@ -14,7 +14,7 @@ import json
 import time
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
 from decode import _WIDE, about, random_model
 from torch import Tensor

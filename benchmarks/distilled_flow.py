@@ -26,9 +26,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import numpy as np
 import torch
-from clock import add_device, cpu_or_wall, device_of
+from common import add_device, cpu_or_wall, device_of
 from token2wav import hardware
 from torch import Tensor
 

@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from clock import add_device, device_of, now
+from common import add_device, device_of, now
 from torch import nn
 
 from osum_echat import config as config_io

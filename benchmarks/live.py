@@ -21,21 +21,17 @@ import base64
 import json
 import os
 import re
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import numpy as np
-import sentences  # noqa: F401 - first: it says what is missing
 import soxr
+from common import serving
 from websockets.asyncio.client import connect
 
 from osum_echat.audio.io import to_mono_16k
@@ -43,26 +39,6 @@ from osum_echat.audio.io import to_mono_16k
 ROOT = Path(__file__).resolve().parents[1]
 SPEECH = ROOT / "assets" / "demo" / "1_adult_male_happy.ogg"
 PIECE = 2400  # samples: 100 ms
-
-
-@contextmanager
-def serving(threads: int) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "osum_echat.cli", "serve", "--port", str(port), "--device", "cpu", "--threads", str(threads)]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).read()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=60)
 
 
 def appends(samples: np.ndarray) -> list[str]:

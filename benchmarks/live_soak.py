@@ -27,9 +27,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import psutil
 import soxr
-from live import SPEECH, appends, serving
+from common import serving
+from live import SPEECH, appends
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 

@@ -26,8 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
+from common import commit
 
 from osum_echat.config import to_yaml
 from osum_echat.model import checkpoint as model_io
@@ -149,14 +150,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def about() -> dict[str, Any]:
     """Date, commit and hardware."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     model = next(
         (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "hardware": f"{model}, {os.cpu_count()} cores, {memory:.0f} GB",
         "torch": torch.__version__,
     }

@@ -21,13 +21,12 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -35,7 +34,7 @@ import numpy as np
 import psutil
 import soundfile
 import torch
-from clock import add_device, device_of, now
+from common import add_device, commit, device_of, now
 
 from osum_echat.audio import augment
 from osum_echat.audio.features import LogMel, has_native
@@ -253,20 +252,13 @@ def main() -> None:
     result["shard_to_webdataset_same_code"] = result["webdataset_same_code_cpu_ms"] / result["shard_cpu_ms"]
     result["shard_to_webdataset_wall"] = result["shard_utt_per_s"] / result["webdataset_utt_per_s"]
     result["shard_to_reference"] = result["shard_utt_per_s"] / REFERENCE_PER_SECOND
-    result |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "commit": _commit()}
+    result |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__, "commit": commit()}
     result = {k: round(v, 3) if isinstance(v, float) else v for k, v in result.items()}
     if args.json:
         print(json.dumps(result))
         return
     for name, value in result.items():
         print(f"{name:22} {value}")
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
+from common import NoText, now, seconds
 from torch import nn
 
 from osum_echat import config as config_io
@@ -75,14 +76,7 @@ class Place:
     def seconds(self, run: Callable[[], Any], repeats: int = 3) -> float:
         """Of the fastest of ``repeats`` calls, after one to warm up."""
         run()
-        found = []
-        for _ in range(1 if self.tiny else repeats):
-            devices.synchronize(self.device)
-            began = time.perf_counter()
-            run()
-            devices.synchronize(self.device)
-            found.append(time.perf_counter() - began)
-        return min(found)
+        return min(seconds(run, lambda: now(self.device)) for _ in range(1 if self.tiny else repeats))
 
 
 # ---- models --------------------------------------------------------------------------------------------------------------------------
@@ -119,16 +113,6 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
                 placed[id(param)] = nn.Parameter(value)
             module._parameters[name] = placed[id(param)]
     return model.to(device)
-
-
-class NoText:
-    """Stands for the tokenizer: turning ids into text is not what is measured."""
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        return []
-
-    def decode(self, ids: list[int], **kwargs: object) -> str:
-        return ""
 
 
 def requests(batch: int, new: int, text_size: int) -> list[Request]:

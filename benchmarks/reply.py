@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
+
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERER = """
 import json, sys, time

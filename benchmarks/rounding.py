@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -28,6 +28,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = sorted((ROOT / "assets" / "demo").glob("*.ogg"))
 ENGINES = ("local", "ray", "vllm")

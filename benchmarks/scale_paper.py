@@ -15,6 +15,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -17,6 +17,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
 
 from osum_echat.device.waits import Cost, Waits, a_step

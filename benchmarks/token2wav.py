@@ -25,17 +25,16 @@ import argparse
 import datetime
 import json
 import platform
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 import token2wav_baseline as baseline
 import torch
-from clock import add_device, cpu_or_wall, device_of, now
-from clock import seconds as time_of
+from common import add_device, commit, cpu_or_wall, device_of, now
+from common import seconds as time_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -239,12 +238,9 @@ def measure_stream(model: Token2Wav, config: StreamConfig, steps: int, chunks: i
 def hardware() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "cpu": cpu,
         "cores": torch.multiprocessing.cpu_count(),
         "memory_gib": round(devices.total_memory(CPU) / 2**30, 1),

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import missing_package  # noqa: F401 - first: it says what is missing
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

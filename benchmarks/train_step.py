@@ -30,21 +30,20 @@ import multiprocessing
 import os
 import platform
 import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sentences  # noqa: F401 - first: it says what is missing
+import missing_package  # noqa: F401 - first: it says what is missing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from clock import add_device, cpu_or_wall, device_of
+from common import add_device, commit, cpu_or_wall, device_of
 from padded_baseline import Sample, loss_sum, micro_batches, padded_positions
 
 from osum_echat import device as devices
@@ -302,13 +301,6 @@ def both_sides(
             "padded_memory_mb": padded["memory"] / 2**20,
         }
     return out
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return done.stdout.strip() or "unknown"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,13 +19,14 @@ from osum_echat.config import ConfigError
 from osum_echat.evaluation import judge as judging
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.judge import Budget, Judge, JudgeError, NoScore, load_prompt, read_score
+from osum_echat.evaluation.judge.rule_judge import Server, by_rule
 from osum_echat.evaluation.report import Report
 from osum_echat.evaluation.results import Lines
 from osum_echat.evaluation.run import Plan, run_suite
 from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.evaluation.summary import find
 from tests.evaluation_case import item, result, write_list, write_wav
-from tests.judge_server import Server, by_rule, recorded
+from tests.judge_server import recorded
 
 
 def quick(url: str, **options: Any) -> Judge:

@@ -1,13 +1,13 @@
 """Every suite of the evaluation on a small checkpoint, at small size: reports to look at, and processor seconds an answer.
 
-    python benchmarks/evaluation.py --out benchmarks/results/2026-11-28-evaluation --work out/evaluation-small [--only latency]
-    python benchmarks/evaluation.py ... --only live --live-priority 5
+    python -m recipes.mini.evaluation.small --out benchmarks/results/2026-11-28-evaluation --work out/evaluation-small [--only latency]
+    python -m recipes.mini.evaluation.small ... --only live --live-priority 5
 
 Data: mini's held-out sets and the demo's recordings. Speech is asked twice: in the model's own voice, and in the voices of the demo's recordings by a
 ``meta.lst`` of SEED-TTS-eval's form. Conversations of two turns are said by the demo's recordings, in the columns of VoiceBench's mtbench. ``live`` starts
 ``osum-echat serve`` and plays recordings to it with ``osum-echat duplex``'s client; the server's own metric of each answer stands beside the client's.
 
-The judge of dialogue, mtbench and empathy is the rule-based stand-in of ``tests/judge_server.py`` (its scores show the form of a report and say nothing about
+The judge of dialogue, mtbench and empathy is the rule-based stand-in `osum_echat.evaluation.judge.rule_judge` (its scores show the form of a report and say nothing about
 the model), unless ``--judge URL`` names one. A run that was stopped goes on; what is finished in ``--work`` is not done again.
 """
 
@@ -20,38 +20,33 @@ import json
 import platform
 import re
 import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentences  # noqa: F401 - first: it says what is missing
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.common import commit, serving
+from osum_echat.audio import io as audio_io
+from osum_echat.audio.resample import resample
+from osum_echat.evaluation.claim import fingerprint
+from osum_echat.evaluation.duplex.client import RATE, Settings
+from osum_echat.evaluation.duplex.run import play_all
+from osum_echat.evaluation.judge import Judge
+from osum_echat.evaluation.judge.rule_judge import Server
+from osum_echat.evaluation.results import FILE, Lines
+from osum_echat.evaluation.run import Plan, run_suite
+from osum_echat.evaluation.suite import load_suite
+from osum_echat.pipeline import EChat
+from recipes.mini.evaluation import SUITE as MINI_SUITE
+from recipes.mini.evaluation.__main__ import with_people
 
-from osum_echat.audio import io as audio_io  # noqa: E402
-from osum_echat.audio.resample import resample  # noqa: E402
-from osum_echat.evaluation.claim import fingerprint  # noqa: E402
-from osum_echat.evaluation.duplex.client import RATE, Settings  # noqa: E402
-from osum_echat.evaluation.duplex.run import play_all  # noqa: E402
-from osum_echat.evaluation.judge import Judge  # noqa: E402
-from osum_echat.evaluation.results import FILE, Lines  # noqa: E402
-from osum_echat.evaluation.run import Plan, run_suite  # noqa: E402
-from osum_echat.evaluation.suite import load_suite  # noqa: E402
-from osum_echat.pipeline import EChat  # noqa: E402
-from recipes.mini.evaluation import SUITE as MINI_SUITE  # noqa: E402
-from recipes.mini.evaluation.__main__ import with_people  # noqa: E402
-from tests.judge_server import Server  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[3]
 SETS, DEMO = ROOT / "assets/evaluation", ROOT / "assets/demo"
 SENTENCES = (
     "I am so glad to hear that.",
@@ -128,7 +123,7 @@ def finish(name: str, report: Any, work: Path, out: Path, began: float, before: 
     for pattern in KEPT:
         for kept in work.glob(pattern):
             shutil.copy(kept, target / kept.name)
-    made = sum(1 for row in Lines(work / FILE).rows() if "error" not in row) - before
+    made = answered(work) - before
     seconds = (time.process_time() - began) / made if made > 0 else None
     numbers = {key: round(number.value, 2) for key, number in report.headline.items()}
     refused = sorted({re.sub(r"\d+", "N", row.hole) for row in report.rows if row.hole})
@@ -206,40 +201,10 @@ class Metric:
         self._sum, self._count = found["sum"], found["count"]
 
 
-@contextlib.contextmanager
-def serving(checkpoint: str, priority: int | None, log: Path) -> Iterator[str]:
-    """``osum-echat serve`` on a free port, as ``host:port``; at real-time priority (``chrt``), where one is given."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "osum_echat.cli", "serve", "--checkpoint", checkpoint, "--port", str(port), "--threads", "1"]
-    command = [*(["chrt", "-r", str(priority)] if priority else []), *command]
-    with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT)
-        try:
-            deadline = time.monotonic() + 240
-            while not _answers(f"http://127.0.0.1:{port}/health"):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"the server did not start, see {log}")
-                time.sleep(0.5)
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
 def live(name: str, args: argparse.Namespace, work: Path) -> Row:
     """Conversations with the live server, and the delay of each answer by the server and by the client."""
     source, pairs = live_recordings(work / "in"), list[tuple[str, float, float]]()
-    with serving(args.checkpoint, args.live_priority, work / "serve.log") as place:
+    with serving(1, "--checkpoint", args.checkpoint, priority=args.live_priority, log=work / "serve.log") as place:
         settings = Settings(f"ws://{place}/v1/realtime")
         list(play_all(settings, source, work / "warm", limit=1))  # what is made on first use
         shutil.rmtree(work / "warm")
@@ -268,9 +233,6 @@ def _load() -> str:
 
 
 def head(args: argparse.Namespace) -> list[str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
     cpu = (
         next(iter(re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())), "")
         if Path("/proc/cpuinfo").exists()
@@ -281,11 +243,11 @@ def head(args: argparse.Namespace) -> list[str]:
     return [
         f"# Suites on {args.name}, small size",
         "",
-        f"{about} `python benchmarks/evaluation.py --limit {args.limit}`",
+        f"{about} `python -m recipes.mini.evaluation.small --limit {args.limit}`",
         "",
         *what,
         f"Checkpoint: {fingerprint(Path(args.checkpoint))}. {cpu or platform.machine()}, one thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}, "
-        f"commit {commit}. Seconds an answer are processor seconds (generation, scoring, report), so other work on the machine does not count; waiting times are by the clock.",
+        f"commit {commit()}. Seconds an answer are processor seconds (generation, scoring, report), so other work on the machine does not count; waiting times are by the clock.",
         "",
     ]  # fmt: skip
 
