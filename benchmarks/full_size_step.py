@@ -11,6 +11,7 @@ drawn once and repeated, because drawing 3.5 billion takes longer than the step.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import os
@@ -104,6 +105,56 @@ class OneBatch:
         assert not state, state
 
 
+def build(layers: int | None, lora: bool, device: torch.device) -> EChatModel:
+    """The published model, or one with fewer LLM layers, with LoRA on the LLM if wanted, on the device."""
+    fewer = [f"llm.config.num_hidden_layers={layers}"] if layers else []
+    model = made_up(load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true", *fewer]))
+    if lora:
+        from osum_echat.model.lora import add_lora
+
+        add_lora(model.lm.llm, LoraConfig())
+    return model.to(device)
+
+
+def step(model: EChatModel, device: torch.device, threads: int) -> dict[str, Any]:
+    """One step of the trainer's engine: its loss and gradients, seconds of its parts, how many trained numbers it moved."""
+    with tempfile.TemporaryDirectory() as out:
+        plain = {
+            "stage": "understanding",
+            "out": out,
+            "device": str(device),
+            "precision": "bf16",
+            "accumulation": 1,
+            "max_steps": 1,
+            "max_epochs": None,
+            "threads": threads,
+            "lr": {"encoder": 0.0},
+            "safety": {"try_largest_batch": False, "watchdog_seconds": 0.0},
+        }
+        train = config_io.from_dict(TrainConfig, plain, where="this benchmark")
+        trainer = make_trainer(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        micro = trainer.objective.prepare(trainer.run.loader.batch, device)  # type: ignore[attr-defined]
+        times = [now(device)]
+        outcome = trainer.engine.forward(micro, micro.counts)
+        times.append(now(device))
+        trainer.engine.backward(outcome.loss, last=True)
+        times.append(now(device))
+        result = trainer.engine.step(1.0)
+        times.append(now(device))
+    # A rate of 1e-6 moves every float32 master, but few of the bfloat16 weights rounded from them.
+    masters = {name: master for name, _, master in trainer.engine.optimizer.pairs}  # type: ignore[attr-defined]
+    spans = [round(end - begin, 1) for begin, end in itertools.pairwise(times)]
+    return {
+        "trained": sum(b.numel() for b in before.values()),
+        "moved": sum(int((masters[f"model.{n}"] != b.float()).sum()) for n, b in before.items()),
+        "updated": result.updated,
+        "loss": float(outcome.loss.detach()),
+        "grad_norm": result.grad_norm,
+        "seconds": dict(zip(("forward", "backward", "update"), spans, strict=True)),
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", action="store_true", help="train LoRA on the LLM beside the adapter")
@@ -116,68 +167,27 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(args.threads)
     began = now(device)
-    fewer = [f"llm.config.num_hidden_layers={args.layers}"] if args.layers else []
-    config = load_config(ROOT / "conf/ct_config.yaml", ["activation_checkpointing=true", *fewer])
-    if args.lora:
-        from osum_echat.model.lora import add_lora
-
-    model = made_up(config)
-    if args.lora:
-        add_lora(model.lm.llm, LoraConfig())
-    model.to(device)
-    built = now(device) - began
-    weights = devices.memory_allocated(device)
-    with tempfile.TemporaryDirectory() as out:
-        plain = {
-            "stage": "understanding",
-            "out": out,
-            "device": str(device),
-            "precision": "bf16",
-            "accumulation": 1,
-            "max_steps": 1,
-            "max_epochs": None,
-            "threads": args.threads,
-            "lr": {"encoder": 0.0},
-            "safety": {"try_largest_batch": False, "watchdog_seconds": 0.0},
-        }
-        train = config_io.from_dict(TrainConfig, plain, where="this benchmark")
-        trainer = make_trainer(train, model, None, OneBatch(sample(model)), bar=False)  # type: ignore[arg-type]
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        micro = trainer.objective.prepare(trainer.run.loader.batch, device)  # type: ignore[attr-defined]
-        began = now(device)
-        outcome = trainer.engine.forward(micro, micro.counts)
-        forward = now(device) - began
-        began = now(device)
-        trainer.engine.backward(outcome.loss, last=True)
-        backward = now(device) - began
-        began = now(device)
-        result = trainer.engine.step(1.0)
-        update = now(device) - began
-    # A rate of 1e-6 moves every float32 master, but few of the bfloat16 weights rounded from them.
-    masters = {name: master for name, _, master in trainer.engine.optimizer.pairs}  # type: ignore[attr-defined]
-    moved = sum(int((masters[f"model.{n}"] != b.float()).sum()) for n, b in before.items())
+    model = build(args.layers, args.lora, device)
+    built, weights = now(device) - began, devices.memory_allocated(device)
+    done = step(model, device, args.threads)
     found = {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trained": sum(b.numel() for b in before.values()),
-        "moved": moved,
-        "loss": float(outcome.loss.detach()),
-        "grad_norm": result.grad_norm,
-        "seconds": {
-            "build": round(built, 1),
-            "forward": round(forward, 1),
-            "backward": round(backward, 1),
-            "update": round(update, 1),
-        },
+        **done,
+        "seconds": {"build": round(built, 1), **done["seconds"]},
         "memory_gb": {"weights": round(weights / GB, 2), "peak": round(devices.peak_memory(device) / GB, 2)},
         "threads": args.threads,
         "machine": platform.platform(),
         "device": devices.describe(device),
     }
+    report(found, args.json)
+    return 0 if done["moved"] and done["updated"] else 1
+
+
+def report(found: dict[str, Any], as_json: bool) -> None:
     for key, value in found.items():
         print(f"{key:<12}{value}")
-    if args.json:
+    if as_json:
         print(json.dumps(found))
-    return 0 if moved and result.updated else 1
 
 
 if __name__ == "__main__":
