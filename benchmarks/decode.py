@@ -86,9 +86,8 @@ def random_model(layers: int, dtype: torch.dtype, shape: dict[str, Any] = _SHAPE
         encoder=EncoderConfig(dim=64, heads=2, ffn=64, layers=1),
         adapter=AdapterConfig(dim=64, heads=2, ffn=64, layers=1),
         llm=LlmConfig(config={**shape, "num_hidden_layers": layers}),
-        vocabulary=Vocabulary(
-            text_size=shape["vocab_size"], eos_id=shape["vocab_size"] - 1, unknown_id=None
-        ),  # an id that this model does not choose
+        # The end has an id that this model does not choose.
+        vocabulary=Vocabulary(text_size=shape["vocab_size"], eos_id=shape["vocab_size"] - 1, unknown_id=None),
     )
     model = build_meta(config)
     generator = torch.Generator().manual_seed(0)

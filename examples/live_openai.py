@@ -15,9 +15,8 @@ async def main(wav: str, out: str) -> None:
     pcm = (soxr.resample(samples, rate, 24000) * 32767).astype("<i2").tobytes()
     client, sound = AsyncOpenAI(api_key="any", base_url="http://127.0.0.1:8000/v1"), b""
     async with client.realtime.connect(model="osum-echat") as connection:
-        await connection.input_audio_buffer.append(
-            audio=base64.b64encode(pcm + bytes(48000)).decode()
-        )  # 1 s of silence ends the turn
+        # 1 s of silence ends the turn.
+        await connection.input_audio_buffer.append(audio=base64.b64encode(pcm + bytes(48000)).decode())
         async for event in connection:
             if event.type == "conversation.item.input_audio_transcription.completed":
                 print("heard:   ", event.transcript)

@@ -23,9 +23,8 @@ PATIENT = {  # Ray's own limits are for machines that do nothing else
 def patiently(start: Callable[[], T], tries: int = 6) -> T:
     """What ``start`` starts. Ray gives a node 30 s to come up, which a busy machine may not have: then it is started again."""
     os.environ.update(PATIENT)
-    (Path.home() / "ray_bootstrap_config.yaml").write_text(
-        "provider: {type: local}\n"
-    )  # else Ray asks the network in which cloud it is
+    # Else Ray asks the network in which cloud it is.
+    (Path.home() / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
     for _ in range(tries - 1):
         try:
             return start()

@@ -154,9 +154,8 @@ def test_a_person_is_heard_at_the_speed_of_life():
     sound = spoken((0.5, True), (0.5, False))
     server = Server(silence=99.0)
     recording = held(server, sound, patience=0.5, tail=0.2)
-    assert recording.times("input_audio_buffer.speech_started") == [
-        pytest.approx(0.02, abs=EXACT)
-    ]  # the first chunk has been spoken
+    # The first chunk has been spoken.
+    assert recording.times("input_audio_buffer.speech_started") == [pytest.approx(0.02, abs=EXACT)]
     assert recording.seconds == pytest.approx(1.5, abs=0.02 + EXACT) and not recording.timeline.stretches  # patience is over
 
 
@@ -220,9 +219,8 @@ def test_the_command_writes_files_in_step_and_a_report(
     assert len(server.headers) == 2
     values = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert values["scored"] == 2 and values["holes"] == 1 and values["answered"] == 100 and values["rejected"] == 0
-    assert values["delay"] == pytest.approx(
-        0.4, abs=0.03
-    )  # 0.3 s of silence and the latency; where speech ends is heard in frames of 20 ms
+    # 0.3 s of silence and the latency; where speech ends is heard in frames of 20 ms.
+    assert values["delay"] == pytest.approx(0.4, abs=0.03)
     heard, said = (soundfile.info(str(out / "one" / name)) for name in ("output.wav", "input.wav"))
     assert heard.frames == said.frames and heard.samplerate == 24000
     events = [json.loads(line) for line in (out / "one" / "events.jsonl").read_text().splitlines()]

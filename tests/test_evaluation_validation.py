@@ -84,9 +84,8 @@ def test_hearing_counts_words_tags_and_thinks_on_lists_of_any_form(form, tmp_pat
     assert values == pytest.approx(
         {"think_wer": 25, "gender": 100, "age": 0, "emotion": 100, "event": 100, "think_parsed": 0, "wer": 25}
     )
-    assert [ask.kind for ask in parrot.asked] == ["chat"] * 3 + [
-        "understand"
-    ] * 3  # natural thinks and texts to say are not asked
+    # Natural thinks and texts to say are not asked.
+    assert [ask.kind for ask in parrot.asked] == ["chat"] * 3 + ["understand"] * 3
 
 
 def test_only_so_many_items_of_each_task_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

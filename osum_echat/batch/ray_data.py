@@ -160,9 +160,8 @@ class RayEngine:
         pool = ActorPoolStrategy(size=min(placement.workers, len(todo)), max_tasks_in_flight_per_actor=1 if alone else 2)
         packed = [{"block": pickle.dumps(list(block))} for block in todo]
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # Ray 2.64 will take restarts and retries of actors in another place; pyproject.toml stays below it
+            # Ray 2.64 will take restarts and retries of actors in another place; pyproject.toml stays below it.
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 results = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
                     RayWorker,

@@ -86,9 +86,8 @@ class Resolver:
         self.list_path = list_path
         here = folder(list_path)
         self._here = "" if here == "." else here
-        self._remote = is_url(
-            list_path
-        )  # each look at a remote folder costs a round trip, so what held for one name is not asked again
+        # Each look at a remote folder costs a round trip, so what held for one name is not asked again.
+        self._remote = is_url(list_path)
         self._all_here = False
         self._rewrites: list[tuple[str, str]] = []  # (prefix as written, prefix that exists)
 

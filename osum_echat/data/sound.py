@@ -70,9 +70,8 @@ class Sound:
             loudest = float(np.abs(samples).max())
             scale = max(loudest, 1e-12) / (_STEPS - 1)
             pcm = np.rint(samples * np.float32(1.0 / scale))
-        with np.errstate(
-            invalid="ignore"
-        ):  # of samples that are not finite the scale is not either, and the step that meets them names them
+        # Of samples that are not finite the scale is not either, and the step that meets them names them.
+        with np.errstate(invalid="ignore"):
             reflected = np.pad(pcm.astype(np.int16), REACH, mode="reflect")
         return cls(torch.from_numpy(reflected), scale, num_frames(len(samples)), source_T, hidden_F)
 

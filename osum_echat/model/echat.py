@@ -243,9 +243,8 @@ class EChatModel(nn.Module):
             plan: `plan` of the batch, on the model's device; without one it is made here, which reads rows and lengths to the host.
         """
         plan = plan if plan is not None else self.plan(rows, _frames(lengths_N, encoded, audio)).to(self.device)
-        device = (
-            plan.rows.ids_P.device
-        )  # not asked of a weight, which ZeRO-3 would gather for it: on the ranks alone that come by here
+        # Not asked of a weight, which ZeRO-3 would gather for it: on the ranks alone that come by here.
+        device = plan.rows.ids_P.device
         touched: list[Tensor] = []
         if audio is None and encoded is not None:
             audio = self.adapt(*encoded, plan.recordings.adapter if plan.recordings is not None else None)

@@ -194,9 +194,8 @@ class Vocoder(nn.Module):
             rate *= up
             blocks = [self.source_resblocks[stage], *list(self.resblocks)[stage * kinds : (stage + 1) * kinds]]
             reach += max(block.reach() for block in blocks) / rate  # type: ignore[operator]
-        return math.ceil(reach + 3.0 / rate) + math.ceil(
-            config.istft_n_fft / MEL_HOP
-        )  # conv_post; half a window for each of two STFTs
+        # conv_post; half a window for each of two STFTs
+        return math.ceil(reach + 3.0 / rate) + math.ceil(config.istft_n_fft / MEL_HOP)
 
     def f0(self, mel_BMT: Tensor) -> Tensor:
         """Fundamental frequency in Hz per frame, [B, T]."""

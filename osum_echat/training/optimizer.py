@@ -79,9 +79,8 @@ class Optimizer:
         Returns:
             Norm of all gradients before clipping, on the device. When it is not finite nothing has changed.
         """
-        for (
-            param
-        ) in self.parameters:  # one that this step's batch did not reach has gradient zero (as it has under ZeRO), not none
+        # A parameter that this step's batch did not reach has gradient zero (as it has under ZeRO), not none.
+        for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
         norm = nn.utils.get_total_norm([param.grad for param in self.parameters if param.grad is not None])
