@@ -173,12 +173,12 @@ class StepGraph:
         )
         inputs = {"inputs_embeds": x_12D, "position_ids": positions_12, "attention_mask": mask_112K}
         wanted = forward(**inputs, use_cache=False).last_hidden_state
-        cache = [_Two((1, self._groups, 2, self._width)) for _ in range(self._count)]
+        cache = [TwoColumnCache((1, self._groups, 2, self._width)) for _ in range(self._count)]
         found = [self.step(x_12D[:, n : n + 1], positions_12[:, n : n + 1], None, cache) for n in range(2)]
         return float((torch.cat(found, dim=1) - wanted).abs().max() / wanted.abs().max())
 
 
-class _Two:
+class TwoColumnCache:
     """A cache of two columns."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -228,12 +228,12 @@ def _model(decoder: Any, layers: Sequence[LayerWeights], heads: int, groups: int
         return name, f"{name}.sum"
 
     cos, sin = decoder.rotary_emb(torch.zeros(1, 1, 1), torch.arange(int(config.max_position_embeddings))[None])
-    turns = [constant(name, table[0, :, : width // 2]) for name, table in (("cos", cos), ("sin", sin))]
+    cos_sin = [constant(name, table[0, :, : width // 2]) for name, table in (("cos", cos), ("sin", sin))]
     total, added = "x", ""
     for n, layer in enumerate(layers):
         normed, total = norm(f"attention_norm{n}", total, added, layer.attention_norm)
         qkv = product(f"qkv{n}", normed, layer.qkv)
-        inputs = [qkv, "", "", f"k{n}", f"v{n}", "last", "total", *turns, "positions", "bias"]
+        inputs = [qkv, "", "", f"k{n}", f"v{n}", "last", "total", *cos_sin, "positions", "bias"]
         sizes = {"num_heads": heads, "kv_num_heads": groups, "do_rotary": 1}
         node("GroupQueryAttention", inputs, [f"mixed{n}", f"new_k{n}", f"new_v{n}"], _MICROSOFT, **sizes)
         added = product(f"out{n}", f"mixed{n}", layer.out)
