@@ -63,11 +63,7 @@ types: venv-dev  ## mypy
 test: lint types  ## lint, types and tests
 	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal
 
-$(VENV)/.installed-mini: $(VENV)/.installed-evaluation
-	$(INSTALL) -e '.[mini]'
-	@touch $@
-
-mini: $(VENV)/.installed-mini  ## make the mini model from nothing; goes on where it stopped (hours)
+mini: $(VENV)/.installed-evaluation  ## make the mini model from nothing; goes on where it stopped (hours)
 	$(BIN)/python -m recipes.mini.run
 
 evaluate-mini: $(VENV)/.installed-evaluation  ## measure the mini model on held-out speech; the last line is one JSON object

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -130,13 +129,6 @@ def test_a_model_with_a_lightened_decoder_decodes_the_same_ids() -> None:
         assert found[0] == found[1]
 
 
-needs_graph = pytest.mark.skipif(
-    importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None,
-    reason="onnx and onnxruntime run the graph; pip install -r requirements.txt",
-)
-
-
-@needs_graph
 def test_steps_of_a_small_decoder_are_one_graph_and_blocks_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = _decoder(4, 2)
     light = copy.deepcopy(decoder)
@@ -152,7 +144,6 @@ def test_steps_of_a_small_decoder_are_one_graph_and_blocks_are_not(monkeypatch: 
     assert rows == [3, 3]
 
 
-@needs_graph
 def test_a_graph_goes_from_one_cache_to_another_and_past_the_end_of_a_buffer() -> None:
     decoder = _decoder(4, 2)
     light = copy.deepcopy(decoder)
@@ -195,7 +186,6 @@ def _no_session(*_: object) -> object:
     raise RuntimeError("no such operator")
 
 
-@needs_graph
 def test_a_graph_that_computes_something_else_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
