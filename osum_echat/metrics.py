@@ -212,11 +212,6 @@ class ThinkValidity:
     fields: Mapping[str, int] = field(default_factory=dict)
     complete: int = 0
 
-    @property
-    def complete_rate(self) -> float:
-        """Share of thinks that ended and had every field."""
-        return self.complete / self.total if self.total else 0.0
-
 
 def think_validity(
     thinks: Sequence[Mapping[str, str | None] | None],

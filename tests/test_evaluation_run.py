@@ -356,7 +356,8 @@ def test_a_run_that_finds_its_scores_still_says_what_they_were_made_with(tmp_pat
 def test_lines_survive_a_cut_and_hold_any_text(tmp_path: Path):
     lines = Lines(tmp_path / "x" / "a.jsonl")
     with lines:
-        lines.write_all([{"a": "你\n好"}, {"a": 2}])
+        lines.write({"a": "你\n好"})
+        lines.write({"a": 2})
     lines.path.write_bytes(lines.path.read_bytes() + b'{"a": 3')
     assert list(lines.rows()) == [{"a": "你\n好"}, {"a": 2}]
     with lines:

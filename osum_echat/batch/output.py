@@ -101,7 +101,3 @@ class Lines:
         assert self._file is not None, "a Lines is written inside its with block"
         self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
-
-    def write_all(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        for row in rows:
-            self.write(row)

@@ -33,7 +33,7 @@ class StreamConfig:
     The first two windows advance ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound starts early and the cost
     per second falls as soon as there is some sound in hand. The second may not be longer than the first, because the vocoder holds 19 frames (5.5
     tokens) of the first back: what sounds while the second is made is ``first_hop - 5.5`` tokens long, so sound goes on where a window takes at
-    most 0.66 of the time of its own speech. `sound_in_hand` computes this for other values. ``fade_frames`` mel frames of the look-ahead are cross-faded.
+    most 0.65 of the time of its own speech. `sound_in_hand` computes this for other values. ``fade_frames`` mel frames of the look-ahead are cross-faded.
     """
 
     first_hop: int = 16

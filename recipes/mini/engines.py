@@ -19,8 +19,6 @@ import numpy.typing as npt
 
 Samples = npt.NDArray[np.float32]
 
-FLITE_VOICES = ("slt", "awb", "rms", "kal16")
-
 
 @dataclass
 class Spoken:

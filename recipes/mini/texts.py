@@ -271,20 +271,6 @@ def reply_fits(topic: str | None, labels: Labels, text: str, sentence: str = "")
     return normalise(text) in allowed
 
 
-def reply_faults(topic: str | None, labels: Labels, text: str, sentence: str = "") -> list[str]:
-    """Which parts of an answer are not what the rule asks for: any of ``opening``, ``address``, ``clause`` (empty: it fits)."""
-    parts = reply_parts(topic, labels, sentence)
-    said_back = normalise(text)
-    faults = []
-    if not any(said_back.startswith(normalise(opening)) for opening in parts.openings):
-        faults.append("opening")
-    if f" {parts.address} " not in f" {said_back} ":
-        faults.append("address")
-    if not any(said_back.endswith(normalise(clause)) for clause in parts.clauses):
-        faults.append("clause")
-    return faults
-
-
 def draw_labels(rng: random.Random) -> Labels:
     """Labels for one recording: half adults, half without a sound event, everything else evenly."""
     return Labels(
