@@ -1,21 +1,25 @@
 """Typed configuration: dataclasses in code, YAML as their written form.
 
-Each package defines its own dataclasses beside what they configure; this module only knows how to read, check, override and write
-them. An unknown key is an error that names the nearest valid one, a value of the wrong type is an error that names the key.
+Each package defines its own dataclasses beside what they configure; this module only knows how to read, check, override
+and write them. An unknown key is an error that names the nearest valid one, a value of the wrong type is an error that
+names the key.
 
-A dataclass whose keys were renamed says so, and files with the older keys are read with a warning that names the new ones:
-``RENAMED_KEYS: ClassVar[Mapping[str, str]]`` (older key -> key), and for anything else a classmethod ``read_older(data, where)`` that is
-given the plain data of the section and returns it in today's form (see `warn_older`). Each file and the overrides are brought to today's
-form before they are put together, so the later one counts whatever names they use. A dataclass whose sections take over values from one
-another has a classmethod ``fill_in(data)`` that is given the plain data of the whole and completes it.
+A dataclass whose keys were renamed says so, and files with the older keys are read with a warning that names the new
+ones: ``RENAMED_KEYS: ClassVar[Mapping[str, str]]`` (older key -> key), and for anything else a classmethod
+``read_older(data, where)`` that is given the plain data of the section and returns it in today's form (see
+`warn_older`). Each file and the overrides are brought to today's form before they are put together, so the later one
+counts whatever names they use. A dataclass whose sections take over values from one another has a classmethod
+``fill_in(data)`` that is given the plain data of the whole and completes it.
 
     cfg = load(TrainConfig, "recipes/mini/conf/understanding.yaml", overrides=["optim.lr=1e-4", "seed=7"])
 
-A YAML file may start from another with ``base: other.yaml``; mappings merge, an empty mapping (``{}``) and everything else replace.
+A YAML file may start from another with ``base: other.yaml``; mappings merge, an empty mapping (``{}``) and everything
+else replace.
 
-One rule for a relative path to something that is read (`find_path`): the folder of the YAML file that states it, then the folder where one
-stands; ``package:NAME`` is the file NAME that comes with this package (`osum_echat/conf/`). On a command line there is no file, so a path
-starts where one stands. Fields of that kind have the type `InputPath` (or `InputFile`); a pattern with ``*`` is one too. Paths that are written (``out``) always start where one stands.
+One rule for a relative path to something that is read (`find_path`): the folder of the YAML file that states it, then
+the folder where one stands; ``package:NAME`` is the file NAME that comes with this package (`osum_echat/conf/`). On a
+command line there is no file, so a path starts where one stands. Fields of that kind have the type `InputPath` (or
+`InputFile`); a pattern with ``*`` is one too. Paths that are written (``out``) always start where one stands.
 """
 
 from __future__ import annotations
@@ -58,7 +62,8 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper whose strings stand in one line and are read back as they were: PyYAML folds line breaks away unless they are escaped."""
+    """SafeDumper whose strings stand in one line and are read back as they were: PyYAML folds line breaks away unless
+    they are escaped."""
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -75,7 +80,8 @@ _Loader.add_implicit_resolver(
 
 
 def package_file(name: str) -> Path:
-    """The YAML file ``name`` that comes with the package: ct_config.yaml (the released model), prompt_config.yaml, generation.yaml.
+    """The YAML file ``name`` that comes with the package: ct_config.yaml (the released model), prompt_config.yaml,
+    generation.yaml.
 
     Raises ConfigError when there is none of that name.
     """
@@ -88,7 +94,8 @@ def package_file(name: str) -> Path:
 
 
 def find_path(path: str, folder: Path | None = None) -> str:
-    """The file, folder or files that a relative path or pattern of a YAML file in ``folder`` names (the rule: the module's docstring).
+    """The file, folder or files that a relative path or pattern of a YAML file in ``folder`` names (the rule: the
+    module's docstring).
 
     Nothing there: as it was written (it may be a name on the hub; whoever reads it says what is missing).
     """
@@ -109,7 +116,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_with_folders(path: str | Path, cls: type[Any] | None = None) -> dict[str, Any]:
-    """The same for `from_dict`: strings know their file's folder, until fields of type `InputPath` are found from there.
+    """The same for `from_dict`: strings know their file's folder, until fields of type `InputPath` are found from
+    there.
 
     ``cls``: the dataclass that the file describes; older keys get today's names.
     """
@@ -153,7 +161,8 @@ def _without_folders(value: Any) -> Any:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` updated by ``over``: mappings merge key by key; an empty mapping inside, and any other value, replaces."""
+    """``base`` updated by ``over``: mappings merge key by key; an empty mapping inside, and any other value,
+    replaces."""
     out = dict(base)
     for key, value in over.items():
         old = out.get(key)
@@ -242,7 +251,8 @@ def _build(cls: Any, data: Any, where: str, prefix: str) -> Any:
 
 
 def _arguments(cls: Any, data: Any, where: str, prefix: str, partial: bool = False) -> dict[str, Any]:
-    """The values of a section by field name, each of its field's type. ``partial``: sections inside are checked, not built."""
+    """The values of a section by field name, each of its field's type. ``partial``: sections inside are checked, not
+    built."""
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: {prefix or 'top level'} must be a mapping, found {data!r}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}

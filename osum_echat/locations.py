@@ -1,7 +1,8 @@
 """Where to find what this project ships beside the package: the mini model and the recordings of the demo.
 
-In a checkout they are in `checkpoints/mini` and `assets/demo`. An installed package has the recordings (a wheel puts them under `share/`), but
-not the model, which is larger than a package should be: `OSUM_ECHAT_MINI` names its folder, or every command and `EChat.load` take a path.
+In a checkout they are in `checkpoints/mini` and `assets/demo`. An installed package has the recordings (a wheel puts
+them under `share/`), but not the model, which is larger than a package should be: `OSUM_ECHAT_MINI` names its folder,
+or every command and `EChat.load` take a path.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ _RECORDINGS = "demo/demo.jsonl"
 
 
 def find_mini() -> Path:
-    """The folder of the mini model: what ``OSUM_ECHAT_MINI`` names, the checkout's, or ``checkpoints/mini`` where one stands.
+    """The folder of the mini model: what ``OSUM_ECHAT_MINI`` names, the checkout's, or ``checkpoints/mini`` where one
+    stands.
 
     Raises:
         FileNotFoundError: there is none; the message says where to get it.
@@ -37,7 +39,8 @@ def find_mini() -> Path:
 
 
 def find_checkpoint(name: str | Path) -> str | Path:
-    """``name`` as it is; ``mini`` where nothing of that name lies is the mini model. Raises FileNotFoundError as `find_mini`."""
+    """``name`` as it is; ``mini`` where nothing of that name lies is the mini model. Raises FileNotFoundError as
+    `find_mini`."""
     return find_mini() if str(name) == "mini" and not Path(name).exists() else name
 
 

@@ -1,7 +1,7 @@
 """Measures as pure functions: word and character errors, tags, thinks, repetition, silence.
 
-Nothing here loads a model or a file. Error counts add up over a test set (`ErrorCount.__add__`), so that a rate is always errors over
-reference words, never a mean of rates.
+Nothing here loads a model or a file. Error counts add up over a test set (`ErrorCount.__add__`), so that a rate is
+always errors over reference words, never a mean of rates.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ _NUMBER = re.compile(r"\d+")
 
 
 def normalize(text: str, numbers: bool = True) -> str:
-    """Text as it is compared: no tags, no punctuation, no case, numbers in words (Chinese ones beside Chinese characters)."""
+    """Text as it is compared: no tags, no punctuation, no case, numbers in words (Chinese ones beside Chinese
+    characters)."""
     text = unicodedata.normalize("NFKC", _TAG.sub(" ", text)).replace("\u2019", "'").lower()
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     if numbers:
@@ -72,7 +73,8 @@ def units(text: str) -> list[str]:
 
 
 def word_errors(reference: str, hypothesis: str, normalized: bool = True) -> ErrorCount:
-    """Errors in `units` (words; characters where the text is Chinese), after `normalize` unless ``normalized`` is False."""
+    """Errors in `units` (words; characters where the text is Chinese), after `normalize` unless ``normalized`` is
+    False."""
     if normalized:
         reference, hypothesis = normalize(reference), normalize(hypothesis)
     return _count(units(reference), units(hypothesis))
@@ -259,7 +261,8 @@ def repeated_ngrams(tokens: Sequence[Hashable], n: int = 4) -> float:
 def silent_frames(
     samples: npt.ArrayLike, rate: int, threshold_db: float = -45.0, frame_seconds: float = 0.02
 ) -> npt.NDArray[np.bool_]:
-    """Which frames of mono ``samples`` [n] are silent: level under ``threshold_db`` of full scale. The rest of a frame counts as one."""
+    """Which frames of mono ``samples`` [n] are silent: level under ``threshold_db`` of full scale. The rest of a frame
+    counts as one."""
     data = np.asarray(samples, dtype=np.float64)
     size = max(1, round(rate * frame_seconds))
     count = -(-len(data) // size)

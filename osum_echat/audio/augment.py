@@ -1,7 +1,7 @@
 """Augmentation of samples (speed, noise, reverberation) and of log-mels (masked and swapped stretches).
 
-Every function takes its random generator, so a data pipeline that saves the generator's state repeats its augmentation to the bit. The
-defaults of the log-mel functions are those of the published configuration.
+Every function takes its random generator, so a data pipeline that saves the generator's state repeats its augmentation
+to the bit. The defaults of the log-mel functions are those of the published configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def change_speed(samples: Samples, rate: int, factor: float) -> Samples:
 
 
 def add_noise(samples: Samples, snr_db: float, rng: np.random.Generator, noise: Samples | None = None) -> Samples:
-    """Mix in ``noise`` (a random part of it, repeated when short; default Gaussian) at ``snr_db`` over the whole recording."""
+    """Mix in ``noise`` (a random part of it, repeated when short; default Gaussian) at ``snr_db`` over the whole
+    recording."""
     if noise is None:
         noise = rng.standard_normal(len(samples), dtype=np.float32)
     else:

@@ -1,7 +1,8 @@
 """Recordings that libsndfile does not read: m4a and 3gp of phones, webm of browsers, raw aac, amr, wma.
 
-They go through PyAV (``pip install 'osum-echat[audio]'``), or through an ``ffmpeg`` on the PATH. Only files whose first bytes say that they are of
-these kinds do: FFmpeg knows many forms (playlists among them) that nobody should open by accident.
+They go through PyAV (``pip install 'osum-echat[audio]'``), or through an ``ffmpeg`` on the PATH. Only files whose first
+bytes say that they are of these kinds do: FFmpeg knows many forms (playlists among them) that nobody should open by
+accident.
 """
 
 from __future__ import annotations

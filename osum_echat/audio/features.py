@@ -1,7 +1,7 @@
 """What networks hear: log-mel of Whisper's arithmetic, the vocoder's mel at 22.05 kHz, Kaldi's filter bank.
 
-Speed decides here, since the loader computes features while training runs: framing is a view, the transform is one batched real FFT
-(torch's; 6 times NumPy's for this size), the filter bank is computed once.
+Speed decides here, since the loader computes features while training runs: framing is a view, the transform is one
+batched real FFT (torch's; 6 times NumPy's for this size), the filter bank is computed once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def num_frames(samples: int) -> int:
 
 
 class LogMel:
-    """Log-mel of 16 kHz samples: frames of 25 ms every 10 ms, power, slaney mels, log10, floor 8 decades below the maximum, (x + 4) / 4.
+    """Log-mel of 16 kHz samples: frames of 25 ms every 10 ms, power, slaney mels, log10, floor 8 decades below the
+    maximum, (x + 4) / 4.
 
     Source: the published arithmetic of Whisper (openai/whisper, whisper/audio.py), without its padding to 30 s.
 
@@ -68,7 +69,8 @@ class LogMel:
         """Log-mels of recordings of different length: [N, frames, num_mels], 0 behind a recording's end.
 
         Args:
-            samples_NS: float32 samples, each recording continued at both ends by the `REACH` samples that a reflection gives (`reflected`).
+            samples_NS: float32 samples, each recording continued at both ends by the `REACH` samples that a reflection
+                gives (`reflected`).
             frames_N: how many frames each has, at most ``frames``.
         """
         log = self._log(samples_NS, frames)
@@ -86,7 +88,8 @@ class LogMel:
 
 
 def has_native(features: str) -> bool:
-    """Whether log-mels go through asrfront where ``features`` asks for it: "torch", "asrfront" or "auto" (where it is installed).
+    """Whether log-mels go through asrfront where ``features`` asks for it: "torch", "asrfront" or "auto" (where it is
+    installed).
 
     Raises:
         ValueError: it is asked for by name and is not installed.
@@ -105,7 +108,8 @@ def _asrfront() -> Any:
 
 
 def mel_22k(samples: npt.NDArray[np.float32] | Tensor) -> Tensor:
-    """Mel of the flow model and the vocoder: [..., n] samples at 22.05 kHz -> [..., n // 256, 80], natural log of the magnitude mel.
+    """Mel of the flow model and the vocoder: [..., n] samples at 22.05 kHz -> [..., n // 256, 80], natural log of the
+    magnitude mel.
 
     Raises ValueError for less than 385 samples.
     """

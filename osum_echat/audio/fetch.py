@@ -21,7 +21,8 @@ def is_web(source: object) -> bool:
 
 
 def fetch(url: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS) -> bytes:
-    """What lies at an http or https address. Raises FetchError, also for what is larger than ``max_bytes`` or takes longer than ``seconds``."""
+    """What lies at an http or https address. Raises FetchError, also for what is larger than ``max_bytes`` or takes
+    longer than ``seconds``."""
     if not is_web(url):
         raise FetchError(f"{url} is not an http or https address")
     deadline = time.monotonic() + seconds

@@ -1,7 +1,7 @@
 """G.711: 8 kHz telephone audio, one byte a sample, µ-law (``audio/pcmu``) and A-law (``audio/pcma``).
 
-Decoding is a table of 256 values, encoding a search for the nearest of them, so that a byte that was decoded is encoded to itself.
-Source: ITU-T recommendation G.711 (1988), tables 1a to 2b.
+Decoding is a table of 256 values, encoding a search for the nearest of them, so that a byte that was decoded is encoded
+to itself. Source: ITU-T recommendation G.711 (1988), tables 1a to 2b.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def _table(law: Law) -> npt.NDArray[np.int16]:
 
 @functools.lru_cache(maxsize=2)
 def _borders(law: Law) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-    """Borders between neighbouring values, and the byte of each value, in rising order. Of two bytes for zero the positive one is taken."""
+    """Borders between neighbouring values, and the byte of each value, in rising order. Of two bytes for zero the
+    positive one is taken."""
     table = _table(law)
     bytes_in_order = np.argsort(table, kind="stable").astype(np.uint8)
     values = table[bytes_in_order].astype(np.float64)

@@ -1,7 +1,8 @@
 """Recordings in and out: any source to float samples, with errors a person can act on.
 
-`read` takes a path, bytes, an open file or ``(samples, rate)`` and returns samples in [-1, 1] as they are in the file; `to_mono_16k` is
-what every listener of the system uses. wav, flac, ogg, mp3 and the other formats of libsndfile are read; m4a, webm and the like through `decode`.
+`read` takes a path, bytes, an open file or ``(samples, rate)`` and returns samples in [-1, 1] as they are in the file;
+`to_mono_16k` is what every listener of the system uses. wav, flac, ogg, mp3 and the other formats of libsndfile are
+read; m4a, webm and the like through `decode`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SAMPLE_RATE = 16_000  # of everything the model hears
 MAX_SECONDS = 600.0
 MIN_SECONDS = 0.1  # a log-mel frame reflects 12.5 ms at both ends, and nobody says anything in less
 LOUDEST = 2.0**31
-"""Of a sample. Full scale is 1; integers that were stored as floats reach this; more is no sound, and overflows in the encoder."""
+"""Of a sample. Full scale is 1; integers that were stored as floats reach this; more is no sound, and overflows in the
+encoder."""
 _PLAUSIBLE_RATES = (1_000, 768_000)
 
 Samples: TypeAlias = npt.NDArray[np.float32]
@@ -36,7 +38,8 @@ Source: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | tuple[Any, int]
 
 
 class AudioError(ValueError):
-    """Audio that cannot be used. ``reason`` is a short name to count by: missing, not_audio, empty, not_finite, too_short, too_long, bad_input."""
+    """Audio that cannot be used. ``reason`` is a short name to count by: missing, not_audio, empty, not_finite,
+    too_short, too_long, bad_input."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -69,9 +72,10 @@ def read(
     """Read ``source``, or its part from ``start`` to ``end`` seconds.
 
     Args:
-        source: path or http(s) address, bytes of an audio file, file object, `Audio`, or (samples, rate): array [n], [channels, n] or [n, channels],
-            float in [-1, 1] or signed/unsigned integer of full scale.
-        min_seconds, max_seconds: what is shorter or longer is an error; the length is looked up before samples are read.
+        source: path or http(s) address, bytes of an audio file, file object, `Audio`, or (samples, rate): array [n],
+            [channels, n] or [n, channels], float in [-1, 1] or signed/unsigned integer of full scale.
+        min_seconds, max_seconds: what is shorter or longer is an error; the length is looked up before samples are
+            read.
 
     Raises:
         AudioError: see its reasons.
@@ -141,7 +145,8 @@ def encode(samples: npt.ArrayLike, rate: int, kind: str = "WAV", comment: str = 
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """Make the folder of a file to be written and try it, so that what cannot be written is said before anything is computed.
+    """Make the folder of a file to be written and try it, so that what cannot be written is said before anything is
+    computed.
 
     Raises:
         AudioError: no format has this suffix. OSError: the place cannot be written.
@@ -190,7 +195,8 @@ def _fetched(source: Any) -> Any:
 
 
 def _decoded(source: Any, error: AudioError, max_seconds: float) -> Audio:
-    """The file through `decode`; ``error`` is what libsndfile had against it, raised again where `decode` has no other word for it."""
+    """The file through `decode`; ``error`` is what libsndfile had against it, raised again where `decode` has no other
+    word for it."""
     if error.reason != "not_audio":
         raise error
     if not isinstance(source, (str, os.PathLike, bytes)):
@@ -236,7 +242,8 @@ def _from_file(source: Any, start: float | None, end: float | None, max_seconds:
     with opened as file:
         rate = file.samplerate
         first, stop = _bounds(file.frames, rate, start, end, _name(source), max_seconds)
-        # 16-bit files are read as integers and scaled here: six times faster than libsndfile's own conversion, and equal.
+        # 16-bit files are read as integers and scaled here: six times faster than libsndfile's own conversion, and
+        # equal.
         narrow = file.subtype == "PCM_16"
         try:
             if first:

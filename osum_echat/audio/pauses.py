@@ -11,7 +11,8 @@ from osum_echat.audio.io import SAMPLE_RATE, Samples
 FRAME = SAMPLE_RATE // 50
 """20 ms."""
 SILENT_DB = -50.0
-"""Level (of full scale) under which a frame is silent. The room of a quiet microphone lies near -60, soft speech near -40."""
+"""Level (of full scale) under which a frame is silent. The room of a quiet microphone lies near -60, soft speech near
+-40."""
 _HEARD_FRAMES = 5  # 0.1 s: nobody says anything in less
 _PAUSE_FRAMES = 15  # 0.3 s: what a cut looks at
 
@@ -29,7 +30,8 @@ def is_silent(samples: Samples) -> bool:
 
 
 def cut_at_pauses(samples: Samples, longest: float) -> list[Samples]:
-    """Pieces of at most ``longest`` seconds, cut in the quietest 0.3 s of the second half of each; silent pieces are left out.
+    """Pieces of at most ``longest`` seconds, cut in the quietest 0.3 s of the second half of each; silent pieces are
+    left out.
 
     All samples are in one piece each, in order; what is short enough stays whole.
     """

@@ -1,7 +1,8 @@
-"""Two resamplers: soxr for everything that is heard, and the windowed sinc that prompt audio of the vocoder was made with.
+"""Two resamplers: soxr for everything that is heard, and the windowed sinc that prompt audio of the vocoder was made
+with.
 
-soxr is faster and cleaner. The sinc (Hann window, six zero crossings, roll-off 0.99: torchaudio's default) is kept because the flow model
-was trained on prompts resampled so, and numbers can be compared only through the same kernel.
+soxr is faster and cleaner. The sinc (Hann window, six zero crossings, roll-off 0.99: torchaudio's default) is kept
+because the flow model was trained on prompts resampled so, and numbers can be compared only through the same kernel.
 """
 
 from __future__ import annotations

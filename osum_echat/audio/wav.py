@@ -1,4 +1,5 @@
-"""The usual recording of a corpus, 16 kHz 16-bit mono wav, straight from its bytes: a sixth of the time of opening it with libsndfile."""
+"""The usual recording of a corpus, 16 kHz 16-bit mono wav, straight from its bytes: a sixth of the time of opening it
+with libsndfile."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ _BITS = (16).to_bytes(2, "little")
 
 
 def pcm16_mono_16k(data: bytes) -> npt.NDArray[np.float32] | None:
-    """Samples [n] of such a file in [-1, 1), equal to those of `audio.io.to_mono_16k`; None for every other file, damaged ones too."""
+    """Samples [n] of such a file in [-1, 1), equal to those of `audio.io.to_mono_16k`; None for every other file,
+    damaged ones too."""
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return None
     at, known = 12, False

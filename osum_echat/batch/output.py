@@ -1,4 +1,5 @@
-"""The folder of a run's results, written by one process: lines of JSON as they come, files beside them, and the same as Parquet at the end.
+"""The folder of a run's results, written by one process: lines of JSON as they come, files beside them, and the same as
+Parquet at the end.
 
 A file is whole before its line is written, so a run that is killed leaves no line without its file.
 """
@@ -30,7 +31,8 @@ def write_files(folder: Path, outcome: Outcome) -> None:
 
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> None:
-    """Rows as a table with a column for each field: numbers, texts and lists of numbers as such, objects (think, tags ...) as JSON text.
+    """Rows as a table with a column for each field: numbers, texts and lists of numbers as such, objects (think, tags
+    ...) as JSON text.
 
     Args:
         order: names of the columns that are there in any case, in front; a row without the field has null.

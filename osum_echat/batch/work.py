@@ -5,8 +5,8 @@
     unit     one record: its number in the list, its key, and what the worker needs to find it
     outcome  one unit's result, with the files that belong to it, or why there is none
 
-Blocks are cut by the number of the unit, so that the same list gives the same blocks (and, in them, the same batches) in every engine, with any
-number of workers, whatever was lost on the way.
+Blocks are cut by the number of the unit, so that the same list gives the same blocks (and, in them, the same batches)
+in every engine, with any number of workers, whatever was lost on the way.
 """
 
 from __future__ import annotations
@@ -58,15 +58,17 @@ class Worker(Protocol):
     """Works on blocks, in one process, on one device."""
 
     def run(self, units: Sequence[Unit]) -> Iterable[Outcome]:
-        """The outcomes of a block, in any order, each unit once. What is wrong with one record (not audio, too long) is that unit's outcome; an
-        exception says that the block cannot be done as it is, and each of its units is then tried alone."""
+        """The outcomes of a block, in any order, each unit once. What is wrong with one record (not audio, too long) is
+        that unit's outcome; an exception says that the block cannot be done as it is, and each of its units is then
+        tried alone."""
 
 
 class Work(Protocol):
     """Makes workers; can be pickled."""
 
     def open(self, device: str) -> Worker:
-        """Load what the work needs on ``device``. Raises ValueError, with a sentence for the user, when it cannot be done at all."""
+        """Load what the work needs on ``device``. Raises ValueError, with a sentence for the user, when it cannot be
+        done at all."""
 
 
 class Engine(Protocol):
@@ -81,13 +83,15 @@ class Engine(Protocol):
 
 
 def blocks(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:
-    """Units, sorted by number, in blocks of those whose numbers are in one range of ``size``; a block lacks the units that are not asked for."""
+    """Units, sorted by number, in blocks of those whose numbers are in one range of ``size``; a block lacks the units
+    that are not asked for."""
     for _, block in itertools.groupby(units, key=lambda unit: unit.number // size):
         yield list(block)
 
 
 def outcomes_of(worker: Worker, block: Sequence[Unit], tries: int = TRIES) -> Iterator[Outcome]:
-    """The outcome of every unit of a block. If an exception ends the block, those that are left are tried alone, ``tries`` times each at most."""
+    """The outcome of every unit of a block. If an exception ends the block, those that are left are tried alone,
+    ``tries`` times each at most."""
     left = {unit.number: unit for unit in block}
     try:
         for outcome in worker.run(block):

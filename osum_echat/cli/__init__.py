@@ -1,7 +1,7 @@
 """The `osum-echat` command: one name for everything that a person does with this project.
 
-Each sub-command is a module with ``main(argv, prog) -> exit code``; it is imported when it is called. The scripts at the top of the checkout
-and in `tools/` call the same functions.
+Each sub-command is a module with ``main(argv, prog) -> exit code``; it is imported when it is called. The scripts at
+the top of the checkout and in `tools/` call the same functions.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 
 
 def run_command(name: str, argv: Sequence[str], prog: str | None = None) -> int:
-    """Run one sub-command; exit code 2 with a sentence when a package is missing. ``prog``: its name in help and messages."""
+    """Run one sub-command; exit code 2 with a sentence when a package is missing. ``prog``: its name in help and
+    messages."""
     return run_module(COMMANDS[name][0], argv, prog or f"osum-echat {name}")
 
 

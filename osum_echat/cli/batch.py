@@ -1,10 +1,11 @@
 """A whole list (raw, shard or combine) through the model.
 
-In the folder --out: results.jsonl (a line a record: key, task, text, think, tags, wav, finish, guards, timings, or error), wav/ (the spoken replies),
-text (key and answer) and task.json (what was asked: one task a folder). The last line that is printed is one JSON object of counts and scores.
+In the folder --out: results.jsonl (a line a record: key, task, text, think, tags, wav, finish, guards, timings, or
+error), wav/ (the spoken replies), text (key and answer) and task.json (what was asked: one task a folder). The last
+line that is printed is one JSON object of counts and scores.
 
-A run that was stopped goes on where it was. The list may be shared out over a Ray cluster (--engine ray; docs/scale.md), or by hand (--part 0/4): then
---join puts the parts together and scores them. The results are the same.
+A run that was stopped goes on where it was. The list may be shared out over a Ray cluster (--engine ray;
+docs/scale.md), or by hand (--part 0/4): then --join puts the parts together and scores them. The results are the same.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def part_file(folder: Path, part: int, parts: int) -> Path:
     return folder / (RESULTS if parts == 1 else f"results.{part}of{parts}.jsonl")
 
 
-# ---- the folder ----------------------------------------------------------------------------------------------------------------------
+# ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 def claim(folder: Path, args: argparse.Namespace, mode: AskMode) -> None:
@@ -109,7 +110,7 @@ def claim(folder: Path, args: argparse.Namespace, mode: AskMode) -> None:
             )
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def answer_list(args: argparse.Namespace) -> tuple[Path, int]:
@@ -141,7 +142,8 @@ def answer_list(args: argparse.Namespace) -> tuple[Path, int]:
 
 
 def read_units(source: Source, part: int = 0, parts: int = 1) -> tuple[list[Unit], list[tuple[str, str]]]:
-    """The records of a list (every ``parts``-th of them) as units, and key and fault of what cannot be used, such as a key that came before."""
+    """The records of a list (every ``parts``-th of them) as units, and key and fault of what cannot be used, such as a
+    key that came before."""
     units: list[Unit] = []
     faults: list[tuple[str, str]] = []
     seen = set[str]()
@@ -161,7 +163,8 @@ def read_units(source: Source, part: int = 0, parts: int = 1) -> tuple[list[Unit
 
 
 def join(folder: Path, parts: int, form: str = "jsonl") -> dict[str, Any]:
-    """Put the parts together, in the order of their keys, write ``text``, and score. Raises UserError when a part is missing."""
+    """Put the parts together, in the order of their keys, write ``text``, and score. Raises UserError when a part is
+    missing."""
     from osum_echat.cli.batch_scores import scores
 
     rows: list[dict[str, Any]] = []

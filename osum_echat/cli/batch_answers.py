@@ -1,4 +1,5 @@
-"""What `osum-echat batch` does with a record: ask the model, and make a line of results of the reply. An engine runs it (`osum_echat.batch`)."""
+"""What `osum-echat batch` does with a record: ask the model, and make a line of results of the reply. An engine runs it
+(`osum_echat.batch`)."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Answering:
 
 @dataclass(frozen=True)
 class _Question:
-    """A record that can be asked; ``size``: seconds of its recording, else length of its text: alike ones are asked together."""
+    """A record that can be asked; ``size``: seconds of its recording, else length of its text: alike ones are asked
+    together."""
 
     unit: Unit
     record: Record
@@ -123,7 +125,8 @@ def ask_for(record: Record, args: argparse.Namespace) -> Ask:
 
 
 def size_of(ask: Ask) -> float:
-    """Seconds of the recording, by its header; else letters of the text. What cannot be read has 0, and is told when it is asked."""
+    """Seconds of the recording, by its header; else letters of the text. What cannot be read has 0, and is told when it
+    is asked."""
     wav: Any = ask.wav
     if wav is None:
         return float(len(ask.text or ""))

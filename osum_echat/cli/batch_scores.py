@@ -1,6 +1,8 @@
-"""What a batch run can count by itself: words that were heard, labels, and how speech ended. Everything else is `osum-echat eval`.
+"""What a batch run can count by itself: words that were heard, labels, and how speech ended. Everything else is
+`osum-echat eval`.
 
-A reply is never compared with what the user said: words are scored where words were asked for, or where the thought writes them down.
+A reply is never compared with what the user said: words are scored where words were asked for, or where the thought
+writes them down.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _words(mode: AskMode, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Word errors of the transcript, or of the words in the thought (thoughts in tags; those in natural language quote no transcript)."""
+    """Word errors of the transcript, or of the words in the thought (thoughts in tags; those in natural language quote
+    no transcript)."""
     if "words" in mode.aspects:
         heard = [(row["reference"]["words"], row["text"]) for row in rows]
     elif mode.thinks:

@@ -107,7 +107,8 @@ def _memory(config: ModelConfig, path: Path, target: Any, args: argparse.Namespa
 
 
 def memory(weights: int, bytes_each: float, target: Any) -> tuple[float, int]:
-    """Bytes that so many weights and token2wav need at most while they are loaded (1.11 times the weights on a CPU, measured), and bytes that are free."""
+    """Bytes that so many weights and token2wav need at most while they are loaded (1.11 times the weights on a CPU,
+    measured), and bytes that are free."""
     return weights * bytes_each * (1.11 if target.type == "cpu" else 1.0) + TOKEN2WAV_BYTES, _available(target)
 
 

@@ -147,7 +147,8 @@ def check_output(path: Path) -> None:
 
 
 def recording(name: str) -> Source:
-    """The recording that an argument names: a path, ``-`` for standard input, or an http(s) address. Raises UserError."""
+    """The recording that an argument names: a path, ``-`` for standard input, or an http(s) address. Raises
+    UserError."""
     if name == "-":
         data = sys.stdin.buffer.read(MAX_BYTES + 1)
         if not data:
@@ -170,7 +171,8 @@ def print_json(value: Any) -> None:
 
 
 def run(command: Callable[[], int]) -> int:
-    """Run a command; what a person can mend becomes one line on stderr and exit code 1, a pipe that closed early exit code 0."""
+    """Run a command; what a person can mend becomes one line on stderr and exit code 1, a pipe that closed early exit
+    code 0."""
     try:
         return command()
     except (UserError, ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:

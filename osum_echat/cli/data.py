@@ -1,4 +1,5 @@
-"""Data tools: `osum-echat data doctor LIST` looks a whole set over without training, `data show LIST` prints what training would see."""
+"""Data tools: `osum-echat data doctor LIST` looks a whole set over without training, `data show LIST` prints what
+training would see."""
 
 from __future__ import annotations
 

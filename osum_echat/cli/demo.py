@@ -1,7 +1,9 @@
-"""What the model makes of the recordings of this repository (and of yours): a table here, a page with sound and pictures in a file.
+"""What the model makes of the recordings of this repository (and of yours): a table here, a page with sound and
+pictures in a file.
 
-Each recording is heard, thought about in tags and answered in speech; the other modes are tried on the first of ours. Everything that is shown is
-computed by the model; what was really said and how stands beside it, from the list of recordings.
+Each recording is heard, thought about in tags and answered in speech; the other modes are tried on the first of ours.
+Everything that is shown is computed by the model; what was really said and how stands beside it, from the list of
+recordings.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Measure a checkpoint, or the answers of any other system: suites of questions, scored by rules and by a judge, as a report with intervals.
+"""Measure a checkpoint, or the answers of any other system: suites of questions, scored by rules and by a judge, as a
+report with intervals.
 
-Three steps with plain jsonl between them, each of which goes on where it was: generate (results.jsonl), score (scores.jsonl), judge
-(judgements.jsonl). The report is report.md, report.json and report.html in the output folder.
+Three steps with plain jsonl between them, each of which goes on where it was: generate (results.jsonl), score
+(scores.jsonl), judge (judgements.jsonl). The report is report.md, report.json and report.html in the output folder.
 """
 
 from __future__ import annotations
@@ -282,7 +283,8 @@ def _share(plan: Plan, model: Model, part: str) -> int:
 
 
 def _on_devices(plan: Plan, args: argparse.Namespace, suite: Sequence[str]) -> None:
-    """Generate with one process a device, then put their results together. ``suite``: as it was given, with its changes.
+    """Generate with one process a device, then put their results together. ``suite``: as it was given, with its
+    changes.
 
     Raises:
         UserError: a process failed.

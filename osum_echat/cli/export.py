@@ -3,8 +3,9 @@
     osum-echat export --for vllm mini out/mini-vllm
     osum-echat export --for vllm language_think_final.pt out/released-vllm --dtype bfloat16
 
-The folder holds a plain Qwen2 whose vocabulary is text and speech in one. `--llm-engine vllm --vllm-folder DIR` (serve, batch, eval, infer) decodes with
-it; encoder, adapter and token2wav stay in the checkpoint. docs/scale.md says what runs where.
+The folder holds a plain Qwen2 whose vocabulary is text and speech in one. `--llm-engine vllm --vllm-folder DIR` (serve,
+batch, eval, infer) decodes with it; encoder, adapter and token2wav stay in the checkpoint. docs/scale.md says what runs
+where.
 """
 
 from __future__ import annotations

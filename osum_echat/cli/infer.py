@@ -1,8 +1,8 @@
 """One utterance or one text, every task.
 
-Understanding tasks are named by what they return: `asr`, `emotion`, `asr+emotion`, `asr+age+gender` ..., or by the task string of records
-(`<TRANSCRIBE> <EMOTION>`). Dialogue: `s2t_chat`, `s2t_chat_think`, `s2s`, `s2s_think`; speech out: `tts`; text: `t2t`. All are rows of one
-table (`osum_echat.pipeline.ask.MODES`).
+Understanding tasks are named by what they return: `asr`, `emotion`, `asr+emotion`, `asr+age+gender` ..., or by the task
+string of records (`<TRANSCRIBE> <EMOTION>`). Dialogue: `s2t_chat`, `s2t_chat_think`, `s2s`, `s2s_think`; speech out:
+`tts`; text: `t2t`. All are rows of one table (`osum_echat.pipeline.ask.MODES`).
 """
 
 from __future__ import annotations

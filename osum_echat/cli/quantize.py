@@ -3,7 +3,8 @@
     osum-echat quantize checkpoints/mini out/mini-int8
     osum-echat quantize language_think_final.pt out/released-int4 --weights int4 --config conf/ct_config.yaml
 
-The folder is loaded like any other (`--checkpoint OUT`); on an accelerator its weights are expanded. docs/speed.md says what it costs and gains.
+The folder is loaded like any other (`--checkpoint OUT`); on an accelerator its weights are expanded. docs/speed.md says
+what it costs and gains.
 """
 
 from __future__ import annotations

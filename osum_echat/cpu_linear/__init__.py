@@ -1,4 +1,5 @@
-"""Linear layers for inference on a CPU: weights in the memory order of its kernels (`packed`), or in 8 or 4 bits (`groups`, `nbits`)."""
+"""Linear layers for inference on a CPU: weights in the memory order of its kernels (`packed`), or in 8 or 4 bits
+(`groups`, `nbits`)."""
 
 from osum_echat.cpu_linear.decoder import lighten
 from osum_echat.cpu_linear.groups import Groups, group_size, quantize

@@ -1,13 +1,15 @@
 """A transformers decoder's step on a CPU with less around its products.
 
-At batch 1 a small model's step is mostly the calls between its products: six kernels for a norm, eight for the rotation, copies for grouped heads,
-masks that are built to be thrown away. `lighten` keeps the modules and their weights and replaces the decoder's `forward`: queries, keys and
-values are one product, as are the two of the feed-forward; a norm is one call; query and key are rotated together; attention takes grouped heads
-as they are. Results differ from transformers' by rounding only.
+At batch 1 a small model's step is mostly the calls between its products: six kernels for a norm, eight for the
+rotation, copies for grouped heads, masks that are built to be thrown away. `lighten` keeps the modules and their
+weights and replaces the decoder's `forward`: queries, keys and values are one product, as are the two of the
+feed-forward; a norm is one call; query and key are rotated together; attention takes grouped heads as they are. Results
+differ from transformers' by rounding only.
 
 A step of one position goes through one graph where the decoder is small (`step_graph`).
 
-It serves calls with a cache and a ready mask, which is what decoding makes; everything else goes to transformers as before.
+It serves calls with a cache and a ready mask, which is what decoding makes; everything else goes to transformers as
+before.
 
 B rows, n new positions, K cache columns, H heads, d head width, D width, I width of the feed-forward.
 """
@@ -42,7 +44,8 @@ class _Layer:
 
 
 def lighten(decoder: Any) -> bool:
-    """Replace ``forward`` of a decoder on the CPU, in place. Returns False for one whose form is not known here: it stays as it is."""
+    """Replace ``forward`` of a decoder on the CPU, in place. Returns False for one whose form is not known here: it
+    stays as it is."""
     if type(decoder).__name__ != "Qwen2Model" or decoder.config.hidden_act != "silu" or isinstance(decoder.forward, LightDecoder):
         return False
     decoder.forward = LightDecoder(decoder)
@@ -155,7 +158,8 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _joined(parent: Any, names: tuple[str, ...]) -> Product:
-    """One product for layers with the same input: the one that they are parts of already, else of plain layers, which become its parts."""
+    """One product for layers with the same input: the one that they are parts of already, else of plain layers, which
+    become its parts."""
     layers: list[nn.Module] = [getattr(parent, name) for name in names]
     first = layers[0]
     if isinstance(first, JointPart) and all(isinstance(p, JointPart) and p.joint is first.joint for p in layers):

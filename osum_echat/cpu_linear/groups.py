@@ -1,7 +1,8 @@
 """Weights in 8 or 4 bits: groups of neighbouring inputs share a scale, so one large number spoils few others.
 
-The form is that of onnxruntime's `MatMulNBits`: a code c stands for (c - 2^(bits - 1)) x scale, two codes of 4 bits lie in a byte, the first in its
-low half. Scales are half precision on disk and are rounded to it before the codes are chosen.
+The form is that of onnxruntime's `MatMulNBits`: a code c stands for (c - 2^(bits - 1)) x scale, two codes of 4 bits lie
+in a byte, the first in its low half. Scales are half precision on disk and are rounded to it before the codes are
+chosen.
 
 N outputs, K inputs, G groups of a row, B bytes of a group.
 """
@@ -19,7 +20,8 @@ Bits = Literal[4, 8]
 SIZES: dict[int, tuple[int, ...]] = {8: (128, 64, 32, 16), 4: (32, 16)}
 """Numbers of a group by the bits of a code, the first that divides the row: what MatMulNBits takes."""
 _SHRINK = (1.0, 0.975, 0.95, 0.925, 0.9, 0.875, 0.85, 0.825, 0.8, 1.05, -1.0, -0.95, -0.9, -0.85, -0.8)
-"""Scales that are tried for 4 bits, over the one that reaches the largest number exactly. A negative one turns the range -8 .. 7 round."""
+"""Scales that are tried for 4 bits, over the one that reaches the largest number exactly. A negative one turns the
+range -8 .. 7 round."""
 _AT_ONCE = 2**16  # numbers that are worked on at once, so that the passes over them stay in the processor's cache
 _TINY = 2.0**-24
 
@@ -63,7 +65,8 @@ def group_size(inputs: int, bits: int) -> int | None:
 
 
 def quantize(weight_NK: Tensor, bits: Bits) -> Groups:
-    """Round a matrix to groups. For 4 bits the scale of each group is the one of `_SHRINK` with the smallest squared error.
+    """Round a matrix to groups. For 4 bits the scale of each group is the one of `_SHRINK` with the smallest squared
+    error.
 
     Raises:
         ValueError: when no size of group divides the rows.

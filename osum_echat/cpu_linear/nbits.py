@@ -1,9 +1,10 @@
 """Linear layers and token tables whose weights stay in 8 or 4 bits (`groups`), for inference on a CPU.
 
-The product is onnxruntime's `MatMulNBits`: it rounds the inputs to 8 bits too, a scale for each group of a row, so a row's result does not depend
-on the rows beside it. Its kernels (AVX2, AVX-VNNI, AVX-512, ARM) read the weights at the memory's speed with one row. PyTorch's own int8 product
-(fbgemm) is twice as fast with many rows, but has one scale for all inputs of a row: on SmolLM2-135M that costs 0.9 % of the loss with 8 bits and
-3.3 % with the 7 that AVX2 needs, against less than 0.1 % here.
+The product is onnxruntime's `MatMulNBits`: it rounds the inputs to 8 bits too, a scale for each group of a row, so a
+row's result does not depend on the rows beside it. Its kernels (AVX2, AVX-VNNI, AVX-512, ARM) read the weights at the
+memory's speed with one row. PyTorch's own int8 product (fbgemm) is twice as fast with many rows, but has one scale for
+all inputs of a row: on SmolLM2-135M that costs 0.9 % of the loss with 8 bits and 3.3 % with the 7 that AVX2 needs,
+against less than 0.1 % here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from osum_echat.device import onnx as onnx_runtime
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` with its weight in groups. Not trainable, and not part of a state dict. Takes and returns any floating type.
+    """`nn.Linear` with its weight in groups. Not trainable, and not part of a state dict. Takes and returns any
+    floating type.
 
     Raises:
         RuntimeError: where onnxruntime has no such operator (see `device.onnx.has_nbits`).

@@ -1,7 +1,7 @@
 """A linear layer in the memory order that the CPU's matrix kernels want (oneDNN's blocked one), for inference.
 
-The operators are those that torch.compile uses for frozen weights. Results differ from `nn.Linear` by the order of a sum only. Not every machine
-and build of PyTorch has them: ask `device.linear_kernel` first.
+The operators are those that torch.compile uses for frozen weights. Results differ from `nn.Linear` by the order of a
+sum only. Not every machine and build of PyTorch has them: ask `device.linear_kernel` first.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 _BFLOAT16_ROWS = 4
-"""A single row is given this often: oneDNN's bfloat16 kernel for 4 rows reads the weights 10 to 18 % faster than that for one (measured)."""
+"""A single row is given this often: oneDNN's bfloat16 kernel for 4 rows reads the weights 10 to 18 % faster than that
+for one (measured)."""
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear`, followed by nothing or by exact GELU as the product is written. Not trainable, and not part of a state dict.
+    """`nn.Linear`, followed by nothing or by exact GELU as the product is written. Not trainable, and not part of a
+    state dict.
 
     Args:
         weight_OI: weight [out, in]; the input has its dtype.
@@ -50,10 +52,12 @@ class PackedLinear(nn.Module):
 
 
 class JointLinear:
-    """Several linear layers with the same input as one product: fewer and larger reads, which is most of the time of a step at batch 1.
+    """Several linear layers with the same input as one product: fewer and larger reads, which is most of the time of a
+    step at batch 1.
 
-    The first of the `parts` that is called with a tensor computes all, the others find their outputs. An input is known by being the same
-    object, so it must not be changed in place before all parts were called. A part that is called by itself computes all the same.
+    The first of the `parts` that is called with a tensor computes all, the others find their outputs. An input is known
+    by being the same object, so it must not be changed in place before all parts were called. A part that is called by
+    itself computes all the same.
 
     Args:
         product: the layer that computes all outputs, one part's after the other's.

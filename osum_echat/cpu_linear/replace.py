@@ -1,12 +1,15 @@
 """Packed weights for decoding (see `packed`).
 
-A step at batch 1 reads every weight once, so its time is reading. PyTorch's `linear` keeps the rows of a weight as they are in the file: on the
-machine of `benchmarks/results` it reads 60 % of what the memory gives in bfloat16 at batch 1, and less with more rows. The same weights in oneDNN's
-blocked order are read at the memory's speed, and at batch 16 a step is twice as fast.
+A step at batch 1 reads every weight once, so its time is reading. PyTorch's `linear` keeps the rows of a weight as they
+are in the file: on the machine of `benchmarks/results` it reads 60 % of what the memory gives in bfloat16 at batch 1,
+and less with more rows. The same weights in oneDNN's blocked order are read at the memory's speed, and at batch 16 a
+step is twice as fast.
 
-Small float32 matrices are the exception: they stay in the processor's cache, where PyTorch's own kernel is faster at batch 1, so they are left.
+Small float32 matrices are the exception: they stay in the processor's cache, where PyTorch's own kernel is faster at
+batch 1, so they are left.
 
-`pack_linears` swaps the `nn.Linear` modules of a model that only decodes; the model cannot be trained or saved afterwards.
+`pack_linears` swaps the `nn.Linear` modules of a model that only decodes; the model cannot be trained or saved
+afterwards.
 """
 
 from __future__ import annotations
@@ -32,10 +35,11 @@ def pays(linears: Sequence[nn.Linear]) -> bool:
 
 
 def pack_linears(module: nn.Module) -> int:
-    """Replace each `nn.Linear` inside ``module`` that it `pays` for, in place, one at a time (a weight exists twice only for that moment).
+    """Replace each `nn.Linear` inside ``module`` that it `pays` for, in place, one at a time (a weight exists twice
+    only for that moment).
 
-    Layers that read the same input are packed as one product. A weight that something else uses too (an LM head tied to the token table) is
-    packed beside the original. Returns how many layers were packed.
+    Layers that read the same input are packed as one product. A weight that something else uses too (an LM head tied to
+    the token table) is packed beside the original. Returns how many layers were packed.
     """
     packed = 0
     for parent in list(module.modules()):

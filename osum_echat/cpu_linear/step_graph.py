@@ -1,10 +1,13 @@
 """A small decoder's step on a CPU as one onnxruntime graph.
 
-A step of a small model is mostly the calls between its products: some 15 a layer, each a Python call and a kernel's start. As one graph it is one call, with a norm and its residual as one kernel
-and attention with its rotation as another (`GroupQueryAttention`), on the cache's own buffers, which are written in place. The numbers are those of the layers up to rounding, and the graph is
-believed only after its first two steps have given what transformers gives (`StepGraph.of`).
+A step of a small model is mostly the calls between its products: some 15 a layer, each a Python call and a kernel's
+start. As one graph it is one call, with a norm and its residual as one kernel and attention with its rotation as
+another (`GroupQueryAttention`), on the cache's own buffers, which are written in place. The numbers are those of the
+layers up to rounding, and the graph is believed only after its first two steps have given what transformers gives
+(`StepGraph.of`).
 
-The graph has weights of its own, a second copy: `device.cpu.one_graph` says for which sizes that pays. Steps of one new position take it; prompts and blocks stay with the layers.
+The graph has weights of its own, a second copy: `device.cpu.one_graph` says for which sizes that pays. Steps of one new
+position take it; prompts and blocks stay with the layers.
 
 B rows, C columns of the cache's buffers, K columns in use, H query heads, G key heads, d head width, D width.
 """
@@ -46,7 +49,8 @@ class Columns(Protocol):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Of one layer, float32: norms [D], products as ([out, in], [out] or None). ``qkv`` gives queries, keys, values end to end, ``gate_up`` both halves."""
+    """Of one layer, float32: norms [D], products as ([out, in], [out] or None). ``qkv`` gives queries, keys, values end
+    to end, ``gate_up`` both halves."""
 
     attention_norm: Tensor
     qkv: tuple[Tensor, Tensor | None]
@@ -92,7 +96,8 @@ class StepGraph:
 
     @classmethod
     def of(cls, decoder: Any, layers: Sequence[LayerWeights] | None, forward: Callable[..., Any]) -> StepGraph | None:
-        """The graph of a decoder, None where it does not pay or does not give what ``forward``, transformers' own, gives.
+        """The graph of a decoder, None where it does not pay or does not give what ``forward``, transformers' own,
+        gives.
 
         Args:
             layers: None for a decoder whose weights are in another form.
@@ -114,7 +119,8 @@ class StepGraph:
         return graph
 
     def takes(self, x_BnD: Tensor, positions_Bn: Tensor, cache: Sequence[Any]) -> bool:
-        """Whether this call is a step of the kind that the graph knows, within the positions that it has rotations for."""
+        """Whether this call is a step of the kind that the graph knows, within the positions that it has rotations
+        for."""
         return (
             x_BnD.shape[1] == 1
             and x_BnD.dtype == torch.float32

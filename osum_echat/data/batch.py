@@ -1,9 +1,11 @@
 """What training gets: examples packed side by side, with their recordings padded into one feature tensor.
 
-An `Example` is one sample after tokenising and feature extraction; `collate` packs a list of them. A sample's arrays are not changed by
-its neighbours: positions, documents and masks are per sample, so its loss does not depend on what it was batched with.
+An `Example` is one sample after tokenising and feature extraction; `collate` packs a list of them. A sample's arrays
+are not changed by its neighbours: positions, documents and masks are per sample, so its loss does not depend on what it
+was batched with.
 
-Shapes: N recordings of the batch, T frames (of `feats_NTF`) or positions (of `rows`), F mel bins, B batch rows, D samples (documents).
+Shapes: N recordings of the batch, T frames (of `feats_NTF`) or positions (of `rows`), F mel bins, B batch rows, D
+samples (documents).
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class SampleInfo:
         stream: mixing stream that it belongs to (s2t, t2s, s2s, t2t; "" outside a mix).
         text: the label, for people to read.
         tags: labels of the user's recording, without angle brackets: a subset of `TAGS`.
-        transcripts: text ids of what is said in each recording, empty where the record does not say: the target of a CTC loss.
+        transcripts: text ids of what is said in each recording, empty where the record does not say: the target of a
+            CTC loss.
     """
 
     key: str = ""
@@ -49,8 +52,8 @@ class Example:
 
     Attributes:
         row: flat ids, positions and targets.
-        feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them; or the recordings themselves, for log-mels
-            that are computed on the training device.
+        feats: log-mel of each recording, float32 [frames, mels], in the order in which ``row.audio`` refers to them; or
+            the recordings themselves, for log-mels that are computed on the training device.
     """
 
     info: SampleInfo
@@ -71,8 +74,10 @@ class Batch:
 
     Attributes:
         rows: the packed ids and masks; ``rows.documents_BT`` numbers samples 0..D-1 in the order of ``samples``.
-        feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings. [N, T, 0] while they are still ``sounds``.
-        feats_lengths_N: frames of each recording. ``rows.audio_index_BT`` counts the audio positions of recording 0, then 1, ...
+        feats_NTF: log-mel features of all recordings, zeros after the end of each; [0, 0, F] without recordings. [N, T,
+            0] while they are still ``sounds``.
+        feats_lengths_N: frames of each recording. ``rows.audio_index_BT`` counts the audio positions of recording 0,
+            then 1, ...
         samples: what is known of each sample.
         sample_N: the sample that each recording belongs to.
         sounds: the recordings, where log-mels are computed on the device (`to`).
@@ -110,7 +115,8 @@ class Batch:
         return self.rows.ids_BT.numel()
 
     def tag_ids(self, name: str, classes: Sequence[str]) -> Tensor:
-        """Class number of tag ``name`` for each sample, `IGNORE` where the record has none or one that is not in ``classes``: [D].
+        """Class number of tag ``name`` for each sample, `IGNORE` where the record has none or one that is not in
+        ``classes``: [D].
 
         Case does not matter.
         """
@@ -130,7 +136,8 @@ class Batch:
         return replace(batch, sample_N=self.sample_N.to(device, non_blocking=True), rows=self.rows.to(device))
 
     def with_features(self, device: torch.device) -> Batch:
-        """The same batch with its log-mels and their lengths on ``device``, where those are computed that have not been yet."""
+        """The same batch with its log-mels and their lengths on ``device``, where those are computed that have not been
+        yet."""
         lengths_N = devices.send(self.feats_lengths_N, device)
         sounds = self.sounds
         feats_NTF = devices.send(self.feats_NTF, device) if sounds is None else sounds.features(lengths_N, device)

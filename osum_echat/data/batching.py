@@ -1,8 +1,9 @@
 """Which samples make a batch, and which of them share a row.
 
-A pool of samples is held back; each batch starts from the oldest (nothing starves), takes those with recordings of similar length (the
-feature tensor is padded to the longest), fills the gaps that are left in the rows with whatever fits best, and is then spread evenly, so
-that rows end nearly together. Padding of positions stays below 5 % as long as the pool has something to choose from.
+A pool of samples is held back; each batch starts from the oldest (nothing starves), takes those with recordings of
+similar length (the feature tensor is padded to the longest), fills the gaps that are left in the rows with whatever
+fits best, and is then spread evenly, so that rows end nearly together. Padding of positions stays below 5 % as long as
+the pool has something to choose from.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def _fit(chosen: Sequence[int], pool: Sequence[Cost], config: BatchConfig) -> li
 
 
 def _unpacked(pool: Sequence[Cost], config: BatchConfig) -> list[list[int]]:
-    """One sample a row, those nearest in length to the oldest, while rows times longest stay within the budget of positions."""
+    """One sample a row, those nearest in length to the oldest, while rows times longest stay within the budget of
+    positions."""
     anchor = pool[0].positions
     chosen: list[int] = []
     width = longest = recordings = 0

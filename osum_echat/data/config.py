@@ -1,7 +1,9 @@
-"""What the loader does, as one typed config; `conf/data_*.yaml` are data lists (`lists.DataList`), this is how they are used.
+"""What the loader does, as one typed config; `conf/data_*.yaml` are data lists (`lists.DataList`), this is how they are
+used.
 
-Defaults are those of the published training: spec-augment 2 x (1..50 frames, 1..10 bins), spec-substitution 3 x (1..30 frames), a shuffle
-buffer of 1500, recordings of 0.2 to 200 s, labels of 1 to 1200 ids, at most 2000 positions a sample and about 3700 a batch.
+Defaults are those of the published training: spec-augment 2 x (1..50 frames, 1..10 bins), spec-substitution 3 x (1..30
+frames), a shuffle buffer of 1500, recordings of 0.2 to 200 s, labels of 1 to 1200 ids, at most 2000 positions a sample
+and about 3700 a batch.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from osum_echat.config import InputPath
 from osum_echat.data.label_rules import OLDER_NAMES, LabelRules, get_rules
 
 STREAMS = ("s2t", "t2s", "s2s", "t2t")
-"""The mixing streams of the published training. A stream of this name takes only the tasks that belong to it; other names take all."""
+"""The mixing streams of the published training. A stream of this name takes only the tasks that belong to it; other
+names take all."""
 
 ListType = Literal["auto", "raw", "shard"]
 
@@ -26,9 +29,11 @@ class StreamConfig:
 
     Attributes:
         list: a data yaml (``name: {path, weight}``), or a list of records or tars.
-        type: ``raw`` (one record a line) or ``shard`` (one tar a line; ``combines_list`` in the name makes it combine); ``auto`` looks.
+        type: ``raw`` (one record a line) or ``shard`` (one tar a line; ``combines_list`` in the name makes it combine);
+            ``auto`` looks.
         weight: share of this stream in the mix. None: its number of list lines, as published.
-        when_dry: ``leave``: the stream is over until the next epoch; ``restart``: it begins again, in another order, until the others end.
+        when_dry: ``leave``: the stream is over until the next epoch; ``restart``: it begins again, in another order,
+            until the others end.
     """
 
     list: InputPath
@@ -60,11 +65,13 @@ class LimitConfig:
 
 @dataclass
 class ProcessingConfig:
-    """How a record becomes a sample (see `processing`). Strings, speech form and instructions are the model's (`dialogue.dialect`).
+    """How a record becomes a sample (see `processing`). Strings, speech form and instructions are the model's
+    (`dialogue.dialect`).
 
     Attributes:
         label_rules: how labels are read: a name of `label_rules.LABEL_RULES`, or `LabelRules` written out.
-        tag_alone_rate: how often ``<TRANSCRIBE> <X>`` becomes ``<X>``, and transcript-and-answer the answer. 0 for evaluation.
+        tag_alone_rate: how often ``<TRANSCRIBE> <X>`` becomes ``<X>``, and transcript-and-answer the answer. 0 for
+            evaluation.
         streaming_tts_rate: how often text to speech is made its interleaved form.
         unknown_rate: how often missing tags of a think are written as unknown rather than as the usual ones.
         drop_none: labels with a ``<NONE>`` tag are dropped.
@@ -100,13 +107,15 @@ class ProcessingConfig:
 
 @dataclass
 class AugmentConfig:
-    """Changes to training samples, drawn anew for every sample and epoch from seed, epoch and the sample's place in its list alone.
+    """Changes to training samples, drawn anew for every sample and epoch from seed, epoch and the sample's place in its
+    list alone.
 
     Attributes:
         spec_aug, spec_sub: masks on the log-mel, parameters as their names say.
-        speeds: factors of speed perturbation, one drawn for each sample; empty: none. Tasks with speech out keep their codes.
-        noise_list, reverb_list: text lists of wav paths; with ``noise_probability`` (``reverb_probability``) one is mixed in, at an SNR
-            drawn from ``snr_db``.
+        speeds: factors of speed perturbation, one drawn for each sample; empty: none. Tasks with speech out keep their
+            codes.
+        noise_list, reverb_list: text lists of wav paths; with ``noise_probability`` (``reverb_probability``) one is
+            mixed in, at an SNR drawn from ``snr_db``.
     """
 
     spec_aug: bool = True
@@ -162,14 +171,16 @@ class DataConfig:
         split: an epoch reads one of this many slices of every list.
         shuffle: False also turns the shuffle buffer off (validation).
         shuffle_buffer: samples to draw from; what is in it is held undecoded.
-        features: who computes log-mels: ``torch``; ``asrfront``, a third of the time, equal to 1e-6 (it must be installed; see `LogMel`); ``auto``: asrfront
-            where it is installed, but torch for a run with an ``encoder_cache``, whose entries are found by the features; ``device``: the training process, on
-            its device, for a whole batch (workers then send 16-bit samples).
+        features: who computes log-mels: ``torch``; ``asrfront``, a third of the time, equal to 1e-6 (it must be
+            installed; see `LogMel`); ``auto``: asrfront where it is installed, but torch for a run with an
+            ``encoder_cache``, whose entries are found by the features; ``device``: the training process, on its device,
+            for a whole batch (workers then send 16-bit samples).
         workers: worker processes per rank, kept from epoch to epoch; 0: in the training process.
         prefetch: batches each worker prepares ahead.
-        max_bad_fraction: the run stops when more than this share of the samples read was dropped as *bad* (filters do not count).
-            None: never.
-        drops_file: JSON lines of every dropped sample (key, file, line, reason); with several ranks ``.rankN`` is added.
+        max_bad_fraction: the run stops when more than this share of the samples read was dropped as *bad* (filters do
+            not count). None: never.
+        drops_file: JSON lines of every dropped sample (key, file, line, reason); with several ranks ``.rankN`` is
+            added.
     """
 
     streams: dict[str, StreamConfig] = field(default_factory=dict)

@@ -1,8 +1,9 @@
 """Raw to shard to combine and back, without losing a byte of audio or a field of a record.
 
-One job makes one output (a tar, a side list, a part of a raw list), so jobs run in parallel, a stopped conversion goes on where it was, and
-the result does not depend on how many ran at once. Every file is written beside its name (``.tmp``) and renamed when it is whole; a note
-``.<name>.job.json`` says that a job is done (and, for other tools, an empty ``.finished`` beside each tar). What cannot be converted is left out, listed in ``dropped.jsonl`` and counted.
+One job makes one output (a tar, a side list, a part of a raw list), so jobs run in parallel, a stopped conversion goes
+on where it was, and the result does not depend on how many ran at once. Every file is written beside its name
+(``.tmp``) and renamed when it is whole; a note ``.<name>.job.json`` says that a job is done (and, for other tools, an
+empty ``.finished`` beside each tar). What cannot be converted is left out, listed in ``dropped.jsonl`` and counted.
 
     python -m osum_echat.data.convert --to shard data/raw/data.list data/shard
 """
@@ -80,7 +81,8 @@ def convert(
     Args:
         source: raw, shard or combine list (or one that is open).
         out_dir: folder for the new list and its files.
-        prefix, per_tar: names (``<prefix>_%09d.tar``) and size of new tars; a tar made from a tar keeps its name and records.
+        prefix, per_tar: names (``<prefix>_%09d.tar``) and size of new tars; a tar made from a tar keeps its name and
+            records.
         workers: processes; default one per core. The result does not depend on it.
         overwrite: do finished jobs again.
         rewrite_16k: store recordings as 16 kHz, 16-bit, mono wav instead of their own bytes.
@@ -279,7 +281,8 @@ def _read(resolve: paths.Resolver, path: str, record: dict[str, Any], item: List
 
 
 def _kind(data: bytes, name: str) -> str:
-    """Format of a recording: the suffix of its path (or its member's name) when that is one of `AUDIO`, else what its first bytes say."""
+    """Format of a recording: the suffix of its path (or its member's name) when that is one of `AUDIO`, else what its
+    first bytes say."""
     _, dot, suffix = name.rpartition(".")
     kind = suffix.lower() if dot else suffix.partition("_")[0]
     if kind in AUDIO:
@@ -291,7 +294,8 @@ def _kind(data: bytes, name: str) -> str:
 
 
 def _cut(data: bytes, start: Any, end: Any) -> bytes:
-    """The samples from ``start`` to ``end`` seconds as a file of the same format and sample type; times are not needed after it."""
+    """The samples from ``start`` to ``end`` seconds as a file of the same format and sample type; times are not needed
+    after it."""
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             first = round(float(start or 0) * file.samplerate)

@@ -1,8 +1,9 @@
 """`osum-echat data doctor LIST`: everything that is wrong with a set, without training on it.
 
-Reads every record and decodes every recording as the loader does, and tells: faults by file, line and key; duplicate keys; what tars and
-lists of a combined set do not agree on; durations; how many samples each task has, and which labels. Writes ``report.json`` and
-``report.png`` and ends with 0 (nothing found), 1 (something found) or 2 (the list cannot be read).
+Reads every record and decodes every recording as the loader does, and tells: faults by file, line and key; duplicate
+keys; what tars and lists of a combined set do not agree on; durations; how many samples each task has, and which
+labels. Writes ``report.json`` and ``report.png`` and ends with 0 (nothing found), 1 (something found) or 2 (the list
+cannot be read).
 """
 
 from __future__ import annotations
@@ -189,7 +190,8 @@ def examine(
     """Read a whole list (or data yaml).
 
     Args:
-        tokenizer, vocab: with them, samples that ``limits`` would keep out are told as well; without, lengths in ids are not judged.
+        tokenizer, vocab: with them, samples that ``limits`` would keep out are told as well; without, lengths in ids
+            are not judged.
         workers: processes; 0: in this one.
     """
     settings = ProcessingConfig(label_rules=label_rules, tag_alone_rate=0.0)

@@ -1,7 +1,8 @@
-"""What was left out, and why. Every sample that does not reach a batch passes through here with key, file, line and reason.
+"""What was left out, and why. Every sample that does not reach a batch passes through here with key, file, line and
+reason.
 
-Two kinds: *bad* data that cannot be used (broken file, missing field), and samples that a rule keeps out (too long, another stream's task).
-Only the first count against ``max_bad_fraction``.
+Two kinds: *bad* data that cannot be used (broken file, missing field), and samples that a rule keeps out (too long,
+another stream's task). Only the first count against ``max_bad_fraction``.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class DropReport:
         return self.used + sum(self.reasons.values())
 
     def check(self, max_bad_fraction: float | None, minimum: int = 100, final: bool = False) -> None:
-        """Raise TooManyBadSamples when the share of bad samples is above the bound, judged from ``minimum`` samples on or at the end."""
+        """Raise TooManyBadSamples when the share of bad samples is above the bound, judged from ``minimum`` samples on
+        or at the end."""
         if max_bad_fraction is None or (self.seen < minimum and not final) or self.seen == 0:
             return
         if self.bad > max_bad_fraction * self.seen:

@@ -117,7 +117,8 @@ class ExampleBuilder:
         return Example(info, row, feats)
 
     def _feats(self, recordings: list[Samples], rng: random.Random) -> Sequence[Tensor] | Sequence[Sound]:
-        """Augmented log-mels; or, where the device computes them, the recordings with what augmentation does to them there."""
+        """Augmented log-mels; or, where the device computes them, the recordings with what augmentation does to them
+        there."""
         noise = None
         if self._augment is not None and recordings:
             noise = np.random.Generator(np.random.PCG64(rng.getrandbits(64)))
@@ -186,7 +187,8 @@ class Augmenter:
         return torch.from_numpy(out)
 
     def changes(self, frames: int, mels: int, rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """What `features` would do to a log-mel of this size, drawn alike: where each frame comes from (`Sound.source_T`), and which mels are 0."""
+        """What `features` would do to a log-mel of this size, drawn alike: where each frame comes from
+        (`Sound.source_T`), and which mels are 0."""
         config = self.config
         source_T, hidden_F = np.arange(frames), np.zeros(mels, dtype=np.bool_)
         if config.spec_sub:

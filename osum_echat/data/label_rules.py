@@ -15,8 +15,8 @@ class LabelRules:
     """How labels are read.
 
     Attributes:
-        think: form of a think: ``language``, the record's own sentence (``extra.think_str``); ``tag``, the template filled with tags;
-            ``either``: the sentence where the record has one, else tags.
+        think: form of a think: ``language``, the record's own sentence (``extra.think_str``); ``tag``, the template
+            filled with tags; ``either``: the sentence where the record has one, else tags.
         strip_leading_tag: a tag in front of a label (the emotion of a reply) is taken off.
         neutral_tag: put in front of a dialogue reply that has no tag; in a think it stands for a tag that is not known.
         reply_tags: reply emotions that are known; empty: all.

@@ -72,7 +72,8 @@ class Stream:
     Args:
         name: s2t, t2s, s2s, t2t, or any other name.
         config: where its lists are.
-        seed: used for the random part of lists with a weight below 1, unless the data yaml has its own, and for the order.
+        seed: used for the random part of lists with a weight below 1, unless the data yaml has its own, and for the
+            order.
     """
 
     def __init__(self, name: str, config: StreamConfig, seed: int = 0) -> None:
@@ -133,7 +134,8 @@ def _resolved(resolve: paths.Resolver, path: str) -> str:
 
 
 class Cursor:
-    """A place in a stream: which repetition, which line, which sample in it. Iterates over items; can be saved and moved.
+    """A place in a stream: which repetition, which line, which sample in it. Iterates over items; can be saved and
+    moved.
 
     After each item the cursor stands behind it.
     """

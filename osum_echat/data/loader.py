@@ -1,11 +1,11 @@
 """The loader: epochs of batches for one rank, over worker processes, with one state for all of it.
 
-Workers are torch's DataLoader processes; each runs one reader with its own share (`pipeline.Reader`) and sends its state along with every
-batch, so that the loader's state is always that of the last batch it handed out, whatever the workers have prepared ahead. The order of
-batches is round robin over readers, in one process or in several.
+Workers are torch's DataLoader processes; each runs one reader with its own share (`pipeline.Reader`) and sends its
+state along with every batch, so that the loader's state is always that of the last batch it handed out, whatever the
+workers have prepared ahead. The order of batches is round robin over readers, in one process or in several.
 
-A rank ends its epoch when its own share is read; that another rank has more, and what happens then, is the training loop's affair
-(`training.steps`). Shares are equal to within a sample per list line by construction.
+A rank ends its epoch when its own share is read; that another rank has more, and what happens then, is the training
+loop's affair (`training.steps`). Shares are equal to within a sample per list line by construction.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Loader:
         return self._epoch + self._ended
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of the epoch ``self.epoch``, from where `load_state_dict` put it; afterwards ``self.epoch`` is the next.
+        """Batches of the epoch ``self.epoch``, from where `load_state_dict` put it; afterwards ``self.epoch`` is the
+        next.
 
         Until then `state_dict` says the end of this epoch: with several ranks one may be through while others are not.
 
@@ -116,7 +117,8 @@ class Loader:
         self._ended = True
 
     def _outputs(self) -> Iterator[tuple[int, ReaderStep]]:
-        """(index of the reader, output) in turns, from the reader whose turn it is; a reader's last output has no batch."""
+        """(index of the reader, output) in turns, from the reader whose turn it is; a reader's last output has no
+        batch."""
         count = len(self._readers)
         order = [(self._turn + i) % count for i in range(count) if not self._readers[(self._turn + i) % count].finished]
         if not order:
@@ -131,7 +133,8 @@ class Loader:
             yield order[at], output
 
     def _from_workers(self, epoch: int, todo: Sequence[_ReaderState]) -> Iterator[tuple[int, ReaderStep]]:
-        """One worker process a reader. They are kept for the next epoch: starting them takes a second, opening lists included."""
+        """One worker process a reader. They are kept for the next epoch: starting them takes a second, opening lists
+        included."""
         if self._workers is None or len(todo) > self._workers.num_workers:
             self._shares.orders = [multiprocessing.SimpleQueue() for _ in todo]
             self._workers = DataLoader(
@@ -142,9 +145,11 @@ class Loader:
                 pin_memory=self._pin_memory,
                 worker_init_fn=_start_worker,
                 persistent_workers=not self._repeat,
-                generator=torch.Generator(),  # of its own: the seed that torch draws for workers must not move the training's random state
+                # Of its own: the seed that torch draws for workers must not move the training's random state.
+                generator=torch.Generator(),
             )
-        # Workers first: a restored reader's state is larger than what a pipe holds, so `put` waits until a worker reads.
+        # Workers first: a restored reader's state is larger than what a pipe holds, so `put` waits until a worker
+        # reads.
         running = iter(self._workers)
         for at, orders in enumerate(self._shares.orders):
             orders.put((epoch, [(at, todo[at])] if at < len(todo) else [], self._num_readers))
@@ -192,8 +197,8 @@ class Loader:
         Another number of workers than before is taken from the next epoch on; until then the shares stay as they were.
 
         Raises:
-            ValueError: the state is of another number of ranks (see `load_state_dicts`), another seed or other lists, so that its
-                position means nothing here. `set_epoch` begins an epoch instead.
+            ValueError: the state is of another number of ranks (see `load_state_dicts`), another seed or other lists,
+                so that its position means nothing here. `set_epoch` begins an epoch instead.
         """
         if (state["rank"], state["world_size"]) != (self._rank, self._world_size):
             raise ValueError(
@@ -206,10 +211,11 @@ class Loader:
         self.report.load_state_dict(state["report"])
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> str:
-        """Go on with the states of all ranks of a run that had another number of them. Returns what happens, as a sentence.
+        """Go on with the states of all ranks of a run that had another number of them. Returns what happens, as a
+        sentence.
 
-        The rest of the epoch is read in the old shares, dealt to the new ranks: nothing is lost or seen twice. Where there are now more
-        ranks than shares, some have nothing until the next epoch.
+        The rest of the epoch is read in the old shares, dealt to the new ranks: nothing is lost or seen twice. Where
+        there are now more ranks than shares, some have nothing until the next epoch.
         """
         if len(states) == self._world_size:
             self.load_state_dict(states[self._rank])
@@ -323,7 +329,8 @@ def build_loader(
     """The loader of a config.
 
     Args:
-        train: False: held-out data, in the order of the lists, without augmentation, every stream once; the same whatever seed and epoch.
+        train: False: held-out data, in the order of the lists, without augmentation, every stream once; the same
+            whatever seed and epoch.
         dialect, mels: of the model that the batches are for, from its config (``dialect`` and ``encoder.mels``).
 
     Raises:

@@ -1,8 +1,8 @@
 """A record as members of a tar and back, without losing a field, a type or a byte.
 
-Text fields are members of their own, as users know them (``txt, task, lang, speaker, emotion, gender, duration, extra``), audio keeps its
-format (``wav, flac, mp3 ...``), past turns are ``wav_1, txt_1 ...``. What fits none of these (other fields, or a known one that is not a
-text) goes as JSON into one member ``fields``.
+Text fields are members of their own, as users know them (``txt, task, lang, speaker, emotion, gender, duration,
+extra``), audio keeps its format (``wav, flac, mp3 ...``), past turns are ``wav_1, txt_1 ...``. What fits none of these
+(other fields, or a known one that is not a text) goes as JSON into one member ``fields``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Opening what a list names: local paths or fsspec URLs, and lists whose relative paths do not fit where they lie.
 
-One rule for a relative path in a list, the same for every list and everybody who reads one: from the list's own folder, then as written
-(from the working directory, as the published lists mean it). Lists are written on one machine and read on another, so a path that is
-neither is tried with leading folders taken off, in the list's folder and up to three folders above it; that is said once per rewrite in a
-warning. URLs are taken as they are.
+One rule for a relative path in a list, the same for every list and everybody who reads one: from the list's own folder,
+then as written (from the working directory, as the published lists mean it). Lists are written on one machine and read
+on another, so a path that is neither is tried with leading folders taken off, in the list's folder and up to three
+folders above it; that is said once per rewrite in a warning. URLs are taken as they are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _LEVELS_UP = 3
 
 
 def is_url(path: str) -> bool:
-    """Whether ``path`` names a remote (or otherwise fsspec-only) place, such as ``s3://``, ``https://`` or ``memory://``."""
+    """Whether ``path`` names a remote (or otherwise fsspec-only) place, such as ``s3://``, ``https://`` or
+    ``memory://``."""
     return "://" in path
 
 
@@ -141,7 +142,8 @@ class Resolver:
 
     def _remember(self, name: str, found: str) -> None:
         old, new = name, found
-        while "/" in old and "/" in new and old.rpartition("/")[2] == new.rpartition("/")[2]:  # parts at the end that both share
+        # Parts at the end that both share.
+        while "/" in old and "/" in new and old.rpartition("/")[2] == new.rpartition("/")[2]:
             old, new = old.rpartition("/")[0], new.rpartition("/")[0]
         old, new = (name, found) if not new else (f"{old}/" if old != name else old, f"{new}/" if new != found else new)
         if old and not any(old == seen for seen, _ in self._rewrites):

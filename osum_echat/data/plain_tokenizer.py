@@ -1,4 +1,5 @@
-"""A tokenizer without files: one id a character. For looking at data, for benchmarks and tests, where no checkpoint is at hand."""
+"""A tokenizer without files: one id a character. For looking at data, for benchmarks and tests, where no checkpoint is
+at hand."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """From a record to a sample: which task it is, what the model shall say, what it is asked.
 
-One pipeline with named rules for what the published training code did in three copies of a file (`label_rules`). Its steps, in order: names
-that must not appear, renamed tasks, merged labels, tasks that are randomly made smaller, leading tag of the reply, think, clean-up, ids,
-instruction, speech. Whatever is random comes from the generator that is handed in. A record that gives no sample raises a RecordError
-whose ``reason`` is counted. Where this differs from the published code on purpose, docs/compatibility.md has a line.
+One pipeline with named rules for what the published training code did in three copies of a file (`label_rules`). Its
+steps, in order: names that must not appear, renamed tasks, merged labels, tasks that are randomly made smaller, leading
+tag of the reply, think, clean-up, ids, instruction, speech. Whatever is random comes from the generator that is handed
+in. A record that gives no sample raises a RecordError whose ``reason`` is counted. Where this differs from the
+published code on purpose, docs/compatibility.md has a line.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Processed:
         task: the task string after renaming and drawing.
         label: the label as text, eos not included.
         prompt: the instruction or question as text, "" for none.
-        transcripts: the words said in each recording of the sample, "" where the record does not say (targets of a CTC loss).
+        transcripts: the words said in each recording of the sample, "" where the record does not say (targets of a CTC
+            loss).
         tags: what is known of the current recording: age, gender, emotion, event, style, without brackets.
         recordings: the wav of each recording, in the order of the sample's numbers (past turns first).
     """
@@ -138,7 +140,8 @@ class Processor:
         return task, label
 
     def _reply(self, record: Record, task: str, label: str, rng: random.Random) -> tuple[str, ThinkForm | None]:
-        """The label with its leading tag as the rules want it and with its think, and the form of that (None: no think)."""
+        """The label with its leading tag as the rules want it and with its think, and the form of that (None: no
+        think)."""
         rules = self.rules
         tag, rest = text.split_leading_tag(label)
         if rules.strip_leading_tag:
@@ -242,7 +245,8 @@ def _merged_labels(task: str, label: str) -> str:
 
 
 def _said(record: Record, task: str, label: str) -> str:
-    """The words of the current recording: the label itself for transcription, what the record says of the question for dialogue."""
+    """The words of the current recording: the label itself for transcription, what the record says of the question for
+    dialogue."""
     if "<TRANSCRIBE>" in task:
         words = label.partition(text.ANSWER_MARK)[0]
         return text.without_tags(words)
@@ -270,9 +274,11 @@ _OF_LAST_TURN = ("question", "q_txt", "think_str", "q_emotion", "caption", "even
 
 
 def expand_dialogue(record: Record, min_turns: int = 1, max_turns: int = 0) -> list[Record]:
-    """One record for each turn of a dialogue, with the turns before it as history (key ``<key>#<turn>``); the last is the record itself.
+    """One record for each turn of a dialogue, with the turns before it as history (key ``<key>#<turn>``); the last is
+    the record itself.
 
-    Earlier turns keep what is true of the speaker (age, gender), not what was said in the last turn. ``max_turns`` 0: no limit.
+    Earlier turns keep what is true of the speaker (age, gender), not what was said in the last turn. ``max_turns`` 0:
+    no limit.
     """
     out = []
     turns = len(record.history) + 1

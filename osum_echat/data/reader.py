@@ -1,8 +1,9 @@
 """One reader's way from lists to batches: mix, shuffle, build, pack. Exact state at every batch.
 
-A reader is one of ``world_size x workers`` equal ones; each goes through its own share of every stream. What is held back between batches
-(the shuffle buffer, the packing pool) is saved as *places* in the lists, not as data: a restart opens each place again and rebuilds the
-same samples, in seconds whatever the epoch's length. That works because a sample's randomness depends on seed, epoch and place alone.
+A reader is one of ``world_size x workers`` equal ones; each goes through its own share of every stream. What is held
+back between batches (the shuffle buffer, the packing pool) is saved as *places* in the lists, not as data: a restart
+opens each place again and rebuilds the same samples, in seconds whatever the epoch's length. That works because a
+sample's randomness depends on seed, epoch and place alone.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Place:
 
 @dataclass
 class ReaderStep:
-    """One step of a reader: a batch (None after the last), what was used and left out since the step before, and the state after it."""
+    """One step of a reader: a batch (None after the last), what was used and left out since the step before, and the
+    state after it."""
 
     batch: Batch | None
     used: int
@@ -89,7 +91,8 @@ class Reader:
         self._pending = list(self._alive)  # streams that the epoch must still go through once
         self._rng = random.Random(f"mix/{config.seed}/{epoch}/{reader}/{readers}")
         self._buffer: list[tuple[Place, ListItem]] = []
-        self._buffer_places = np.zeros((config.shuffle_buffer + 1, 5), np.int64)  # the same places, kept up to date for the state
+        # The same places, kept up to date for the state.
+        self._buffer_places = np.zeros((config.shuffle_buffer + 1, 5), np.int64)
         self._pool: list[tuple[Place, int, Example, Cost]] = []
         self._drops: list[Drop] = []
         self._notes: dict[str, int] = {}
@@ -180,7 +183,8 @@ class Reader:
             self._cursors[n].restart()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the following batches depend on: 40 bytes a record of the shuffle buffer (80 kB with 2,000), and some kB."""
+        """Everything that the following batches depend on: 40 bytes a record of the shuffle buffer (80 kB with 2,000),
+        and some kB."""
         return {
             "cursors": [c.state_dict() for c in self._cursors],
             "alive": list(self._alive),

@@ -1,8 +1,9 @@
-"""Which lines of a list an epoch reads, in which order, by whom. Pure functions of seed and epoch: no clock, no global random state.
+"""Which lines of a list an epoch reads, in which order, by whom. Pure functions of seed and epoch: no clock, no global
+random state.
 
-The order is that of the published sampler when the seed is 0: shuffle by epoch, stride over ranks, then over workers. What it did not
-do: lines that do not divide evenly over the readers are shared sample by sample, so that every reader has nearly the same amount of work
-and none goes without.
+The order is that of the published sampler when the seed is 0: shuffle by epoch, stride over ranks, then over workers.
+What it did not do: lines that do not divide evenly over the readers are shared sample by sample, so that every reader
+has nearly the same amount of work and none goes without.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 
 
 def weighted_lines(count: int, weight: float, rng: random.Random) -> list[int]:
-    """Line numbers that ``weight`` asks for: ``int(weight)`` times all lines from 1 on, a random part below, none for 0.
+    """Line numbers that ``weight`` asks for: ``int(weight)`` times all lines from 1 on, a random part below, none for
+    0.
 
     Raises:
         ValueError: for a negative weight.
@@ -32,7 +34,8 @@ def epoch_order(count: int, epoch: int, seed: int = 0, split: int = 1, shuffle: 
     """Positions of a list of ``count`` lines in the order in which ``epoch`` reads them.
 
     Args:
-        split: an epoch reads one of ``split`` slices of the list (the last slice takes the remainder); every line is read once in ``split`` epochs.
+        split: an epoch reads one of ``split`` slices of the list (the last slice takes the remainder); every line is
+            read once in ``split`` epochs.
     """
     order = list(range(count))
     if split > 1:
@@ -58,8 +61,8 @@ class Share:
 class Shares(Sequence[Share]):
     """What one of ``readers`` equal readers reads of ``order``.
 
-    Whole lines are dealt one by one; the last ``len(order) % readers`` lines are read by all, each taking every ``readers``-th sample.
-    Holds eight bytes a line: raw lists have millions.
+    Whole lines are dealt one by one; the last ``len(order) % readers`` lines are read by all, each taking every
+    ``readers``-th sample. Holds eight bytes a line: raw lists have millions.
 
     Args:
         reader: ``rank + world_size * worker``: ranks are dealt to first, then the workers of a rank.

@@ -1,4 +1,5 @@
-"""Look at data as training sees it: keys, tasks, shapes, decoded labels, what was left out and why, utterances a second.
+"""Look at data as training sees it: keys, tasks, shapes, decoded labels, what was left out and why, utterances a
+second.
 
 osum-echat data show my/data.list
 osum-echat data show my/shards_list.txt --tokenizer Qwen/Qwen2.5-3B-Instruct --workers 2
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, default_lists: Sequence[str] = ()) -> int:
-    """Command line. Exit code 2 when a list cannot be read, 1 when too much of it is bad. Without lists: ``default_lists``."""
+    """Command line. Exit code 2 when a list cannot be read, 1 when too much of it is bad. Without lists:
+    ``default_lists``."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "lists", nargs="*" if default_lists else "+", default=default_lists, help="lists of any form, or data yamls"
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, default_lis
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
 
-    from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig  # after --help: torch takes seconds to import
+    # After --help: torch takes seconds to import.
+    from osum_echat.data.config import DataConfig, ProcessingConfig, StreamConfig
     from osum_echat.data.loader import build_loader
     from osum_echat.dialogue.dialect import Dialect
 
@@ -74,7 +77,8 @@ def _text_side(name: str | None) -> tuple[Any, Vocabulary]:
 
 
 def read(loader: Loader, batches: int, samples: int) -> None:
-    """Read a list to its end; print the first ``batches``, then counts by task, what was left out, padding and speed."""
+    """Read a list to its end; print the first ``batches``, then counts by task, what was left out, padding and
+    speed."""
     tasks: Counter[str] = Counter()
     positions = padding = 0.0
     began = time.perf_counter()

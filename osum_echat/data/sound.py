@@ -1,8 +1,8 @@
 """Recordings on their way to the device that computes their log-mels (``data.features: device``).
 
-A worker then decodes and draws what the augmentation of features does, and the training process computes log-mels for a whole batch where it trains: a
-worker's time falls by what features and their masks cost. Samples travel in 16 bits, which is exact for 16-bit recordings that no augmentation has changed;
-others are scaled to their loudest sample first.
+A worker then decodes and draws what the augmentation of features does, and the training process computes log-mels for a
+whole batch where it trains: a worker's time falls by what features and their masks cost. Samples travel in 16 bits,
+which is exact for 16-bit recordings that no augmentation has changed; others are scaled to their loudest sample first.
 
 N recordings, T frames, F mel bins, S samples with their reflections.
 """
@@ -34,7 +34,8 @@ class Sound:
     Attributes:
         pcm_S: its samples in 16 bits, reflected by `REACH` at both ends.
         scale: what a step of them stands for.
-        source_T: the frame that stands at each place after augmentation, -1 where all mels are 0; None: all as they are.
+        source_T: the frame that stands at each place after augmentation, -1 where all mels are 0; None: all as they
+            are.
         hidden_F: mels that are 0; None: none.
         frames: T.
     """

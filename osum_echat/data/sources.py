@@ -1,9 +1,10 @@
 """Lists on disk as sources of records: raw, shard and combine. The same record comes out of each.
 
-A source has lines (a record of a raw list; a tar of a shard list; a jsonl with its tar of a combine list). `read` goes through one line
-from any sample on, `read_one` fetches a single sample again by where it starts: that is all that mixing, shuffling and resume need.
-Whoever wants a list's records, one after the other, reads `open_source(list).records()`: this is the one way to read a record.
-Objects may be shared with worker processes: no file offset is held across a fork.
+A source has lines (a record of a raw list; a tar of a shard list; a jsonl with its tar of a combine list). `read` goes
+through one line from any sample on, `read_one` fetches a single sample again by where it starts: that is all that
+mixing, shuffling and resume need. Whoever wants a list's records, one after the other, reads
+`open_source(list).records()`: this is the one way to read a record. Objects may be shared with worker processes: no
+file offset is held across a fork.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class ListItem:
 
 
 class Place(NamedTuple):
-    """Where a record lies in a list, for `Source.at`: line of the list, byte in that line's file, number of the sample there."""
+    """Where a record lies in a list, for `Source.at`: line of the list, byte in that line's file, number of the sample
+    there."""
 
     line: int
     offset: int
@@ -89,8 +91,8 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, share: Share, offset: int = 0, index: int = 0, audio: bool = True) -> Iterator[ListItem]:
-        """Items of a line, from the one that starts at ``offset`` and has number ``index``. Without ``audio`` recordings in tars are passed
-        over, and come as empty bytes."""
+        """Items of a line, from the one that starts at ``offset`` and has number ``index``. Without ``audio``
+        recordings in tars are passed over, and come as empty bytes."""
 
     def read_one(self, line: int, offset: int, index: int) -> ListItem:
         """The item at a place that `read` told before."""
@@ -102,7 +104,8 @@ class Source(ABC):
             yield from self.read(Share(line))
 
     def records(self) -> Iterator[Record | RecordError]:
-        """The records of the list, in its order, each checked and with its recordings found; why, in place of one that cannot be used."""
+        """The records of the list, in its order, each checked and with its recordings found; why, in place of one that
+        cannot be used."""
         for item in self.items():
             yield from item.problems
             if item.problems:
@@ -113,7 +116,8 @@ class Source(ABC):
                 yield error
 
     def places(self) -> Iterator[tuple[Place, str] | RecordError]:
-        """Place and key of every record, in the order of the list, without reading a recording; why, in place of one that cannot be used."""
+        """Place and key of every record, in the order of the list, without reading a recording; why, in place of one
+        that cannot be used."""
         for line in range(len(self)):
             for item in self.read(Share(line), audio=False):
                 yield from item.problems
@@ -125,7 +129,8 @@ class Source(ABC):
                     yield error
 
     def at(self, places: Sequence[Place]) -> Iterator[Record | RecordError]:
-        """The records at places that `places` told, as `records` gives them. Fast where the places of one line come together, in their order."""
+        """The records at places that `places` told, as `records` gives them. Fast where the places of one line come
+        together, in their order."""
         for line, group in itertools.groupby(places, key=lambda place: place.line):
             wanted = list(group)
             items = self.read(Share(line), wanted[0].offset, wanted[0].number)
@@ -139,7 +144,8 @@ class Source(ABC):
                     yield error
 
     def _found(self, record: Record) -> Record:
-        """The record with paths that can be opened. Raises RecordError for a recording that its task needs and that is not there."""
+        """The record with paths that can be opened. Raises RecordError for a recording that its task needs and that is
+        not there."""
         history = tuple(replace(turn, wav=self._found_wav(record, turn.wav)) for turn in record.history)
         return replace(record, wav=self._found_wav(record, record.wav), history=history)
 
@@ -254,10 +260,11 @@ def _shard_item(group: tar.TarSample, line: int, path: str) -> ListItem:
 
 
 class CombineSource(Source):
-    """Pairs of a jsonl list and a tar of the same name: audio from the tar, everything else from the list, which people keep correcting.
+    """Pairs of a jsonl list and a tar of the same name: audio from the tar, everything else from the list, which people
+    keep correcting.
 
-    A line of the list names the jsonl; the tar lies in the folder that `combines_tar_root.txt` beside the list names. A line may also be
-    ``<jsonl or ->|<tar>``.
+    A line of the list names the jsonl; the tar lies in the folder that `combines_tar_root.txt` beside the list names. A
+    line may also be ``<jsonl or ->|<tar>``.
     """
 
     form = "combine"
@@ -289,7 +296,8 @@ class CombineSource(Source):
         return side, self._resolve_tar(paths.join(root, f"{stem}.tar"))
 
     def _labels(self, side: str | None) -> tuple[_Labels, list[RecordError]]:
-        """The labels of a jsonl; the last one read is kept, since single samples of one tar are often fetched in a row."""
+        """The labels of a jsonl; the last one read is kept, since single samples of one tar are often fetched in a
+        row."""
         if side is None:
             return {}, []
         if self._read_labels is None or self._read_labels[0] != side:
@@ -342,7 +350,8 @@ def _joined(group: tar.TarSample, line: int, archive: str, side: str | None, lab
     if "tas_tag" in label:  # the misspelt task of the published list is meant to replace the tar's
         tars.pop("task", None)
     if label.get("tar_path_key") == os.path.splitext(os.path.basename(archive))[0] and "tar_path_key" not in tars:
-        label = {name: value for name, value in label.items() if name != "tar_path_key"}  # about the set, not about the sample
+        # About the set, not about the sample.
+        label = {name: value for name, value in label.items() if name != "tar_path_key"}
     audio = {name: value for name, value in tars.items() if isinstance(value, bytes)}
     item.fields = {**tars, **label, **audio, "key": tars["key"]}
     if item.fields.get("wav") == ONLY_META:
@@ -427,9 +436,9 @@ def _line_spans(data: Any) -> tuple[np.ndarray, np.ndarray]:
 def open_source(name: str, kind: ListType = "auto") -> Source:
     """The list at ``name`` (a path or URL), or a single tar.
 
-    ``auto`` finds the form by itself: a list whose first line is JSON is raw; one that names tars is a shard list; one that names record lists
-    (or is called ``combines_list...``) is a combine list. ``shard`` means tars, combined or not. Raises ValueError when the list is not there
-    or empty.
+    ``auto`` finds the form by itself: a list whose first line is JSON is raw; one that names tars is a shard list; one
+    that names record lists (or is called ``combines_list...``) is a combine list. ``shard`` means tars, combined or
+    not. Raises ValueError when the list is not there or empty.
     """
     form = "raw" if kind == "raw" else _form(name)
     if kind == "shard" and form == "raw":

@@ -1,8 +1,8 @@
 """Tar archives as streams of samples: members ``<key>.<field>``, contiguous per key.
 
-Python's `tarfile` needs several times longer for a header than for the audio behind it, cannot start in the middle and cannot go on after
-damage; the few rules that matter (ustar, GNU long names, pax path and size, base-256 sizes, checksums) stand here instead. Writing is
-left to `tarfile`, with everything that differs between machines set to zero.
+Python's `tarfile` needs several times longer for a header than for the audio behind it, cannot start in the middle and
+cannot go on after damage; the few rules that matter (ustar, GNU long names, pax path and size, base-256 sizes,
+checksums) stand here instead. Writing is left to `tarfile`, with everything that differs between machines set to zero.
 """
 
 from __future__ import annotations
@@ -206,12 +206,13 @@ def groups(
 
     Args:
         offset, index: where to start: the ``next_offset`` of a group, and its number plus one.
-        part, parts: only groups whose number is ``part`` modulo ``parts`` are read; the bytes of the others are skipped.
+        part, parts: only groups whose number is ``part`` modulo ``parts`` are read; the bytes of the others are
+            skipped.
         without: fields (``wav``, also of past turns: ``wav_1``) whose bytes are skipped, too; they come empty.
 
-    A group that damage touches is yielded with ``damage`` set: it may lack members. Damage between two groups touches both, since the
-    lost header may belong to either. Reading goes on at the next header that can be read. An archive that is damaged from its first byte
-    on yields one group with an empty key.
+    A group that damage touches is yielded with ``damage`` set: it may lack members. Damage between two groups touches
+    both, since the lost header may belong to either. Reading goes on at the next header that can be read. An archive
+    that is damaged from its first byte on yields one group with an empty key.
     """
     tar = TarStream(stream, offset)
     group: TarSample | None = None

@@ -35,8 +35,8 @@ STYLES = {
 }
 """Fine styles of the sources -> the styles that are learnt; 童话故事, 客服 and 其他 stay as they are."""
 
-# Replies in which an assistant says who it is would teach the wrong name. These are the names that the published filter finds; names that
-# it lists but never finds (its list lacks some commas) are not here, so that the same data is used.
+# Replies in which an assistant says who it is would teach the wrong name. These are the names that the published filter
+# finds; names that it lists but never finds (its list lacks some commas) are not here, so that the same data is used.
 OTHER_NAMES = (
     *("MOSS Assistant", "MOSS助手", "QWEN", "小智机器人", "小智助手", "小智AI助手", "小智Bot", "Assistant小智", "AI小智"),
     *("virtual assistant", "Helper", "helper", "ChatBot", "chat bot", "chatbot", "Chat Bot", "AI Agent", "AI agent"),

@@ -1,7 +1,8 @@
-"""Devices: cuda, npu (Ascend) or cpu. The only place that knows accelerators (`accelerators`) and what the CPU does well (`cpu`).
+"""Devices: cuda, npu (Ascend) or cpu. The only place that knows accelerators (`accelerators`) and what the CPU does
+well (`cpu`).
 
-Everything else asks here for a device, a type to compute in, kernels, graphs, autocast, seeding, synchronisation, memory figures and the collectives
-back end.
+Everything else asks here for a device, a type to compute in, kernels, graphs, autocast, seeding, synchronisation,
+memory figures and the collectives back end.
 """
 
 from osum_echat.device import cpu

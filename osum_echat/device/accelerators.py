@@ -102,7 +102,8 @@ def dtype(name: str, device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Weights:
-    """How a model's weights are kept: the type of what is not rounded (and of arithmetic), and "int8" or "int4" for what is (`cpu_linear.nbits`)."""
+    """How a model's weights are kept: the type of what is not rounded (and of arithmetic), and "int8" or "int4" for
+    what is (`cpu_linear.nbits`)."""
 
     dtype: torch.dtype
     kind: Literal["int8", "int4"] | None = None
@@ -117,8 +118,10 @@ def model_weights(weights: str, dtype_name: str, device: torch.device, count: in
     """How to keep the weights of a model that answers.
 
     Args:
-        weights: one of `WEIGHTS`. "auto" is what the file holds where it is rounded, else the CPU's rule by size (`cpu.default_weights`), else bfloat16.
-        dtype_name: "auto" or a type that says the same in another word; with it nothing is rounded unless ``weights`` asks.
+        weights: one of `WEIGHTS`. "auto" is what the file holds where it is rounded, else the CPU's rule by size
+            (`cpu.default_weights`), else bfloat16.
+        dtype_name: "auto" or a type that says the same in another word; with it nothing is rounded unless ``weights``
+            asks.
         count: how many weights the model has.
         stored: what the file has rounded them to.
 
@@ -141,12 +144,14 @@ def model_weights(weights: str, dtype_name: str, device: torch.device, count: in
 
 
 def arithmetic(wanted: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to do much arithmetic in where ``wanted`` is asked for: float32 on a CPU that is slow in it, which is said once."""
+    """The type to do much arithmetic in where ``wanted`` is asked for: float32 on a CPU that is slow in it, which is
+    said once."""
     return cpu.arithmetic(wanted) if device.type == "cpu" else wanted
 
 
 def training_precision(precision: str, device: torch.device) -> str:
-    """``precision`` of a training run (`training.config`), or ``fp32`` on a CPU that is slow in bfloat16, which is said once."""
+    """``precision`` of a training run (`training.config`), or ``fp32`` on a CPU that is slow in bfloat16, which is said
+    once."""
     if precision in ("bf16", "autocast") and arithmetic(torch.bfloat16, device) == torch.float32:
         return "fp32"
     return precision
@@ -158,7 +163,8 @@ def linear_kernel(device: torch.device, dtype: torch.dtype, inputs: int, weights
 
 
 def autocast(device: torch.device, to: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to ``to`` on ``device``; does nothing for None or float32, and on a CPU that is slow in ``to`` (see `arithmetic`)."""
+    """Autocast to ``to`` on ``device``; does nothing for None or float32, and on a CPU that is slow in ``to`` (see
+    `arithmetic`)."""
     if to is None or arithmetic(to, device) == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=to)
@@ -206,8 +212,9 @@ def sums_in_float64(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def short_products(device: torch.device, on: bool = True) -> Iterator[None]:
-    """A block in which products of float32 numbers round them to 10 bits of mantissa, where the device has units for that (TF32, HF32): several times
-    faster. Elsewhere nothing happens. The switches are those of the whole process, so what runs beside may be rounded too."""
+    """A block in which products of float32 numbers round them to 10 bits of mantissa, where the device has units for
+    that (TF32, HF32): several times faster. Elsewhere nothing happens. The switches are those of the whole process, so
+    what runs beside may be rounded too."""
     module = _accelerator(device.type) if on else None
     backends: Any = (
         {"cuda": [torch.backends.cuda.matmul, torch.backends.cudnn]}.get(device.type, []) if module is not None else []
@@ -226,8 +233,8 @@ def short_products(device: torch.device, on: bool = True) -> Iterator[None]:
 
 
 def send(values: Tensor | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers of the host on ``device``, without waiting for it: a copy from memory that the device reads by itself. A tensor of the host is not to be
-    written to afterwards."""
+    """Numbers of the host on ``device``, without waiting for it: a copy from memory that the device reads by itself. A
+    tensor of the host is not to be written to afterwards."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if device.type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -240,7 +247,8 @@ def overlaps(device: torch.device) -> bool:
 
 
 def side_stream(device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Enters a queue of work beside the device's usual one, behind what is queued there now; on a CPU there is none and nothing happens."""
+    """Enters a queue of work beside the device's usual one, behind what is queued there now; on a CPU there is none and
+    nothing happens."""
     module = _accelerator(device.type)
     if module is None:
         return contextlib.nullcontext
@@ -318,7 +326,8 @@ def collectives_backend(device: torch.device) -> str:
 
 
 def cluster_options(kind: str, share: float) -> dict[str, Any]:
-    """What a Ray actor asks for that has ``share`` devices of ``kind`` (CPU: cores); beside an accelerator it has one core."""
+    """What a Ray actor asks for that has ``share`` devices of ``kind`` (CPU: cores); beside an accelerator it has one
+    core."""
     if kind == "cpu":
         return {"num_cpus": share}
     if kind == "cuda":

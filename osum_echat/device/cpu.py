@@ -1,8 +1,9 @@
 """The CPU: what it does well, and the types and kernels that follow. Nobody else asks the CPU what it can.
 
-What it can is read once from PyTorch's own detection. The limits that PyTorch and oneDNN obey (``ATEN_CPU_CAPABILITY``, ``ONEDNN_MAX_CPU_ISA``)
-count here too, so a large machine can stand for a small one. A kernel is believed only after a tiny one has run: builds differ in what they
-refuse. What is refused is replaced by something that works, and that is said once.
+What it can is read once from PyTorch's own detection. The limits that PyTorch and oneDNN obey (``ATEN_CPU_CAPABILITY``,
+``ONEDNN_MAX_CPU_ISA``) count here too, so a large machine can stand for a small one. A kernel is believed only after a
+tiny one has run: builds differ in what they refuse. What is refused is replaced by something that works, and that is
+said once.
 
     OSUM_ECHAT_CPU=avx2       decide as on a CPU with AVX2 and nothing newer (most laptops)
     OSUM_ECHAT_CPU=plain      no packed weights at all
@@ -30,7 +31,8 @@ from osum_echat.device import onnx
 log = logging.getLogger(__name__)
 
 Kernel = Literal["plain", "packed"]
-"""A linear layer as PyTorch has it, or with its weights in the memory order of oneDNN's kernels (`cpu_linear.packed`)."""
+"""A linear layer as PyTorch has it, or with its weights in the memory order of oneDNN's kernels
+(`cpu_linear.packed`)."""
 
 ROUNDED: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")
 LIMIT = "OSUM_ECHAT_CPU"
@@ -38,7 +40,8 @@ LIMITS = ("avx2", "plain", "bfloat16")
 LARGE = 1.5e9
 """Weights of a model from which "auto" no longer means float32 in any case: 6 GB."""
 _MEMORY_SHARE = 0.7  # of what is available: weights may take so much of it
-_FLOAT32_WEIGHTS = 2**19  # fewest weights, and fewest inputs, for which packing float32 pays with a single row (measured)
+# Fewest weights, and fewest inputs, for which packing float32 pays with a single row (measured)
+_FLOAT32_WEIGHTS = 2**19
 _FLOAT32_INPUTS = 128
 _GRAPH_WEIGHTS = 2**26  # most weights of a decoder whose step is one graph: a quarter of a gigabyte twice
 _PACKABLE = (torch.float32, torch.bfloat16)
@@ -53,8 +56,8 @@ class Cpu:
 
     Attributes:
         vector: the widest vector instructions that may be used.
-        bfloat16: whether arithmetic in bfloat16 is at least about as fast as in float32. Without AVX-512, AMX, AVX-NE-CONVERT or ARM's BF16 it is
-            four to six times slower (measured on AVX2), although it works.
+        bfloat16: whether arithmetic in bfloat16 is at least about as fast as in float32. Without AVX-512, AMX,
+            AVX-NE-CONVERT or ARM's BF16 it is four to six times slower (measured on AVX2), although it works.
         amx: matrix units for bfloat16 and int8.
         int8: dot products of bytes (VNNI, ARM's DOT).
     """
@@ -142,12 +145,13 @@ def _as_in_torch(flag: str) -> str:
     return f"avx512_{flag[6:]}" if flag.startswith("avx512") and not flag.startswith("avx512_") else flag
 
 
-# ---- what follows ----------------------------------------------------------------------------------------------------------------
+# ---- what follows ----------------------------------------------------------------------------------------------------
 
 
 def default_weights(count: int) -> Literal["float32", "bf16", "int8"]:
-    """How to keep ``count`` weights of a model that answers: float32; of a large model bfloat16 where this CPU computes well in it, else 8 bits. Where
-    these do not work: float32, or bfloat16 where that would not fit into memory. What is not obvious is said."""
+    """How to keep ``count`` weights of a model that answers: float32; of a large model bfloat16 where this CPU computes
+    well in it, else 8 bits. Where these do not work: float32, or bfloat16 where that would not fit into memory. What is
+    not obvious is said."""
     if count < LARGE:
         return "float32"
     if detect().bfloat16:
@@ -172,7 +176,8 @@ def rounds(kind: Literal["int8", "int4"]) -> bool:
 
 
 def arithmetic(wanted: torch.dtype) -> torch.dtype:
-    """The type to do much arithmetic in where ``wanted`` is asked for: float32 (said once) where this CPU is slow in the other."""
+    """The type to do much arithmetic in where ``wanted`` is asked for: float32 (said once) where this CPU is slow in
+    the other."""
     if wanted != torch.bfloat16 or detect().bfloat16 or limit() == "bfloat16":
         return wanted
     _say_once(f"bfloat16 arithmetic is {slowdown(wanted):.1f} times slower than float32 on this CPU: float32 is used")
@@ -186,7 +191,8 @@ def _say_once(sentence: str) -> None:
 
 @functools.lru_cache(maxsize=4)
 def slowdown(dtype: torch.dtype) -> float:
-    """Time of a product of many rows in ``dtype`` over its time in float32, on one thread, measured once (some milliseconds)."""
+    """Time of a product of many rows in ``dtype`` over its time in float32, on one thread, measured once (some
+    milliseconds)."""
     operands = {kind: (torch.ones(64, 512, dtype=kind), torch.ones(512, 512, dtype=kind)) for kind in (dtype, torch.float32)}
     best = dict.fromkeys(operands, float("inf"))
     threads = torch.get_num_threads()
@@ -236,16 +242,17 @@ def linear_kernel(dtype: torch.dtype, inputs: int, weights: int, many_rows: bool
     Args:
         inputs: width of its input.
         weights: numbers of its weight, of all layers that are computed as one.
-        many_rows: whether it is called with many rows (token2wav), or mostly with one (decoding). A small float32 matrix stays in the processor's
-            cache, where PyTorch's own kernel is faster for a single row.
+        many_rows: whether it is called with many rows (token2wav), or mostly with one (decoding). A small float32
+            matrix stays in the processor's cache, where PyTorch's own kernel is faster for a single row.
     """
     small = dtype == torch.float32 and (weights < _FLOAT32_WEIGHTS or inputs < _FLOAT32_INPUTS)
     return "packed" if packs(dtype) and (many_rows or not small) else "plain"
 
 
 def one_graph(weights: int) -> bool:
-    """Whether the step of a float32 decoder with so many weights is run as one onnxruntime graph (`cpu_linear.step_graph`), which holds them a second time. Of
-    a large model the products are nearly all of a step, and nothing is gained."""
+    """Whether the step of a float32 decoder with so many weights is run as one onnxruntime graph
+    (`cpu_linear.step_graph`), which holds them a second time. Of a large model the products are nearly all of a step,
+    and nothing is gained."""
     return weights <= _GRAPH_WEIGHTS and limit() != "plain"
 
 

@@ -6,8 +6,9 @@
     other_work()
     values = packet.wait()              # a tensor of the host
 
-A graph replays the same kernels on the same memory, so `compute` reads and writes tensors that stay where they are, has no shape that depends on values
-and does not wait. It runs twice before it is recorded (compilers, libraries and lazily made tensors want that): it must leave no trace then.
+A graph replays the same kernels on the same memory, so `compute` reads and writes tensors that stay where they are, has
+no shape that depends on values and does not wait. It runs twice before it is recorded (compilers, libraries and lazily
+made tensors want that): it must leave no trace then.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Recordings:
 
         wave = recordings(self.decode, mel, source)
 
-    A shape that comes once (the end of a reply) is not worth it. What was not used for longest is forgotten when there are more than ``limit``.
+    A shape that comes once (the end of a reply) is not worth it. What was not used for longest is forgotten when there
+    are more than ``limit``.
 
     Args:
         limit: recordings that are kept.
@@ -93,7 +95,8 @@ class Recordings:
         return Recordings(self._limit, self._always)  # recordings belong to the tensors that they were made with
 
     def __call__(self, compute: Callable[..., Tensor], *tensors: Tensor, fixed: tuple[Hashable, ...] = ()) -> Tensor:
-        """``compute``: a method that is fit for `record`. ``fixed``: further arguments that a recording holds for ever."""
+        """``compute``: a method that is fit for `record`. ``fixed``: further arguments that a recording holds for
+        ever."""
         device = tensors[0].device
         if torch.is_grad_enabled() or not (self._always or records(device)):
             return compute(*tensors, *fixed)

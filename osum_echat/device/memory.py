@@ -1,7 +1,7 @@
 """How much memory tensors take at the peak of a piece of work.
 
-An accelerator's allocator counts it. On a CPU the resident set holds libraries and what the allocator has not given back, so there PyTorch's
-own events are counted: every block of memory that a tensor takes or gives back.
+An accelerator's allocator counts it. On a CPU the resident set holds libraries and what the allocator has not given
+back, so there PyTorch's own events are counted: every block of memory that a tensor takes or gives back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """onnxruntime in this process: one pool of threads for all its sessions, and how a session is opened.
 
-A session of its own pool would keep as many threads spinning as PyTorch has beside it. The size of the common pool is PyTorch's number of threads
-when the first session is opened; it cannot be changed later.
+A session of its own pool would keep as many threads spinning as PyTorch has beside it. The size of the common pool is
+PyTorch's number of threads when the first session is opened; it cannot be changed later.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _QUIET = 3  # errors only
 _EXACT_INT8 = "session.x64quantprecision"
-"""Products of int8 do not saturate on x86 without VNNI (onnxruntime's kOrtSessionOptionsAvx2PrecisionMode); smart-turn's probability of 0.10 was 0.18."""
+"""Products of int8 do not saturate on x86 without VNNI (onnxruntime's kOrtSessionOptionsAvx2PrecisionMode);
+smart-turn's probability of 0.10 was 0.18."""
 _INT8_INPUTS = 4
-"""`accuracy_level` of `MatMulNBits`: inputs are rounded to int8, a scale for each group. With float32 inputs AVX2 takes three times as long at 4 bits,
-and 8 bits are a hundred times slower (measured)."""
+"""`accuracy_level` of `MatMulNBits`: inputs are rounded to int8, a scale for each group. With float32 inputs AVX2 takes
+three times as long at 4 bits, and 8 bits are a hundred times slower (measured)."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -43,7 +44,8 @@ def _common_pool() -> bool:
 def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
     """Options of a session with ``threads`` (default: PyTorch's number) of its own, quiet but for errors.
 
-    Where this process has a common pool, the session uses that: onnxruntime refuses others then. Every session is opened with these options.
+    Where this process has a common pool, the session uses that: onnxruntime refuses others then. Every session is
+    opened with these options.
     """
     import onnxruntime
 
@@ -59,7 +61,8 @@ def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
 
 
 def session(model: bytes | Path, arena: bool = True) -> onnxruntime.InferenceSession:
-    """Open a model (serialized, or a file) on the CPU. ``arena``: keep memory between calls, for models with many operators."""
+    """Open a model (serialized, or a file) on the CPU. ``arena``: keep memory between calls, for models with many
+    operators."""
     import onnxruntime
 
     common = _common_pool()
@@ -72,7 +75,8 @@ def session(model: bytes | Path, arena: bool = True) -> onnxruntime.InferenceSes
 
 
 def nbits_session(codes_NGB: Tensor, scales_NG: Tensor, bits: int) -> onnxruntime.InferenceSession:
-    """A session of one `MatMulNBits` product, x [rows, K] to y [rows, N] in float32; the weight's form is that of `cpu_linear.groups`."""
+    """A session of one `MatMulNBits` product, x [rows, K] to y [rows, N] in float32; the weight's form is that of
+    `cpu_linear.groups`."""
     from onnx import TensorProto, helper, numpy_helper
 
     outputs, groups, width = codes_NGB.shape

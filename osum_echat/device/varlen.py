@@ -1,6 +1,8 @@
-"""Attention of sequences of different length that stand end to end, in one kernel: `torch.nn.attention.varlen`, where it is.
+"""Attention of sequences of different length that stand end to end, in one kernel: `torch.nn.attention.varlen`, where
+it is.
 
-PyTorch has it since 2.10, for CUDA and half precision. Its arguments have changed between releases, so the signature is asked.
+PyTorch has it since 2.10, for CUDA and half precision. Its arguments have changed between releases, so the signature is
+asked.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def _kernel() -> Kernel | None:
 
 
 def adapt(varlen_attn: Callable[..., Any]) -> Kernel | None:
-    """The kernel over one release's ``varlen_attn``; None for a signature that says nothing known about causal attention."""
+    """The kernel over one release's ``varlen_attn``; None for a signature that says nothing known about causal
+    attention."""
     known = inspect.signature(varlen_attn).parameters
     if "window_size" not in known and "is_causal" not in known:
         return None

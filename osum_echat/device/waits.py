@@ -1,4 +1,5 @@
-"""Counting, on a CPU, what a program would ask of an accelerator: kernels, and places where the host waits for the device.
+"""Counting, on a CPU, what a program would ask of an accelerator: kernels, and places where the host waits for the
+device.
 
     with Waits() as waits:
         step()
@@ -6,12 +7,14 @@
     a_step(run, 20, 40)     # what one more step costs in steady state
 
 A kernel is an operator that computes or copies: views, new memory without content and reads of a value are none.
-An operator that is made of others counts as those, but for the few for which accelerators have a kernel of their own (`_JOINT`).
+An operator that is made of others counts as those, but for the few for which accelerators have a kernel of their own
+(`_JOINT`).
 
-On an accelerator a wait stops the queue of kernels until it is empty: reading a value (`item`, `tolist`, `bool`, `int`, `float`, `numpy`), a result
-whose size depends on values (`nonzero`, boolean indexing, `unique`), and a tensor made from a Python list on the device (a blocking copy). On a CPU they
-cost nothing, so a count is the only way to see them there. Tensors that live on the host by design are counted too: the count is an upper bound. What a
-CPU cannot show is `tensor.to(device)` of a tensor of the host; `device.send` is the way that does not wait.
+On an accelerator a wait stops the queue of kernels until it is empty: reading a value (`item`, `tolist`, `bool`, `int`,
+`float`, `numpy`), a result whose size depends on values (`nonzero`, boolean indexing, `unique`), and a tensor made from
+a Python list on the device (a blocking copy). On a CPU they cost nothing, so a count is the only way to see them there.
+Tensors that live on the host by design are counted too: the count is an upper bound. What a CPU cannot show is
+`tensor.to(device)` of a tensor of the host; `device.send` is the way that does not wait.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A checkpoint's dialect: the fixed strings, forms and instructions that it was trained with, and what it has learnt.
 
-It is one section (``dialect:``) of a checkpoint's config.yaml. The data loader, the trainer and the generator read it there and nowhere
-else, so a model cannot be asked in other words than those it was trained with, and everybody who offers or refuses a mode asks
-`Dialect.refusal`.
+It is one section (``dialect:``) of a checkpoint's config.yaml. The data loader, the trainer and the generator read it
+there and nowhere else, so a model cannot be asked in other words than those it was trained with, and everybody who
+offers or refuses a mode asks `Dialect.refusal`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Learnt:
         think: forms of a think.
         past_turns: how many past turns may stand in front of a dialogue's turn; 0: none.
         hears, says: languages, as ISO 639-1 codes.
-        seconds: the longest recordings. say_words: the longest texts to say, in words (a Chinese character counts a third).
+        seconds: the longest recordings. say_words: the longest texts to say, in words (a Chinese character counts a
+            third).
     """
 
     modes: tuple[str, ...] | None = None
@@ -60,10 +61,11 @@ class Dialect:
     """How a checkpoint is spoken to.
 
     Attributes:
-        profile: the fixed strings of sequences: the name of a published profile (`prompts.PROFILES`), or a `Profile` written out.
+        profile: the fixed strings of sequences: the name of a published profile (`prompts.PROFILES`), or a `Profile`
+            written out.
         speech_form: how speech behind the text is written: ``plain``, or ``word`` for word by word (see `interleave`).
-        instructions: sentences that ask for an understanding task, by task string: training draws one (see `sentences`), inference
-            takes one (see `instruction`).
+        instructions: sentences that ask for an understanding task, by task string: training draws one (see
+            `sentences`), inference takes one (see `instruction`).
         refuse_unlisted: tasks that `instructions` does not name have no instruction, and are refused at inference.
         learnt: see `Learnt`.
     """
@@ -98,14 +100,16 @@ class Dialect:
         return self.strings is AS_RELEASED
 
     def sentences(self, task: str) -> Sequence[str]:
-        """Sentences of which training draws one: the checkpoint's own, else the default ones; empty: the task has none."""
+        """Sentences of which training draws one: the checkpoint's own, else the default ones; empty: the task has
+        none."""
         own = self.instructions.get(task)
         if own is not None:
             return (own,) if isinstance(own, str) else own
         return () if self.refuse_unlisted else default_instructions().get(task, ())
 
     def instruction(self, task: str) -> str:
-        """The sentence that inference asks a task in; "" for none: the checkpoint's own first one, else the profile's, else the default's."""
+        """The sentence that inference asks a task in; "" for none: the checkpoint's own first one, else the profile's,
+        else the default's."""
         fixed = self.strings.asks.get(task)
         if fixed is not None and task not in self.instructions and not self.refuse_unlisted:
             return fixed
@@ -164,7 +168,8 @@ def _forms(forms: Sequence[ThinkForm]) -> str:
 
 @lru_cache(maxsize=1)
 def default_instructions() -> Mapping[str, tuple[str, ...]]:
-    """The sentences that come with the package (`osum_echat/conf/prompt_config.yaml`) and fit the published checkpoints, by task string."""
+    """The sentences that come with the package (`osum_echat/conf/prompt_config.yaml`) and fit the published
+    checkpoints, by task string."""
     file = importlib.resources.files("osum_echat") / "conf" / "prompt_config.yaml"
     data: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
     return {task: tuple(sentences) for task, sentences in data.items()}

@@ -1,10 +1,11 @@
 """Text and speech side by side in one turn: 6:18 chunks, and words with one word of look-ahead.
 
-*Chunks* (the released checkpoint's streaming tasks): up to 6 text ids, up to 18 speech ids, again while text remains, then the rest of
-the speech. No marker stands between; the boundary is a count.
+*Chunks* (the released checkpoint's streaming tasks): up to 6 text ids, up to 18 speech ids, again while text remains,
+then the rest of the speech. No marker stands between; the boundary is a count.
 
-*Words* (the mini model): ``delimiter spell(w1) spell(w2) codes(w1) delimiter spell(w3) codes(w2) delimiter ... codes(wn) delimiter``. The
-spelled words are given, never chosen, so speech cannot skip or repeat a word; the model decides how long each lasts.
+*Words* (the mini model): ``delimiter spell(w1) spell(w2) codes(w1) delimiter spell(w3) codes(w2) delimiter ...
+codes(wn) delimiter``. The spelled words are given, never chosen, so speech cannot skip or repeat a word; the model
+decides how long each lasts.
 """
 
 from __future__ import annotations

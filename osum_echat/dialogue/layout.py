@@ -1,10 +1,12 @@
 """What a sequence is made of: ordered segments, each supervised or context.
 
-`Layout` is what `tasks.build_layout` returns for one sample; training uses all of it, inference the first ``num_prefix`` segments.
-`Row` is the flat form once the number of audio positions is known; `packing.pack` puts rows side by side. Ids only, no tensors of a model.
+`Layout` is what `tasks.build_layout` returns for one sample; training uses all of it, inference the first
+``num_prefix`` segments. `Row` is the flat form once the number of audio positions is known; `packing.pack` puts rows
+side by side. Ids only, no tensors of a model.
 
-Masked positions: a ``&&`` filler keeps its slot, its input is text id 0 at position number 1, nothing attends to it, it counts no position,
-it is not a target; but the target *after* it is predicted from it. Training of the released weights did this.
+Masked positions: a ``&&`` filler keeps its slot, its input is text id 0 at position number 1, nothing attends to it, it
+counts no position, it is not a target; but the target *after* it is predicted from it. Training of the released weights
+did this.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ class Segment:
 class Layout:
     """Segments of one sample. The first ``num_prefix`` are what inference feeds before it generates.
 
-    ``text_softmax``: targets are scored over the text classes only (tasks without speech out), else over text and speech together.
+    ``text_softmax``: targets are scored over the text classes only (tasks without speech out), else over text and
+    speech together.
     """
 
     segments: tuple[Segment, ...]

@@ -1,6 +1,7 @@
 """Rows side by side: several samples in one row of a batch, each its own document.
 
-A document attends only to itself, so a sample's loss is the same alone, batched and packed. Padding is at the right end of a row only.
+A document attends only to itself, so a sample's loss is the same alone, batched and packed. Padding is at the right end
+of a row only.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ class PackedRows:
     Attributes:
         ids_BT: unified input ids, 0 at audio, masked and padding positions.
         positions_BT: position numbers, starting at 0 in every document.
-        documents_BT: number of the sample that a position belongs to (0, 1, 2 ... over the batch), `PAD_DOCUMENT` for padding.
+        documents_BT: number of the sample that a position belongs to (0, 1, 2 ... over the batch), `PAD_DOCUMENT` for
+            padding.
         visible_BT: False where nothing may attend to a position (masked and padding positions).
         targets_BT: class to predict at the position or `IGNORE`.
         text_softmax_BT: True where the target is scored over text classes only.
-        audio_index_BT: index into the concatenated audio positions of the batch (recording after recording), -1 elsewhere.
+        audio_index_BT: index into the concatenated audio positions of the batch (recording after recording), -1
+            elsewhere.
     """
 
     ids_BT: Tensor

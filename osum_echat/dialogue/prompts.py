@@ -1,8 +1,8 @@
 """Every fixed string of a dialogue as data: the class of such strings, and the two published profiles.
 
-``as_trained`` (the default) is what the published weights were trained with; ``as_released`` is what the published inference code feeds
-them, its typing errors and omissions included. They are part of a checkpoint's interface: byte for byte, misspellings too. A checkpoint
-with strings of its own writes them into its config (see `dialect`).
+``as_trained`` (the default) is what the published weights were trained with; ``as_released`` is what the published
+inference code feeds them, its typing errors and omissions included. They are part of a checkpoint's interface: byte for
+byte, misspellings too. A checkpoint with strings of its own writes them into its config (see `dialect`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ class Profile:
         headerless: output types whose current user turn has no header.
         turn_end: ends a user turn, before ``assistant``.
         assistant: begins the assistant's turn.
-        history_headers: past turns begin with ``user_header``; if False, only the current turn of a dialogue with a past does.
+        history_headers: past turns begin with ``user_header``; if False, only the current turn of a dialogue with a
+            past does.
         history_audio_marks: recordings of past turns stand between the audio-begins and audio-ends rows.
         history_after_audio: stands after a past user turn, in front of ``turn_end``.
         history_after_reply: stands after a past reply.
         tag_think, language_think: how the two forms of a think are written.
-        language_system: openings of think sequences whose think is natural language, for a checkpoint that writes both forms; what is
-            not named here opens as in ``system`` (the published checkpoints write one form each).
-        asks: the sentence that inference asks a task in, where that is a fixed one, by task string (see `Dialect.instruction`).
+        language_system: openings of think sequences whose think is natural language, for a checkpoint that writes both
+            forms; what is not named here opens as in ``system`` (the published checkpoints write one form each).
+        asks: the sentence that inference asks a task in, where that is a fixed one, by task string (see
+            `Dialect.instruction`).
     """
 
     name: str

@@ -2,7 +2,8 @@
 
     {"key": "a1", "wav": "wav/a1.wav", "txt": "...", "task": "<TRANSCRIBE>", "extra": {"age": "<ADULT>", "speech_token": [1, 2]}}
 
-Past turns of a dialogue are ``wav_1, txt_1, wav_2, txt_2 ...`` (as tar members are named), their speech ``extra.speech_token_1`` ...
+Past turns of a dialogue are ``wav_1, txt_1, wav_2, txt_2 ...`` (as tar members are named), their speech
+``extra.speech_token_1`` ...
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class Record:
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "", line: int = 0) -> Record:
-        """Check ``data`` (wav values may be bytes). Raises RecordError for a missing or wrong field; unknown fields are kept in extra."""
+        """Check ``data`` (wav values may be bytes). Raises RecordError for a missing or wrong field; unknown fields are
+        kept in extra."""
         if not isinstance(data, Mapping):
             raise RecordError("bad_record", f"expected an object, found {type(data).__name__}", source, line)
         key = data.get("key")
@@ -223,9 +225,11 @@ def _turn_number(name: str) -> int:
 
 
 def _history(data: Mapping[str, Any], extra: Mapping[str, Any], source: str, line: int, key: str) -> tuple[tuple[Turn, ...], int]:
-    """Past turns from ``wav_<n>``/``txt_<n>`` (n from 1), or from a list ``history`` of objects with wav, txt, speech_token.
+    """Past turns from ``wav_<n>``/``txt_<n>`` (n from 1), or from a list ``history`` of objects with wav, txt,
+    speech_token.
 
-    Also the number of a turn that is missing between others, 0 for none; with a gap there are no turns, as in the published reader.
+    Also the number of a turn that is missing between others, 0 for none; with a gap there are no turns, as in the
+    published reader.
     """
     written = data.get("history", extra.get("history"))
     if written:

@@ -1,8 +1,8 @@
 """Tasks as data, and the one function that turns a sample of any task into a sequence.
 
-`OUTPUTS` says for each kind of sequence what the user's turn and the assistant's turn hold; `TASKS` maps each task string of records to
-one of them. `build_layout` reads the tables: training uses the whole `Layout`, inference its first ``num_prefix`` segments, so the two
-cannot drift apart.
+`OUTPUTS` says for each kind of sequence what the user's turn and the assistant's turn hold; `TASKS` maps each task
+string of records to one of them. `build_layout` reads the tables: training uses the whole `Layout`, inference its first
+``num_prefix`` segments, so the two cannot drift apart.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Output:
         return self.speech == "none"
 
 
-# `s2t_chat_fake` is in the published training code: text dialogue under the system prompt of spoken replies. Kept, because records of that
-# task exist and must come out as published. The last row is ours: the published code has its strings and interleave, but no task for it.
+# `s2t_chat_fake` is in the published training code: text dialogue under the system prompt of spoken replies. Kept,
+# because records of that task exist and must come out as published. The last row is ours: the published code has its
+# strings and interleave, but no task for it.
 _OUTPUT_ROWS = (
     Output("text", "understanding", "s2t", instruction=True),
     Output("s2t_chat", "a written reply to a recording", "s2t", history=True),
@@ -98,7 +99,8 @@ OUTPUTS: Mapping[str, Output] = {row.name: row for row in _OUTPUT_ROWS}
 
 @dataclass(frozen=True)
 class Task:
-    """A task string of records. ``prompted``: the user's turn asks for it in a sentence (see `Dialect.instructions`)."""
+    """A task string of records. ``prompted``: the user's turn asks for it in a sentence (see
+    `Dialect.instructions`)."""
 
     name: str
     output_type: str
@@ -109,7 +111,8 @@ class Task:
         return OUTPUTS[self.output_type]
 
 
-# Understanding: what is asked for beside (or instead of) the words. Each has instruction sentences (`dialect.default_instructions`).
+# Understanding: what is asked for beside (or instead of) the words. Each has instruction sentences
+# (`dialect.default_instructions`).
 _PROMPTED = (
     "<TRANSCRIBE>",
     "<TRANSCRIBE> <ALIGN>",
@@ -138,7 +141,8 @@ _PROMPTED = (
 
 
 def begins_with_words(task: str) -> bool:
-    """Whether the answer to an understanding task begins with what was said, and holds nothing but words until a tag comes."""
+    """Whether the answer to an understanding task begins with what was said, and holds nothing but words until a tag
+    comes."""
     marks = task.split()
     return marks[:1] == ["<TRANSCRIBE>"] and "<ALIGN>" not in marks
 
@@ -164,13 +168,15 @@ TASKS: Mapping[str, Task] = {row.name: row for row in _TASK_ROWS}
 
 
 def find_task(name: str) -> Task:
-    """The row of a task string; a string that is not in the table is understanding without an instruction, as in the reference."""
+    """The row of a task string; a string that is not in the table is understanding without an instruction, as in the
+    reference."""
     return TASKS.get(name) or Task(name, "text")
 
 
 @dataclass(frozen=True)
 class PastTurn:
-    """One earlier exchange: what the user said or wrote, what was replied. ``speech``: codes [0, S) without delimiters."""
+    """One earlier exchange: what the user said or wrote, what was replied. ``speech``: codes [0, S) without
+    delimiters."""
 
     reply_ids: tuple[int, ...]
     speech: tuple[int, ...] = ()

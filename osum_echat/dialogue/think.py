@@ -1,8 +1,8 @@
 """What the model notes before it answers: two templates of one mechanism, write and parse.
 
-A *tag* think fills a fixed sentence (words, age, gender, emotion, event, emotion of the reply); a *natural-language* think is free text.
-Both stand between an opening and a closing mark in front of the reply. Parsing serves generated text, so it must survive thinks that are
-cut off, out of order or misspelled: what cannot be found is None.
+A *tag* think fills a fixed sentence (words, age, gender, emotion, event, emotion of the reply); a *natural-language*
+think is free text. Both stand between an opening and a closing mark in front of the reply. Parsing serves generated
+text, so it must survive thinks that are cut off, out of order or misspelled: what cannot be found is None.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ CLOSE_MARKS = (CLOSE, "</think end>", "</think>")
 
 @dataclass(frozen=True)
 class Think:
-    """A parsed think. ``raw`` is the text between the marks; a field that is absent or unknown is None; tags have no brackets."""
+    """A parsed think. ``raw`` is the text between the marks; a field that is absent or unknown is None; tags have no
+    brackets."""
 
     raw: str = ""
     transcript: str | None = None
@@ -112,7 +113,8 @@ def _tolerant(text: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class SplitReply:
-    """Generated text cut at the think marks. ``think`` is None without an opening mark; ``closed`` is False for a think that never ends."""
+    """Generated text cut at the think marks. ``think`` is None without an opening mark; ``closed`` is False for a think
+    that never ends."""
 
     think: str | None
     reply: str
@@ -120,7 +122,8 @@ class SplitReply:
 
 
 def split_think(text: str) -> SplitReply:
-    """Separate think and reply. A closing mark without an opening one still separates; an unclosed think has no reply."""
+    """Separate think and reply. A closing mark without an opening one still separates; an unclosed think has no
+    reply."""
     opened = text.lstrip().startswith(OPEN)
     ends = [(at, mark) for mark in CLOSE_MARKS if (at := text.rfind(mark)) >= 0]
     if ends:

@@ -1,4 +1,5 @@
-"""Text to ids and back, for any Hugging Face tokenizer; the fixed strings of a dialogue are encoded once per tokenizer."""
+"""Text to ids and back, for any Hugging Face tokenizer; the fixed strings of a dialogue are encoded once per
+tokenizer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """One vocabulary for text and speech, and the special ids of a checkpoint.
 
-Unified ids: ``[0, V)`` text, ``[V, V + S)`` speech codes, ``V + S`` the speech delimiter (begin and end of speech), then two rows that are
-inputs only: audio begins, audio ends. V is the number of rows of the LLM's table (151,936 for Qwen2.5), not the tokenizer's length;
-S is the number of speech codes (4096 for CosyVoice-300M-25Hz). Classes that can be predicted: ``[0, V + S + 1)``.
+Unified ids: ``[0, V)`` text, ``[V, V + S)`` speech codes, ``V + S`` the speech delimiter (begin and end of speech),
+then two rows that are inputs only: audio begins, audio ends. V is the number of rows of the LLM's table (151,936 for
+Qwen2.5), not the tokenizer's length; S is the number of speech codes (4096 for CosyVoice-300M-25Hz). Classes that can
+be predicted: ``[0, V + S + 1)``.
 """
 
 from __future__ import annotations

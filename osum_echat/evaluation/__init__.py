@@ -1,4 +1,5 @@
-"""Measuring any checkpoint: suites as data (`suite`), items (`items`, `readers`), and three steps with plain jsonl between them: `generate`, `score`, `judge`.
+"""Measuring any checkpoint: suites as data (`suite`), items (`items`, `readers`), and three steps with plain jsonl
+between them: `generate`, `score`, `judge`.
 
 See docs/evaluation.md.
 """

@@ -1,4 +1,5 @@
-"""Whose answers a folder holds, and to which questions, so that a run never takes those of another checkpoint for its own (``asked.json``)."""
+"""Whose answers a folder holds, and to which questions, so that a run never takes those of another checkpoint for its
+own (``asked.json``)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def claim(out: Path, suite: Suite, checkpoint: str) -> None:
-    """Note whose answers will be in ``out``. Raises ConfigError when answers are there that are another checkpoint's, or to other questions.
+    """Note whose answers will be in ``out``. Raises ConfigError when answers are there that are another checkpoint's,
+    or to other questions.
 
     Args:
         checkpoint: as `fingerprint` gives it; "": not known, so it is not compared.

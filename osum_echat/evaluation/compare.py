@@ -134,7 +134,8 @@ def _remarks(reports: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write(a: Path, b: Path, out: Path) -> Path:
-    """``compare.json``, ``compare.md`` and ``compare.html`` in ``out``; returns the Markdown. Raises ValueError as `compare`."""
+    """``compare.json``, ``compare.md`` and ``compare.html`` in ``out``; returns the Markdown. Raises ValueError as
+    `compare`."""
     found, remarks = compare(a, b)
     out.mkdir(parents=True, exist_ok=True)
     names = [_report(folder)["system"] for folder in (a, b)]

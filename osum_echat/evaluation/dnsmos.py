@@ -17,8 +17,8 @@ from osum_echat.evaluation.recogniser import RATE, Samples
 class Dnsmos:
     """DNSMOS P.835 overall quality, 1 to 5, with the network that the package ``speechmos`` carries.
 
-    The network is run directly: the package's own wrapper needs librosa for a second score that is not used here. The last step maps the
-    network's output to the published scale with the polynomial of that package.
+    The network is run directly: the package's own wrapper needs librosa for a second score that is not used here. The
+    last step maps the network's output to the published scale with the polynomial of that package.
     """
 
     WINDOW = int(9.01 * RATE)
@@ -42,7 +42,8 @@ class Dnsmos:
         _ = self._session
 
     def overall(self, samples_16k: Samples) -> float:
-        """Mean over windows of nine seconds, one a second; shorter recordings are repeated. Raises ValueError for an empty one."""
+        """Mean over windows of nine seconds, one a second; shorter recordings are repeated. Raises ValueError for an
+        empty one."""
         if not len(samples_16k):
             raise ValueError("DNSMOS of an empty recording")
         samples = np.asarray(samples_16k, dtype=np.float32)

@@ -26,7 +26,8 @@ _TURN = re.compile(r"^(?P<dialogue>.*?)[-_/]?turn[-_]?(?P<turn>\d+)(?P<kind>.*)$
 
 
 def export(rows: Sequence[Row], out: Path, names: Iterable[str], system: str) -> list[Path]:
-    """Write the named forms below ``out``; a form that finds nothing to write is left out. Raises ConfigError for an unknown name."""
+    """Write the named forms below ``out``; a form that finds nothing to write is left out. Raises ConfigError for an
+    unknown name."""
     made: list[Path] = []
     answered = [row for row in rows if row.result is not None and not row.hole]
     for name in names:
@@ -111,7 +112,8 @@ def _kimi(rows: Sequence[Row], folder: Path, system: str) -> list[Path]:
 
 
 def _truth(row: Row) -> str:
-    """The answer that is right: the item's, else the label that was asked for, else (recognition) its words; "" for open questions."""
+    """The answer that is right: the item's, else the label that was asked for, else (recognition) its words; "" for
+    open questions."""
     if row.item.answer is not None:
         return row.item.answer
     if len(row.score.pairs) == 1:
@@ -125,8 +127,8 @@ def _place(wav: str | bytes | None) -> str:
 
 
 def turn_of(row: Row) -> tuple[str, int]:
-    """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para`` (dialogue ``1-4_para``; ``1-4_sem`` is another);
-    else a dialogue of one turn."""
+    """(dialogue, turn) of an item: its ``dialogue_id`` and ``turn``, or an id such as ``1-4-turn2_para`` (dialogue
+    ``1-4_para``; ``1-4_sem`` is another); else a dialogue of one turn."""
     if row.item.dialogue_id:
         return row.item.dialogue_id, row.item.turn
     match = _TURN.match(row.item.id)

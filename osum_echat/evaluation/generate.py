@@ -1,7 +1,7 @@
 """Step one: ask a loaded model everything that a suite asks, in batches, and write `results.Result`s.
 
-A run that was stopped goes on: what stands in the results file is not asked again. An item that spoils its batch (a recording that is no
-audio) is asked alone and becomes a result with ``error``; the rest goes on.
+A run that was stopped goes on: what stands in the results file is not asked again. An item that spoils its batch (a
+recording that is no audio) is asked alone and becomes a result with ``error``; the rest goes on.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def generate(
 
     Args:
         sets: items of each part.
-        share: (i, n): only every n-th item from the i-th on, into ``results.IofN.jsonl``; what stands in the whole file is not asked again.
+        share: (i, n): only every n-th item from the i-th on, into ``results.IofN.jsonl``; what stands in the whole file
+            is not asked again.
     """
     number, of = share
     path = out / (FILE if of == 1 else f"results.{number}of{of}.jsonl")
@@ -91,7 +92,8 @@ def _share(items: Sequence[Item], number: int, of: int) -> list[Item]:
 
 
 def _alike(items: Sequence[Item]) -> dict[str, list[Item]]:
-    """Items that ask the very same (an empathy item for each label of one recording), by the first one's id: they are asked once."""
+    """Items that ask the very same (an empathy item for each label of one recording), by the first one's id: they are
+    asked once."""
     first: dict[tuple[object, ...], str] = {}
     out: dict[str, list[Item]] = {}
     for item in items:
@@ -175,7 +177,8 @@ def _batch(
 
 
 def _refused(echat: EChat, ask: Ask, error: ValueError, turns: int = 1) -> bool:
-    """Whether the error is that the checkpoint has not learnt what is asked, up to so many turns into a conversation, or not at this length."""
+    """Whether the error is that the checkpoint has not learnt what is asked, up to so many turns into a conversation,
+    or not at this length."""
     if isinstance(error, AudioError):
         return error.reason == "too_long"
     return any(echat.refusal(ask, past) == str(error) for past in range(turns))
@@ -195,11 +198,12 @@ def _in_conversation(item: Item, part: Part) -> bool:
 def _conversations(
     echat: EChat, suite: Suite, part: Part, items: Sequence[Item], wanted: set[str], writer: _Writer
 ) -> Iterator[Result]:
-    """Each conversation turn after turn, in a session that remembers the system's own answers. Of one that was stopped in the middle the answered turns
-    are asked again (the same seed gives the same answers), so that the next ones find them, and not written again.
+    """Each conversation turn after turn, in a session that remembers the system's own answers. Of one that was stopped
+    in the middle the answered turns are asked again (the same seed gives the same answers), so that the next ones find
+    them, and not written again.
 
-    A turn that fails (a checkpoint that takes no past turns refuses the second) fails those behind it, each with the reason; they are refused where
-    it was.
+    A turn that fails (a checkpoint that takes no past turns refuses the second) fails those behind it, each with the
+    reason; they are refused where it was.
     """
     turns: dict[str, list[Item]] = {}
     for item in items:
@@ -248,7 +252,8 @@ def _emotion(echat: EChat, task: str, reply: Reply) -> str | None:
 
 
 def _one_by_one(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], writer: _Writer) -> Iterator[Result]:
-    """Streamed, with the times at which things came. The first item is asked once before, unrecorded: it pays for what is made on first use."""
+    """Streamed, with the times at which things came. The first item is asked once before, unrecorded: it pays for what
+    is made on first use."""
     warm = False
     for item in items:
         ask = None

@@ -2,7 +2,8 @@
 
     {"id": "a1", "wav": "wav/a1.wav", "text": "i lost my dog", "labels": {"emotion": "sad"}, "group": "emotion"}
 
-The same form serves every suite. `readers` make items from lists and public sets; a file of such lines is itself a form of data ("items").
+The same form serves every suite. `readers` make items from lists and public sets; a file of such lines is itself a form
+of data ("items").
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Item:
     """One item.
 
     Attributes:
-        id: unique in its set. wav: the recording that the system hears: a path, the bytes of a file, or None for a written task.
+        id: unique in its set. wav: the recording that the system hears: a path, the bytes of a file, or None for a
+            written task.
         text: what is said in the recording, or the question or text to say.
         labels: what is known of how it is said, by kind (`labels.KINDS`), in canonical names.
         group: the part of the set that it belongs to (a benchmark's subset, the label that it tests).
@@ -39,8 +41,8 @@ class Item:
         prompt_wav, prompt_text: the voice to copy (speech suites).
         extra: further fields, as they were written. source, line: where it was read.
         start, end: the part of ``wav`` to hear, seconds.
-        dialogue_id, turn: which conversation it belongs to, and its place there, counted from 1; the turns before it stand in front when it is
-            asked. An empty ``dialogue_id``: it stands by itself.
+        dialogue_id, turn: which conversation it belongs to, and its place there, counted from 1; the turns before it
+            stand in front when it is asked. An empty ``dialogue_id``: it stands by itself.
     """
 
     id: str
@@ -64,7 +66,8 @@ class Item:
         return ItemError(reason, detail, self.source, self.line, self.id)
 
     def has(self, need: str) -> bool:
-        """Whether a field that a suite needs is there: ``wav``, ``text``, ``label.emotion``, ``extra.NAME`` and so on."""
+        """Whether a field that a suite needs is there: ``wav``, ``text``, ``label.emotion``, ``extra.NAME`` and so
+        on."""
         kind, _, name = need.partition(".")
         if kind == "label":
             return name in self.labels
@@ -158,7 +161,8 @@ def item_from(data: Any, source: str = "", line: int = 0) -> Item:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | ItemError]]:
-    """Objects of a jsonl file with their line numbers; a line that is no object is an ItemError. Raises ValueError without the file."""
+    """Objects of a jsonl file with their line numbers; a line that is no object is an ItemError. Raises ValueError
+    without the file."""
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:

@@ -37,8 +37,8 @@ def canonical(kind: str, label: object) -> str:
 def read_label(kind: str, text: str, among: frozenset[str] = frozenset()) -> str | None:
     """The label of ``kind`` that a reply names, or None.
 
-    Tags in brackets come first (the last one that is known: transcripts stand in front of their tag); without any, a reply that is
-    one label and nothing else counts, and then a label that stands as a word in it, if there is only one.
+    Tags in brackets come first (the last one that is known: transcripts stand in front of their tag); without any, a
+    reply that is one label and nothing else counts, and then a label that stands as a word in it, if there is only one.
 
     Args:
         among: names that the data set uses; a tag that is unknown to the table counts when it is one of them.

@@ -1,8 +1,9 @@
 """Items of the empathy suite from any labelled list.
 
-EChat-eval tests one label at a time and several together (arXiv 2508.09600). So each labelled recording becomes one item for each of its
-labels, in the group of that label and with that label alone, and one item of group ``multi`` with all of them when there are two or more.
-Labels that call for nothing (a neutral emotion, no event) make no item of their own.
+EChat-eval tests one label at a time and several together (arXiv 2508.09600). So each labelled recording becomes one
+item for each of its labels, in the group of that label and with that label alone, and one item of group ``multi`` with
+all of them when there are two or more. Labels that call for nothing (a neutral emotion, no event) make no item of their
+own.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from osum_echat.evaluation.items import Entry, Item
 
 MULTI = "multi"
 MADE_OF = "made_of"
-"""Field in ``extra``: id of the recording that an item was made of; an answer with that id is an answer to all of its items."""
+"""Field in ``extra``: id of the recording that an item was made of; an answer with that id is an answer to all of its
+items."""
 NOTHING = {"emotion": {"neutral", "other"}, "event": {"none"}}
 
 
 def by_label(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The items of one labelled set. An item that has a group already was made before and passes as it is; one without a label is a fault."""
+    """The items of one labelled set. An item that has a group already was made before and passes as it is; one without
+    a label is a fault."""
     for entry in entries:
         if not isinstance(entry, Item) or entry.group:
             yield entry
@@ -44,7 +47,8 @@ def _of(entry: Item, group: str, labels: dict[str, str]) -> Item:
 
 
 def write_items(path: Path, entries: Sequence[Entry]) -> tuple[int, int]:
-    """Write items as one jsonl file; recordings that came as bytes become files beside it. Returns (items, entries left out)."""
+    """Write items as one jsonl file; recordings that came as bytes become files beside it. Returns (items, entries left
+    out)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written: dict[int, str] = {}
     items = [entry for entry in entries if isinstance(entry, Item)]

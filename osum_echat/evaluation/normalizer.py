@@ -1,7 +1,8 @@
 """Text as it is compared, before words are counted.
 
-``standard`` is what published numbers use: Whisper's English normaliser (package whisper-normalizer) and WeText for Chinese (package wetext; numbers
-written out, er endings kept, simplified characters), after which punctuation goes. ``own`` is `metrics.normalize`, which needs no package.
+``standard`` is what published numbers use: Whisper's English normaliser (package whisper-normalizer) and WeText for
+Chinese (package wetext; numbers written out, er endings kept, simplified characters), after which punctuation goes.
+``own`` is `metrics.normalize`, which needs no package.
 """
 
 from __future__ import annotations

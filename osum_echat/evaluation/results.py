@@ -1,9 +1,11 @@
-"""What a system made of the items: ``results.jsonl``, one object a line, written as answers come and read again by every later step.
+"""What a system made of the items: ``results.jsonl``, one object a line, written as answers come and read again by
+every later step.
 
     {"suite": "speech", "part": "say", "id": "a1", "text": "...", "think": {...}, "tags": {...}, "wav": "wav/say/a1.wav",
      "timings": {...}, "finish": "stop", "guards": {...}, "speech_tokens": [...]}
 
-A file that another system wrote needs ``id`` and ``text`` (``key`` and ``response`` are read as these) and, for spoken replies, ``wav``.
+A file that another system wrote needs ``id`` and ``text`` (``key`` and ``response`` are read as these) and, for spoken
+replies, ``wav``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ FILE = "results.jsonl"
 
 @dataclass
 class Result:
-    """An answer. ``error`` instead of one when the system could not be asked, ``refused`` when it was the system that would not.
+    """An answer. ``error`` instead of one when the system could not be asked, ``refused`` when it was the system that
+    would not.
 
     Attributes:
         think: fields of the parsed think, ``raw`` among them; empty without one.
@@ -107,7 +110,8 @@ def result_from(data: Mapping[str, Any], source: Path, line: int, suite: str = "
 
 
 def read_results(path: Path, suite: str = "") -> tuple[list[Result], list[ItemError]]:
-    """Results of a file and what is wrong with its other lines; of several with one id the last counts. Raises ValueError without it."""
+    """Results of a file and what is wrong with its other lines; of several with one id the last counts. Raises
+    ValueError without it."""
     found: dict[tuple[str, str], Result] = {}
     faults: list[ItemError] = []
     for number, value in read_lines(path):

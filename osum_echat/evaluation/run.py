@@ -1,4 +1,5 @@
-"""A suite from data to report: read, generate, score, judge, write. Each step goes on where it was, and can be left out.
+"""A suite from data to report: read, generate, score, judge, write. Each step goes on where it was, and can be left
+out.
 
 report = run_suite(Plan(load_suite("understanding"), "test/data.list", Path("out"), system="mini"), echat)
 """
@@ -49,7 +50,8 @@ class Plan:
         judges, budget: for the third step; without judges it is left out. Several plans may share a budget.
         exports: forms to write besides (`exports.EXPORTS`).
         token2wav: folder whose speaker network compares voices. wheels: folder of the recogniser's packages.
-        engine, load: answers are generated on this engine instead of in this process, by models that ``load`` makes on a device.
+        engine, load: answers are generated on this engine instead of in this process, by models that ``load`` makes on
+            a device.
         say, progress: lines for a person: what matters, and how far it is.
     """
 
@@ -85,7 +87,8 @@ class Sets:
 def read_sets(suite: Suite, data: str, limit: int | None = None) -> Sets:
     """Read what each part needs.
 
-    A part of which no item has what it needs is skipped, with the reason; so one suite fits lists with few labels and with many.
+    A part of which no item has what it needs is skipped, with the reason; so one suite fits lists with few labels and
+    with many.
 
     Raises:
         ValueError: data cannot be read, or no part has an item.
@@ -128,7 +131,8 @@ def read_sets(suite: Suite, data: str, limit: int | None = None) -> Sets:
 
 
 def run_suite(plan: Plan, echat: Callable[[], EChat] | EChat | None = None) -> Report:
-    """Do the plan's steps and write its report, which has what earlier runs of the other steps found for the same answers.
+    """Do the plan's steps and write its report, which has what earlier runs of the other steps found for the same
+    answers.
 
     Args:
         echat: the model, or a function that loads it (called only when something is left to generate).

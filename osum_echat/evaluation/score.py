@@ -1,7 +1,7 @@
 """Step two: put each answer beside its item and let the suite's scorers look; ``scores.jsonl``, one line an answer.
 
-A line keeps a digest of what it was made from (item, answer, scorers, normalisation), so a run that was stopped goes on, and one whose
-answers changed scores those again.
+A line keeps a digest of what it was made from (item, answer, scorers, normalisation), so a run that was stopped goes
+on, and one whose answers changed scores those again.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Scored:
 def join(
     suite: Suite, sets: Mapping[str, Sequence[Item]], results: Sequence[Result], source: Path
 ) -> tuple[list[Row], list[ItemError]]:
-    """Items with their answers. An answer without a part belongs to every part that has its id, one to a recording to every item that was made of it
-    (`maker.by_label`); one that fits nowhere is a fault."""
+    """Items with their answers. An answer without a part belongs to every part that has its id, one to a recording to
+    every item that was made of it (`maker.by_label`); one that fits nowhere is a fault."""
     by_part: dict[tuple[str, str], Result] = {(result.part, result.id): result for result in results}
     rows, used = [], set[tuple[str, str]]()
     for name, part in suite.parts.items():

@@ -1,7 +1,7 @@
 """How sure a number is: bootstrap intervals over items, paired differences of two systems, agreement of two judges.
 
-A measure is a ratio of sums over items (errors over words; right answers over items), so one resampling serves all: draw items with
-replacement, add up, divide.
+A measure is a ratio of sums over items (errors over words; right answers over items), so one resampling serves all:
+draw items with replacement, add up, divide.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def ratio_interval(
 def statistic_interval(
     count: int, statistic: Callable[[npt.NDArray[np.int64]], float], resamples: int = 500, seed: int = 0, level: float = 0.95
 ) -> Estimate:
-    """Any statistic of the items with these indices (macro-F1, a percentile), with its percentile bootstrap interval."""
+    """Any statistic of the items with these indices (macro-F1, a percentile), with its percentile bootstrap
+    interval."""
     value = statistic(np.arange(count))
     if count < 2:
         return Estimate(value, None, None, count)
@@ -122,7 +123,8 @@ def paired_statistic(
     seed: int = 0,
     level: float = 0.95,
 ) -> Difference:
-    """Any statistic (macro-F1) of ``b`` minus that of ``a``, each given the indices of the same drawn items. Raises ValueError for fewer than two items."""
+    """Any statistic (macro-F1) of ``b`` minus that of ``a``, each given the indices of the same drawn items. Raises
+    ValueError for fewer than two items."""
     if count < 2:
         raise ValueError(f"a paired comparison needs two items or more, found {count}")
     every = np.arange(count)
@@ -136,7 +138,8 @@ def _two_sided(values: Floats) -> float:
 
 
 def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
-    """Mean F1 over the labels that occur among true or predicted ones (as scikit-learn's ``average="macro"``); 0.0 for no pairs."""
+    """Mean F1 over the labels that occur among true or predicted ones (as scikit-learn's ``average="macro"``); 0.0 for
+    no pairs."""
     labels = sorted({label for pair in pairs for label in pair})
     if not labels:
         return 0.0

@@ -1,11 +1,12 @@
-"""What a suite is: a YAML file that says which data is read, what the system is asked, and which scorers look at the answer.
+"""What a suite is: a YAML file that says which data is read, what the system is asked, and which scorers look at the
+answer.
 
     name: understanding
     parts:
       words: {ask: {kind: understand, task: <TRANSCRIBE>}, needs: [wav, text], scorers: [wer, cer]}
 
-The library's suites are in ``osum_echat/evaluation/suites``; a path to another YAML file is as good. Every key can be changed on the command
-line (``normalizer=own``, ``parts.words.take=20``).
+The library's suites are in ``osum_echat/evaluation/suites``; a path to another YAML file is as good. Every key can be
+changed on the command line (``normalizer=own``, ``parts.words.take=20``).
 """
 
 from __future__ import annotations
@@ -42,22 +43,25 @@ class Part:
 
     Attributes:
         about: a sentence for the report.
-        ask: fields of `pipeline.Ask` but the recording and the text: kind, task, prompt, think, speak, interleaved, temperature,
-            max_tokens. ``{text}`` in a prompt
-            stands for the item's text.
+        ask: fields of `pipeline.Ask` but the recording and the text: kind, task, prompt, think, speak, interleaved,
+            temperature, max_tokens. ``{text}`` in a prompt stands for the item's text.
         written: the system reads the item's text instead of hearing its recording.
-        data: file or folder below ``--data``; empty: ``--data`` itself. format: its form when the suite's does not hold.
+        data: file or folder below ``--data``; empty: ``--data`` itself. format: its form when the suite's does not
+            hold.
         needs: fields without which an item is left out and counted (`items.Item.has`).
         groups: groups that this part takes; empty: all.
         scorers: names of `scorers.SCORERS`, with an argument behind a colon (``tag:emotion``).
         judge: name of a judge's prompt; empty: no judge.
         take: only the first so many items.
         stream: ask one after the other and take the time of what comes (latency).
-        listen: the task by which the system then hears its own spoken reply (empathy: ``<EMOTION>``); its answer goes to the judge.
-        same_as: results are those of another part, so that the question is put once and scored twice; only items of that part are taken.
+        listen: the task by which the system then hears its own spoken reply (empathy: ``<EMOTION>``); its answer goes
+            to the judge.
+        same_as: results are those of another part, so that the question is put once and scored twice; only items of
+            that part are taken.
         optional: the part is left out, with a sentence, when its data are not there.
-        count_refusals: what the checkpoint refuses (past turns, the length of a recording) counts as an answer without words, so that a
-            refusal is never better than a wrong answer; else it is a hole, as everything that could not be asked for another reason.
+        count_refusals: what the checkpoint refuses (past turns, the length of a recording) counts as an answer without
+            words, so that a refusal is never better than a wrong answer; else it is a hole, as everything that could
+            not be asked for another reason.
     """
 
     RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"refusals_count": "count_refusals"}
@@ -91,15 +95,19 @@ class Suite:
     Attributes:
         name, about: for the report. format: form of the data (`readers.FORMS`), ``auto`` looks.
         parts: by name; run in order.
-        items: ``labels``: each item is put once into the group of every label that it has, and into ``multi`` with two or more (EChat-eval).
-        normalizer: text normalisation before words are compared: ``own`` (`metrics.normalize`), ``standard`` (Whisper's for English, WeText for
-            Chinese), ``auto``: standard where its packages are installed; the report says which.
+        items: ``labels``: each item is put once into the group of every label that it has, and into ``multi`` with two
+            or more (EChat-eval).
+        normalizer: text normalisation before words are compared: ``own`` (`metrics.normalize`), ``standard`` (Whisper's
+            for English, WeText for Chinese), ``auto``: standard where its packages are installed; the report says
+            which.
         recogniser: who writes down spoken replies (`recogniser.load`): a name for each language, or one for all.
         speaker_net: an ONNX speaker network (80 mel filter banks in, one vector out) in place of the checkpoint's own.
         batch_size, seed, greedy: of the generation.
-        headline: number of the report -> ``part.measure`` or ``part/group.measure``. bars: what such numbers should reach.
+        headline: number of the report -> ``part.measure`` or ``part/group.measure``. bars: what such numbers should
+            reach.
         paper: table of docs/paper_results.yaml that is printed beside.
-        price_per_million: what a million tokens in and out cost at the judge, for the estimate; empty: only tokens are told.
+        price_per_million: what a million tokens in and out cost at the judge, for the estimate; empty: only tokens are
+            told.
     """
 
     name: str
@@ -148,7 +156,8 @@ def load_suite(name: str | Path, changes: Sequence[str] = ()) -> Suite:
 
 
 def changes_of(name: str | Path, others: Sequence[str | Path], changes: Sequence[str]) -> list[str]:
-    """Those of the changes that a suite takes, where the same ones are given for several: a part that only ``others`` have is theirs."""
+    """Those of the changes that a suite takes, where the same ones are given for several: a part that only ``others``
+    have is theirs."""
     known, theirs = _parts(name), {part for other in others for part in _parts(other)}
     out = []
     for change in changes:

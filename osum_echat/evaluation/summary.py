@@ -1,4 +1,5 @@
-"""From scores of items to numbers of a set: values with intervals, confusions, percentiles of times, by part and by group."""
+"""From scores of items to numbers of a set: values with intervals, confusions, percentiles of times, by part and by
+group."""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def _scaled(found: Estimate, measure: Measure) -> Number:
 
 
 def _labels(summary: Summary, kind: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Accuracy (``emotion``), macro-F1 (``emotion_f1``) and mean recall (``emotion_recall``) of a kind of label, and its confusion."""
+    """Accuracy (``emotion``), macro-F1 (``emotion_f1``) and mean recall (``emotion_recall``) of a kind of label, and
+    its confusion."""
     table = metrics.confusion([true for true, _ in pairs], [said if said != NONE else None for _, said in pairs], NONE)
     summary.confusions[kind] = table
     right = [(float(true == said), 1.0) for true, said in pairs]

@@ -1,14 +1,17 @@
-"""What a training run measures on held-out data beside its loss: real tasks, by real decoding, with the scorers of the suites.
+"""What a training run measures on held-out data beside its loss: real tasks, by real decoding, with the scorers of the
+suites.
 
     python -m osum_echat.training --stage empathy --config recipes/mini/conf/empathy.yaml --validators osum_echat.evaluation.validation:hearing
 
-`hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings. `own_speech`: the model speaks the validation
-texts, token2wav makes sound, a recogniser writes it down; it needs ``measure.token2wav`` (a token2wav folder) and the recogniser's data. Both
-take the first ``measure.items`` records of the tasks they need from lists of any form, and decode greedily but for speech.
+`hearing`: word error rate, tag accuracy, thinks (in tags) that parse, on the validation lists' recordings.
+`own_speech`: the model speaks the validation texts, token2wav makes sound, a recogniser writes it down; it needs
+``measure.token2wav`` (a token2wav folder) and the recogniser's data. Both take the first ``measure.items`` records of
+the tasks they need from lists of any form, and decode greedily but for speech.
 
     python -m osum_echat.training.token2wav.vocoder --config V.yaml --validators osum_echat.evaluation.validation:resynthesis
 
-`resynthesis`, for the training of a part of token2wav that makes sound: what a recogniser hears in its held-out recordings, and how they sound.
+`resynthesis`, for the training of a part of token2wav that makes sound: what a recogniser hears in its held-out
+recordings, and how they sound.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ RESYNTHESIS = Suite(
 
 
 def hearing(trainer: Trainer) -> dict[str, float]:
-    """Transcript WER, tag accuracies, parsed thinks and transcript-task WER, in percent; what the lists have no records for is left out."""
+    """Transcript WER, tag accuracies, parsed thinks and transcript-task WER, in percent; what the lists have no records
+    for is left out."""
     wanted: dict[str, Callable[[Record], bool]] = {
         "think": lambda record: record.task in THINK_TASKS and "think_str" not in record.extra,
         "words": lambda record: record.task == "<TRANSCRIBE>",
@@ -86,8 +90,8 @@ def own_speech(trainer: Trainer) -> dict[str, float]:
 
 
 def resynthesis(trainer: PartTrainer) -> dict[str, float]:
-    """WER and DNSMOS of held-out recordings as the trained part makes them again (as far as recogniser and DNSMOS can be had); empty for a part that
-    makes no sound."""
+    """WER and DNSMOS of held-out recordings as the trained part makes them again (as far as recogniser and DNSMOS can
+    be had); empty for a part that makes no sound."""
     items, answers = [], []
     with tempfile.TemporaryDirectory() as folder:
         for number, (utterance, samples) in enumerate(trainer.recipe.sounds()):
@@ -115,7 +119,8 @@ def _tools(suite: Suite, items: Sequence[Item]) -> Tools:
 
 
 def _items(trainer: Trainer, wanted: dict[str, Callable[[Record], bool]]) -> dict[str, list[Item]]:
-    """The first records of the validation lists that each part wants. Raises ValueError for a list that cannot be read."""
+    """The first records of the validation lists that each part wants. Raises ValueError for a list that cannot be
+    read."""
     limit = trainer.config.measure.items
     found: dict[str, list[Item]] = {name: [] for name in wanted}
     for record in _records(trainer):

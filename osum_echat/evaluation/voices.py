@@ -1,8 +1,9 @@
 """Speaker similarity: the cosine of two recordings' speaker vectors.
 
-Two networks, since the first is the one by which token2wav itself is told whose voice to use: ``similarity`` is the checkpoint's own
-(``campplus.onnx``; any ONNX network of that contract, such as WeSpeaker's and 3D-Speaker's, can take its place), ``similarity_ge2e`` is the GE2E
-network whose weights the package ``resemblyzer`` carries. Published SEED-TTS numbers use WavLM-large, which is neither; compare like with like.
+Two networks, since the first is the one by which token2wav itself is told whose voice to use: ``similarity`` is the
+checkpoint's own (``campplus.onnx``; any ONNX network of that contract, such as WeSpeaker's and 3D-Speaker's, can take
+its place), ``similarity_ge2e`` is the GE2E network whose weights the package ``resemblyzer`` carries. Published
+SEED-TTS numbers use WavLM-large, which is neither; compare like with like.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class OnnxNet:
 class Ge2eNet:
     """The GE2E speaker encoder (Wan et al. 2018): 3 LSTM layers of 256 over 40 mel bands, mean of windows of 1.6 s.
 
-    Built here and filled with the weights that resemblyzer 0.1.4 carries (its own code needs a compiled voice detector); volume is raised to
-    -30 dBFS as there, pauses are left in.
+    Built here and filled with the weights that resemblyzer 0.1.4 carries (its own code needs a compiled voice
+    detector); volume is raised to -30 dBFS as there, pauses are left in.
     """
 
     WINDOW, STEP, BANDS, LEVEL = 160, 80, 40, -30.0
@@ -94,7 +95,8 @@ class Ge2eNet:
 
 
 def find_nets(given: str | None, token2wav: str | None) -> dict[str, SpeakerNet]:
-    """The networks that can be had, by the name of their measure; a missing one is said. Raises ValueError for a given one that is not there."""
+    """The networks that can be had, by the name of their measure; a missing one is said. Raises ValueError for a given
+    one that is not there."""
     nets: dict[str, SpeakerNet] = {}
     own = Path(token2wav) / "campplus.onnx" if token2wav else None
     if given is not None:

@@ -1,8 +1,9 @@
 """Golden check of the data side: records through the processing, recorded dataset runs, the name filter.
 
-Where the reference draws at random, every outcome that it could have drawn is accepted: the pipeline is run with many seeds and one
-outcome must equal the recorded one. Instruction sentences are ours, so of a drawn prompt only its presence is compared. What differs on
-purpose is accepted by a rule of `DIFFERENCES` (each has a line in docs/compatibility.md) and named in the note; all else fails.
+Where the reference draws at random, every outcome that it could have drawn is accepted: the pipeline is run with many
+seeds and one outcome must equal the recorded one. Instruction sentences are ours, so of a drawn prompt only its
+presence is compared. What differs on purpose is accepted by a rule of `DIFFERENCES` (each has a line in
+docs/compatibility.md) and named in the note; all else fails.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.golden.report import CaseResult, not_understood
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-PROCESSORS = {"processor": LABEL_RULES["language_think"], **LABEL_RULES}  # as the recordings name the three published files
+# As the recordings name the three published files.
+PROCESSORS = {"processor": LABEL_RULES["language_think"], **LABEL_RULES}
 SEEDS = 64  # the rarest draw has probability 0.15: missed once in 30,000 runs
 INPUT_FIELDS = {"key", "wav", "sample_rate", "txt", "task", "extra", "history", "speech_token", "start", "end"} | {
     *("lang", "speaker", "emotion", "gender", "duration")
@@ -249,7 +251,8 @@ Rule = Callable[[Mapping[str, Any], Mapping[str, Any], Outcome, Processor], bool
 
 
 def _same_label(expected: Mapping[str, Any], ours: Outcome, processor: Processor) -> bool:
-    """The same ids, or the same but for the first tag of a reply of nothing but tags (and its end of turn, when that tag is ``<&&>``)."""
+    """The same ids, or the same but for the first tag of a reply of nothing but tags (and its end of turn, when that
+    tag is ``<&&>``)."""
     if "label_ids" not in expected:
         return False
     if list(ours.label_ids) == expected["label_ids"]:
@@ -315,7 +318,8 @@ def _newline_kept(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Ou
 
 
 def _unusable(item: Mapping[str, Any], expected: Mapping[str, Any], ours: Outcome, processor: Processor) -> bool:
-    """Fields of a wrong kind, speech codes outside the vocabulary: the reference fails on them or takes them as they are."""
+    """Fields of a wrong kind, speech codes outside the vocabulary: the reference fails on them or takes them as they
+    are."""
     return ours.dropped in ("bad_codes", "bad_field", "bad_extra", "bad_history", "bad_segment")
 
 
@@ -359,7 +363,8 @@ def _short(expected: Mapping[str, Any]) -> str:
 
 
 def _check_dataset(name: str, recorded: Mapping[str, Any], directory: Path, tokenizer: Any) -> Iterator[CaseResult]:
-    """A run of a whole list: its records once more through this pipeline if they lie beside the golden files, else the recorded fields."""
+    """A run of a whole list: its records once more through this pipeline if they lie beside the golden files, else the
+    recorded fields."""
     processor_name, _, rest = name.partition(".")
     if processor_name not in PROCESSORS or "samples" not in recorded:
         yield not_understood(name, f"expected <{'|'.join(PROCESSORS)}>.<train|test>.<raw|shard|combine> with samples")
@@ -402,7 +407,8 @@ def _check_fields(name: str, recorded: Mapping[str, Any], tokenizer: Any) -> Ite
 def _replay(name: str, recorded: Mapping[str, Any], raw: Path, processor: Processor, augmented: bool) -> CaseResult:
     """The list of the run through this pipeline, sample by sample; augmented features are compared by shape only."""
     records = {record.key: record for record in _read_list(raw / "data.list")}
-    full = {sample["hash"]: sample for sample in recorded["samples"] if "hash" in sample}  # others say which of these they equal
+    # Others say which of these they equal.
+    full = {sample["hash"]: sample for sample in recorded["samples"] if "hash" in sample}
     log_mel = features.LogMel(80)
     wrong: list[str] = []
     largest = 0.0

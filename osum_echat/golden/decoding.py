@@ -1,8 +1,9 @@
 """Recorded greedy decodes and decoding functions of the reference, compared with `osum_echat.generation`.
 
-`gen_cases.json/.npz`: prompt embeddings, generated ids, logits of every step, return values. The requests are rebuilt from the recordings in
-`cases.npz` and the texts in the file, in profile ``as_released``; ids that the recording forced are forced here. `functions.json`: the 6:18
-interleave, the logits processors on crafted sequences, the rules for stopping.
+`gen_cases.json/.npz`: prompt embeddings, generated ids, logits of every step, return values. The requests are rebuilt
+from the recordings in `cases.npz` and the texts in the file, in profile ``as_released``; ids that the recording forced
+are forced here. `functions.json`: the 6:18 interleave, the logits processors on crafted sequences, the rules for
+stopping.
 """
 
 from __future__ import annotations
@@ -108,10 +109,11 @@ class Decodes:
         results.append(self._compare_return(name, case, trace, output_type))
         return results
 
-    # ---- requests -----------------------------------------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _closest(self, name: str, output_type: str, recorded: Any, case: Mapping[str, Any]) -> tuple[Request, float]:
-        """The request whose prompt is the recorded one. The file does not say which recording it heard, so each is tried."""
+        """The request whose prompt is the recorded one. The file does not say which recording it heard, so each is
+        tried."""
         best: tuple[Request, float] | None = None
         for heard in self._candidates(name, output_type):
             request = self._request(name, output_type, heard)
@@ -183,7 +185,7 @@ class Decodes:
     def _earlier(self, name: str) -> str:
         return re.sub(r"turn(\d+)", lambda m: f"turn{int(m[1]) - 1}", name)
 
-    # ---- decoding -----------------------------------------------------------------------------------------------------------------
+    # ---- decoding ----------------------------------------------------------------------------------------------------
 
     def _decode(self, request: Request, case: Mapping[str, Any]) -> Trace:
         starts_in_speech = request.output_type == "text2token"
@@ -279,7 +281,7 @@ def _leaves(value: Any) -> list[Any]:
     return [value]
 
 
-# ---- functions.json ------------------------------------------------------------------------------------------------------------------
+# ---- functions.json --------------------------------------------------------------------------------------------------
 
 
 def check_functions(functions: Mapping[str, Any], tokenizer: Any, vocab: Vocabulary) -> list[CaseResult]:

@@ -1,8 +1,8 @@
 """Recorded training losses, per target, against `EChatModel.forward` on layouts built from the recorded batch fields.
 
-A case recorded alone must be met. For a padded batch the law is that a row is what it is alone; where the published code breaks that law
-(first speech target predicted from a pad slot, odd frame counts, a doubled user header in mixed histories), the row is compared with itself alone
-and the recorded difference is told.
+A case recorded alone must be met. For a padded batch the law is that a row is what it is alone; where the published
+code breaks that law (first speech target predicted from a pad slot, odd frame counts, a doubled user header in mixed
+histories), the row is compared with itself alone and the recorded difference is told.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def run(file: Path, model: EChatModel, tokenizer: Any, feats: dict[int, Tensor],
 
 
 def padding_effect(file: Path, model: EChatModel, tokenizer: Any, feats: dict[int, Tensor]) -> list[CaseResult]:
-    """The file tells which targets of the published code change in a padded batch. Here none does: the recorded batches show it."""
+    """The file tells which targets of the published code change in a padded batch. Here none does: the recorded batches
+    show it."""
     cases_file = file.with_name("forward_cases.json")
     if not cases_file.is_file():
         return [not_understood(file.name, "there is no forward_cases.json to take its batches from")]
@@ -80,7 +81,7 @@ def padding_effect(file: Path, model: EChatModel, tokenizer: Any, feats: dict[in
     return [CaseResult("padding_effect", worst, LOSS_LIMIT, f"deliberate: no target changes, in {len(batches)} batches")]
 
 
-# ---- from recorded fields to rows ------------------------------------------------------------------------------------------------
+# ---- from recorded fields to rows ------------------------------------------------------------------------------------
 
 
 def _rows(case: dict[str, Any], model: EChatModel, tokenizer: Any, feats: dict[int, Tensor]) -> list[RowCase]:
@@ -161,7 +162,8 @@ _TURN_FIELDS = {
 def _turn(turn: Any, tokenizer: Any, vocab: Any, feats: dict[int, Tensor]) -> tuple[PastTurn, list[Tensor]]:
     """A recorded past turn and the recordings that it may have held (all, when the record does not say which).
 
-    A turn is a mapping, or a list in the order recording, text, speech. Fields are told by their names; the text is a string or ids.
+    A turn is a mapping, or a list in the order recording, text, speech. Fields are told by their names; the text is a
+    string or ids.
     """
     if isinstance(turn, list):
         turn = dict(zip(("audio", "text", "speech"), turn, strict=False))
@@ -182,7 +184,8 @@ def _turn(turn: Any, tokenizer: Any, vocab: Any, feats: dict[int, Tensor]) -> tu
 
 
 def _recordings(value: Any, feats: dict[int, Tensor]) -> list[Tensor]:
-    """The recording that a field names: its number, a key that ends in it, its frames or its shape; empty when it names none."""
+    """The recording that a field names: its number, a key that ends in it, its frames or its shape; empty when it names
+    none."""
     if isinstance(value, str) and re.fullmatch(r"\D*\d+", value):
         value = _number(value)
     if isinstance(value, list) and len(value) in (2, 3) and all(isinstance(i, int) for i in value):
@@ -192,7 +195,7 @@ def _recordings(value: Any, feats: dict[int, Tensor]) -> list[Tensor]:
     return []
 
 
-# ---- comparing -------------------------------------------------------------------------------------------------------------------
+# ---- comparing -------------------------------------------------------------------------------------------------------
 
 
 def _forward(model: EChatModel, rows: list[RowCase]) -> tuple[LossParts, Inputs, Tensor]:

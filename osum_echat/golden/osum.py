@@ -1,7 +1,7 @@
 """Family ``osum``: a folder of the published model's recorded numbers at tiny size, against this implementation.
 
-Everything in the folder is looked at: files by name, arrays and cases one by one. What nobody has a rule for fails. Files of the data pipeline
-belong to family ``data`` and are left to it.
+Everything in the folder is looked at: files by name, arrays and cases one by one. What nobody has a rule for fails.
+Files of the data pipeline belong to family ``data`` and are left to it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def file_results(setting: Setting, file: Path) -> list[CaseResult]:
     return rules[file.name](setting, file)
 
 
-# ---- audio -----------------------------------------------------------------------------------------------------------------------
+# ---- audio -----------------------------------------------------------------------------------------------------------
 
 
 def features(setting: Setting) -> list[CaseResult]:
@@ -112,7 +112,8 @@ _ENCODER_PARTS = ("enc", "enc_mask", "down", "down_mask", "proj", "proj_mask")
 
 
 def encoder_cases(setting: Setting) -> list[CaseResult]:
-    """Encoder, down-sampler and projected adapter output, alone and in padded batches; also what no rule knows in the archive."""
+    """Encoder, down-sampler and projected adapter output, alone and in padded batches; also what no rule knows in the
+    archive."""
     cases: dict[str, dict[str, Tensor]] = {}
     out: list[CaseResult] = []
     for name, array in setting.arrays.items():
@@ -154,7 +155,8 @@ def _encoder_case(setting: Setting, group: str, recordings: list[int], parts: di
     longest = max(len(f) for f in feats)
     found = audio_parts(setting.model, feats)
     for n, recording in enumerate(recordings):
-        # The published batch mask drops a frame of odd recordings in a longer batch, and lets activations leak into the last one.
+        # The published batch mask drops a frame of odd recordings in a longer batch, and lets activations leak into the
+        # last one.
         deliberate = len(feats[n]) % 2 == 1 and len(feats[n]) < longest
         alone = audio_parts(setting.model, [feats[n]])[0]
         for part in ("enc", "down", "proj"):
@@ -182,7 +184,7 @@ def largest(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
-# ---- names and shapes ------------------------------------------------------------------------------------------------------------
+# ---- names and shapes ------------------------------------------------------------------------------------------------
 
 
 def _published(spec: ModelSpec) -> dict[str, list[int]]:
@@ -224,7 +226,8 @@ def tiny_manifest(setting: Setting, file: Path) -> list[CaseResult]:
     return [CaseResult("tiny_manifest", wrong, 0, f"{len(found)} keys and shapes")]
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------------------
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
 
 # Inference functions of the published code -> (output type, profile) here.
 _FUNCTIONS = {
@@ -270,7 +273,7 @@ def _prompt(name: str, found: str | None, wanted: str) -> CaseResult:
     return CaseResult(name, float(found != wanted), 0, "" if found == wanted else f"found {found!r}")
 
 
-# ---- decoding --------------------------------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def decoding(setting: Setting) -> list[CaseResult]:

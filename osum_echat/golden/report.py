@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class CaseResult:
     """One recorded case compared with this implementation.
 
-    ``error`` is the largest absolute difference (or a count of mismatches), ``limit`` what is allowed; ``note`` says what was
-    compared, or why the case failed, or which deliberate difference it is.
+    ``error`` is the largest absolute difference (or a count of mismatches), ``limit`` what is allowed; ``note`` says
+    what was compared, or why the case failed, or which deliberate difference it is.
     """
 
     name: str

@@ -1,7 +1,8 @@
-"""Recorded numbers of the published token2wav against ours: flow, estimator, encoder, regulator, HiFT, frontend, streams.
+"""Recorded numbers of the published token2wav against ours: flow, estimator, encoder, regulator, HiFT, frontend,
+streams.
 
-Cases are found by file name and told apart by what they hold; a file or tensor without a rule is a failure. The weights are the tiny
-seeded ones beside the cases (``tiny_flow_fp16``, ``tiny_hift_fp16``), whose sizes are `TINY`.
+Cases are found by file name and told apart by what they hold; a file or tensor without a rule is a failure. The weights
+are the tiny seeded ones beside the cases (``tiny_flow_fp16``, ``tiny_hift_fp16``), whose sizes are `TINY`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from osum_echat.token2wav.vocoder import Vocoder
 
 FLOW, PITCH, WAVE, WAVE_RMS, DECODER, FRONTEND = 2e-5, 2e-3, 4e-3, 2e-4, 2e-5, 1e-3
 LOG_MEL = 1e-4
-"""The quietest bins carry float32 rounding of the FFT: the recorded log-mel is itself 1.6e-5 away from float64 arithmetic."""
+"""The quietest bins carry float32 rounding of the FFT: the recorded log-mel is itself 1.6e-5 away from float64
+arithmetic."""
 
 TINY = Token2WavConfig(
     flow=FlowConfig(
@@ -360,7 +362,8 @@ def check_manifest(path: Path) -> Results:
 
 
 def check_stream_meta(path: Path) -> Results:
-    """The constants and, for every described stream, its chunk sizes (those with recorded audio are checked again as cases)."""
+    """The constants and, for every described stream, its chunk sizes (those with recorded audio are checked again as
+    cases)."""
     meta = json.loads(path.read_text(encoding="utf-8"))
     ours = {
         "token_min_hop_len": HOP_TOKENS,

@@ -1,7 +1,8 @@
 """From encoder frames to LLM positions: down-sampler (rate 4) and adapter blocks.
 
-One position is 80 ms of audio. Options that the published model does not use, all in the config: several encoder layers side by side
-(`encoder_layers`), a CTC head and tag heads (`ctc.py`, `tags.py`; they are attached by `echat.EChatModel`).
+One position is 80 ms of audio. Options that the published model does not use, all in the config: several encoder layers
+side by side (`encoder_layers`), a CTC head and tag heads (`ctc.py`, `tags.py`; they are attached by
+`echat.EChatModel`).
 
 N recordings, S encoder frames (50/s), P positions (12.5/s, P = ceil(ceil(S / 2) / 2)), V valid positions of all
 recordings, E encoder width, A adapter width.
@@ -21,7 +22,8 @@ from osum_echat.rates import POSITIONS_PER_SECOND
 
 
 class DownSampler(nn.Module):
-    """Three causal convolutions (kernel 3, strides 1, 2, 2): looks back only, so padding after the end cannot reach a valid frame."""
+    """Three causal convolutions (kernel 3, strides 1, 2, 2): looks back only, so padding after the end cannot reach a
+    valid frame."""
 
     strides = (1, 2, 2)
 
@@ -48,7 +50,8 @@ def interleaved_positions(length: int, dim: int) -> Tensor:
 
 
 class LayerMix(nn.Module):
-    """Encoder layers side by side, each under its own LayerNorm. Lower layers hold the prosody that the last one has dropped."""
+    """Encoder layers side by side, each under its own LayerNorm. Lower layers hold the prosody that the last one has
+    dropped."""
 
     def __init__(self, encoder_dim: int, layers: int) -> None:
         super().__init__()
@@ -85,7 +88,8 @@ class Adapter(nn.Module):
         Args:
             layers: encoder layers, each [N, S, E] (one, or those of ``encoder_layers``).
             lengths_N: valid encoder frames.
-            rows: where its positions are valid (`plan.Plan.adapter`); worked out from the lengths, which are read to the host, when not given.
+            rows: where its positions are valid (`plan.Plan.adapter`); worked out from the lengths, which are read to
+                the host, when not given.
 
         Returns:
             Adapter output [N, P, A], down-sampler output [N, P, A], valid positions [N].

@@ -1,15 +1,17 @@
 """Attention of packed rows: which back end takes which form of "who may attend to whom".
 
-Packed rows are run document after document without padding. A mask over a whole row of T positions would cost T x T however short the documents
-are, so attention gets where documents end (`Documents`):
+Packed rows are run document after document without padding. A mask over a whole row of T positions would cost T x T
+however short the documents are, so attention gets where documents end (`Documents`):
 
     sdpa    one kernel for all documents where the device has one (`device.varlen_attention`), else a call a document
     flash   the kernel gets the lengths; where positions are hidden, which lengths cannot say, the same function as for sdpa
     eager   a mask over all positions (the only form it knows; small models and short rows)
 
-Everything is decided per call from what is handed over; nothing of the LLM is switched. Encoder and adapter, whose recordings stand end to end in the same way, use the same `attend`.
+Everything is decided per call from what is handed over; nothing of the LLM is switched. Encoder and adapter, whose
+recordings stand end to end in the same way, use the same `attend`.
 
-B batch rows, T positions, D width of the LLM, L positions of a document, P positions of all documents, H heads, d width of a head.
+B batch rows, T positions, D width of the LLM, L positions of a document, P positions of all documents, H heads, d width
+of a head.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Documents:
         lengths, longest: positions of each, on the host.
         ends: where each begins and the last ends: int32 [D + 1].
         visible_P: False where nothing may attend to a position; None: everything is visible.
-        masks: who may attend to whom in each document that has hidden positions, [1, 1, L, L] (None: causal); made from ``visible_P`` once.
+        masks: who may attend to whom in each document that has hidden positions, [1, 1, L, L] (None: causal); made from
+            ``visible_P`` once.
     """
 
     lengths: list[int]
@@ -133,7 +136,8 @@ def prepare(name: str) -> str:
 
 
 def register_kernel(name: str) -> None:
-    """Let a kernel of transformers' flash interface attend document by document where it is given documents instead of their lengths."""
+    """Let a kernel of transformers' flash interface attend document by document where it is given documents instead of
+    their lengths."""
     from transformers import AttentionInterface
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -173,8 +177,9 @@ def _sdpa(
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None) -> Tensor:
-    """Attention of one new position, [B, 1, heads, d]. The heads that share a key head are given as positions of it, so that its keys are
-    read once and not once a head: a step's attention takes a fifth of the time on a CPU. ``attention_mask``: [B or 1, 1, 1, K] or None."""
+    """Attention of one new position, [B, 1, heads, d]. The heads that share a key head are given as positions of it, so
+    that its keys are read once and not once a head: a step's attention takes a fifth of the time on a CPU.
+    ``attention_mask``: [B or 1, 1, 1, K] or None."""
     batch, heads, _, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)
     out = F.scaled_dot_product_attention(grouped, key, value, attention_mask, scale=scaling)
@@ -184,7 +189,8 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tenso
 def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
     """Who may attend to whom, [B, 1, T, T] bool: earlier or same position, same document, visible key.
 
-    A masked position attends to the visible ones before it, not to itself. Padding attends to itself, so that no query is without a key.
+    A masked position attends to the visible ones before it, not to itself. Padding attends to itself, so that no query
+    is without a key.
     """
     length = documents_BT.shape[1]
     index_T = torch.arange(length, device=documents_BT.device)
@@ -196,7 +202,8 @@ def packed_mask(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
 
 
 def packed_hidden(decoder: Any, inputs_PD: Tensor, positions_P: Tensor, documents: Documents) -> Tensor:
-    """Hidden states [P, D] of documents end to end by a transformers decoder; attention is causal inside each document."""
+    """Hidden states [P, D] of documents end to end by a transformers decoder; attention is causal inside each
+    document."""
     backend, given = decoder.config._attn_implementation, dict[str, Any]()
     mask: Tensor | None = None
     if backend in _TAKE_LENGTHS and documents.masks is None:
@@ -204,7 +211,8 @@ def packed_hidden(decoder: Any, inputs_PD: Tensor, positions_P: Tensor, document
         given |= {"max_length_q": documents.longest, "max_length_k": documents.longest}
     elif backend in (BY_DOCUMENT, *_TAKE_LENGTHS):
         given = {"documents": documents}
-        # Nobody reads it: transformers takes a 4D mask as ready, builds none of [positions x positions] and looks for no borders itself.
+        # Nobody reads it: transformers takes a 4D mask as ready, builds none of [positions x positions] and looks for
+        # no borders itself.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_PD.device)
     elif documents.masks is not None or len(documents.lengths) > 1:
         mask = _whole_mask(documents, inputs_PD)

@@ -1,7 +1,8 @@
-"""The transformer block that encoder and adapter share, and how it is run: without padding, with activation checkpointing.
+"""The transformer block that encoder and adapter share, and how it is run: without padding, with activation
+checkpointing.
 
-Recordings of different length stand end to end in one row (`EndToEnd`), so norms and linear layers see valid frames only, and attention stays
-inside each recording (`attention.attend`).
+Recordings of different length stand end to end in one row (`EndToEnd`), so norms and linear layers see valid frames
+only, and attention stays inside each recording (`attention.attend`).
 
 N recordings, T frames, D width, H heads, P valid frames of all recordings.
 """

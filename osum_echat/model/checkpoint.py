@@ -5,8 +5,9 @@
     safetensors         a file or shards of either naming, with a config
     DeepSpeed folder    of a training run, ours or the published code's, with a config
 
-The model is built on the meta device and the file's tensors become its parameters: no random initialisation, nothing held twice. Where
-device and dtype are the file's own (CPU), tensors of large files stay memory-mapped until something writes to them.
+The model is built on the meta device and the file's tensors become its parameters: no random initialisation, nothing
+held twice. Where device and dtype are the file's own (CPU), tensors of large files stay memory-mapped until something
+writes to them.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ from osum_echat.model.storage import (
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_FOLDER = "tokenizer"
-# Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and depend on the file.
+# Smaller checkpoints are copied: mapped tensors lie at odd addresses, which moves the last bits of matrix products, and
+# depend on the file.
 COPY_BELOW_BYTES = 2**30
 Dtype: TypeAlias = torch.dtype | Callable[[int, str | None], Weights] | None
 
 
 def build_meta(config: ModelConfig) -> EChatModel:
-    """The model with its parameters on the meta device: shapes, no memory. Computed buffers (rotary tables) are real."""
+    """The model with its parameters on the meta device: shapes, no memory. Computed buffers (rotary tables) are
+    real."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -81,8 +84,9 @@ def load_model(
     Args:
         path: checkpoint folder, file, or the name of a repository on the hub (``owner/name``).
         config: model config or its file; needed unless the checkpoint is a folder with config.yaml.
-        dtype: of the floating-point weights; None keeps the file's. Or a function that decides (`device.model_weights`), from how many weights the
-            model has and what the file has rounded them to ("int8", "int4" or None).
+        dtype: of the floating-point weights; None keeps the file's. Or a function that decides
+            (`device.model_weights`), from how many weights the model has and what the file has rounded them to ("int8",
+            "int4" or None).
         tokenizer: folder or hub name instead of the checkpoint's own or the config's.
 
     Raises:
@@ -162,7 +166,8 @@ def check_aliases(source: TensorSource, spec: ModelSpec) -> None:
 
 
 def assign(model: nn.Module, tensors: Mapping[str, tuple[Tensor, str]], device: torch.device, dtype: torch.dtype | None) -> None:
-    """Make tensors the parameters and buffers of ``model`` (name -> (tensor, key in the file)); one key under two names stays one tensor."""
+    """Make tensors the parameters and buffers of ``model`` (name -> (tensor, key in the file)); one key under two names
+    stays one tensor."""
     placed: dict[str, nn.Parameter] = {}
     small = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors.values()) < COPY_BELOW_BYTES
     for name, (tensor, key) in tensors.items():
@@ -206,14 +211,15 @@ def config_for(path: Path, config: str | Path | ModelConfig | None) -> ModelConf
     )
 
 
-# ---- single parts ------------------------------------------------------------------------------------------------------------------
+# ---- single parts ----------------------------------------------------------------------------------------------------
 
 
 def load_parts(model: EChatModel, path: str | Path, parts: Iterable[str]) -> list[str]:
     """Copy the weights of some parts from another checkpoint into a model that has memory already.
 
-    For a start from a Whisper encoder (`osum-echat convert-whisper`), or from a checkpoint whose other parts differ. Inside a part every tensor
-    must be there and fit. A position table may be shorter than the model's: its rows are copied, the rest stays computed.
+    For a start from a Whisper encoder (`osum-echat convert-whisper`), or from a checkpoint whose other parts differ.
+    Inside a part every tensor must be there and fit. A position table may be shorter than the model's: its rows are
+    copied, the rest stays computed.
 
     Args:
         parts: of `parts.PARTS`, or modules (``lm.llm``, ``ctc``).
@@ -267,7 +273,7 @@ def load_llm(model: EChatModel, name: str | Path) -> None:
             raise CheckpointError(f"LLM {name} does not fit llm: of the config: {error}") from error
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------------------------
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def clean_state(model: nn.Module) -> dict[str, Tensor]:
@@ -287,7 +293,8 @@ def save_model(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     state: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint folder: config.yaml, model.safetensors (or shards), tokenizer/. It appears under its name only when complete.
+    """Write a checkpoint folder: config.yaml, model.safetensors (or shards), tokenizer/. It appears under its name only
+    when complete.
 
     Args:
         storage: data type on disk (see `storage`); int8 and float16 are expanded to the dtype asked for when loaded.
@@ -309,7 +316,8 @@ def save_model(
 def save_quantized(
     path: str | Path, folder: str | Path, kind: quantized.Kind, config: str | Path | ModelConfig | None = None
 ) -> Path:
-    """Write a checkpoint of any form as a folder with its weights rounded to ``kind``, one tensor at a time; what lies beside the weights comes along.
+    """Write a checkpoint of any form as a folder with its weights rounded to ``kind``, one tensor at a time; what lies
+    beside the weights comes along.
 
     Raises:
         CheckpointError: the file does not fit the config, or cannot be read.
@@ -353,7 +361,8 @@ def clean_tensors(source: TensorSource, spec: ModelSpec) -> LazyTensors:
 
 
 def save_released(state: Mapping[str, Tensor], spec: ModelSpec, file: str | Path) -> Path:
-    """Write clean tensors as a flat file with the published names, complete with aliases. It appears under its name only when complete."""
+    """Write clean tensors as a flat file with the published names, complete with aliases. It appears under its name
+    only when complete."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial-{os.getpid()}")

@@ -1,8 +1,8 @@
 """Configuration of the model: encoder, adapter, LLM, vocabulary, LoRA.
 
-The defaults are the published 3B model (arXiv 2508.09600), so a config states only what differs. Two written forms are read: ours
-(`conf/ct_config.yaml`, the field names below) and the training YAML of the published code (`encoder_conf:`, `llm_path:`, ...), so that a
-config which somebody already has next to a checkpoint works as it is.
+The defaults are the published 3B model (arXiv 2508.09600), so a config states only what differs. Two written forms are
+read: ours (`conf/ct_config.yaml`, the field names below) and the training YAML of the published code (`encoder_conf:`,
+`llm_path:`, ...), so that a config which somebody already has next to a checkpoint works as it is.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, POSITIONS_PER_SECOND
 DOWN_SAMPLE_RATE = 4
 
 Recompute = bool | Literal["selective"]
-"""What of a block the backward pass computes again instead of keeping it: all but its input, or what costs little ("selective": everything but
-products and attention)."""
+"""What of a block the backward pass computes again instead of keeping it: all but its input, or what costs little
+("selective": everything but products and attention)."""
 _QWEN_3B = {
     "model_type": "qwen2",
     "vocab_size": 151936,
@@ -46,7 +46,8 @@ _QWEN_3B = {
 class EncoderConfig:
     """A Whisper-shaped encoder (defaults: medium).
 
-    ``max_positions`` is the number of rows of the fixed position table (two feature frames each, so 50 a second); it is part of a checkpoint.
+    ``max_positions`` is the number of rows of the fixed position table (two feature frames each, so 50 a second); it is
+    part of a checkpoint.
     """
 
     mels: int = 80
@@ -66,8 +67,10 @@ class CtcConfig:
     """A CTC head on the adapter output, over the text vocabulary and one blank class (the last).
 
     Args:
-        soft_tokens: the LLM hears the posterior: (posterior of the text classes) x (its own token embeddings) is added to the gated projection.
-        compress: frames that CTC calls blank or a repeat become invisible; the first frame of a segment holds the segment's mean.
+        soft_tokens: the LLM hears the posterior: (posterior of the text classes) x (its own token embeddings) is added
+            to the gated projection.
+        compress: frames that CTC calls blank or a repeat become invisible; the first frame of a segment holds the
+            segment's mean.
         gate: start value of the gate on the projection (learned; 1 without soft tokens is the plain adapter).
     """
 
@@ -81,11 +84,12 @@ class AdapterConfig:
     """Down-sampler (rate 4) and adapter blocks.
 
     Args:
-        encoder_layers: encoder layers that the adapter sees side by side, each under its own LayerNorm: k is the output of block k (from 1), the
-            number of blocks is the encoder's final output. Empty: the final output alone, as published.
+        encoder_layers: encoder layers that the adapter sees side by side, each under its own LayerNorm: k is the output
+            of block k (from 1), the number of blocks is the encoder's final output. Empty: the final output alone, as
+            published.
         ctc: see `CtcConfig`; None as published.
-        tags: tag heads, name -> labels (for example ``gender: [male, female]``); their soft decisions are added to the two marker rows around
-            the audio. Empty as published.
+        tags: tag heads, name -> labels (for example ``gender: [male, female]``); their soft decisions are added to the
+            two marker rows around the audio. Empty as published.
     """
 
     dim: int = 1024
@@ -113,12 +117,13 @@ class LlmConfig:
 
     Args:
         config: its transformers config written out (``model_type`` and sizes); used when ``path`` is None.
-        path: a folder with the LLM's ``config.json`` (and tokenizer); relative paths start at the file that states them.
-        attention: transformers' attention back end. ``sdpa``; ``eager`` is the faster one for bf16 training on CPUs with AMX;
-            ``flash_attention_2`` where it is installed.
-        rotary_dtype: what the cosines and sines of the rotary positions are rounded to. The published model's LLM was built in bfloat16, its
-            tables with it: a float32 run meets the recorded numbers (1e-6 instead of 3e-3 in hidden states) with the same rounding. A bfloat16 run
-            rounds them anyway.
+        path: a folder with the LLM's ``config.json`` (and tokenizer); relative paths start at the file that states
+            them.
+        attention: transformers' attention back end. ``sdpa``; ``eager`` is the faster one for bf16 training on CPUs
+            with AMX; ``flash_attention_2`` where it is installed.
+        rotary_dtype: what the cosines and sines of the rotary positions are rounded to. The published model's LLM was
+            built in bfloat16, its tables with it: a float32 run meets the recorded numbers (1e-6 instead of 3e-3 in
+            hidden states) with the same rounding. A bfloat16 run rounds them anyway.
     """
 
     config: dict[str, Any] = field(default_factory=lambda: dict(_QWEN_3B))
@@ -155,9 +160,10 @@ class LoraConfig:
 class ModelConfig:
     """The whole model.
 
-    ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: what
-    of each block is computed again in the backward pass instead of kept (`Recompute`). ``weights``: how a CPU keeps the weights when it answers and the call does not say (`device.WEIGHTS`);
-    training and accelerators do not look at it.
+    ``dialect``: how the checkpoint is spoken to, and what it has learnt. ``tokenizer``: folder or hub name of the text
+    tokenizer (a checkpoint folder brings its own). ``activation_checkpointing``: what of each block is computed again
+    in the backward pass instead of kept (`Recompute`). ``weights``: how a CPU keeps the weights when it answers and the
+    call does not say (`device.WEIGHTS`); training and accelerators do not look at it.
     """
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -200,7 +206,8 @@ def _check_heads(part: str, dim: int, heads: int) -> None:
         raise ValueError(f"{part}.dim={dim} must be a multiple of {part}.heads={heads}")
 
 
-# ---- the training YAML of the published code -------------------------------------------------------------------------------------
+# ---- the training YAML of the published code -------------------------------------------------------------------------
+
 
 # What the published model class supports; any other value names a variant that was never released.
 _FIXED_TOP = {"encoder": "transformer", "adapter_type": "osum_echat", "downsample_rate": DOWN_SAMPLE_RATE, "model": "osum_echat"}

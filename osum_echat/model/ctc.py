@@ -1,9 +1,10 @@
 """CTC on the adapter output: a head, its loss, and two ways in which the LLM can use it.
 
-A small LLM that is trained from scratch does not learn to listen through cross-entropy alone in reasonable time; a CTC head does, and the LLM
-can then read what the head heard. *Soft tokens*: a frame's posterior over the text classes, times the LLM's own token embeddings. *Compression*:
-only the first frame of each CTC segment (a run of one label with the blanks after it) stays visible and holds the segment's mean. Compressed
-frames keep their slot as masked positions (see `dialogue.layout`), so layouts keep their length. Both are off in the published model.
+A small LLM that is trained from scratch does not learn to listen through cross-entropy alone in reasonable time; a CTC
+head does, and the LLM can then read what the head heard. *Soft tokens*: a frame's posterior over the text classes,
+times the LLM's own token embeddings. *Compression*: only the first frame of each CTC segment (a run of one label with
+the blanks after it) stays visible and holds the segment's mean. Compressed frames keep their slot as masked positions
+(see `dialogue.layout`), so layouts keep their length. Both are off in the published model.
 
 CTC: Graves et al. 2006. Compression: Gaido et al. 2021 (arXiv 2102.01578).
 
@@ -30,7 +31,8 @@ class Transcripts:
 
     Attributes:
         ids: of all transcripts.
-        labels: how many belong to each recording, 0 where the transcript is unknown; ``positions``: of its audio. Both on the host.
+        labels: how many belong to each recording, 0 where the transcript is unknown; ``positions``: of its audio. Both
+            on the host.
         known_N: the same numbers as ``labels``.
     """
 
@@ -69,7 +71,8 @@ class CtcBridge(nn.Module):
         """What the LLM gets.
 
         Returns:
-            Embeddings [N, P, D], visible [N, P] (all valid positions without compression), CTC log-probabilities [N, P, C] (float32).
+            Embeddings [N, P, D], visible [N, P] (all valid positions without compression), CTC log-probabilities [N, P,
+            C] (float32).
         """
         log_probs_NPC = self.head(adapted_NPA).float().log_softmax(dim=2)
         visible_NP = valid_frames(lengths_N, adapted_NPA.shape[1])
@@ -87,8 +90,8 @@ class CtcBridge(nn.Module):
         return embeds_NPD, visible_NP, log_probs_NPC
 
     def loss(self, log_probs_NPC: Tensor, transcripts: Transcripts) -> tuple[Tensor, Tensor]:
-        """CTC negative log-likelihood of each recording [N] and its number of labels [N]; both are 0 where the transcript is unknown, and
-        the likelihood where the recording is too short for it."""
+        """CTC negative log-likelihood of each recording [N] and its number of labels [N]; both are 0 where the
+        transcript is unknown, and the likelihood where the recording is too short for it."""
         labels, positions = transcripts.labels, transcripts.positions
         assert len(labels) == len(log_probs_NPC), f"{len(labels)} transcripts for {len(log_probs_NPC)} recordings"
         nll_N = F.ctc_loss(
@@ -114,8 +117,9 @@ def segments(log_probs_NPC: Tensor, lengths_N: Tensor, blank: int, at_least_one:
     """Cut recordings where CTC begins a new label.
 
     Returns:
-        keep [N, P]: True at the first frame of each segment; segment number of each frame [N, P] (frames before the first label belong to
-        segment 0). A recording without any label keeps its first frame when ``at_least_one`` is set.
+        keep [N, P]: True at the first frame of each segment; segment number of each frame [N, P] (frames before the
+        first label belong to segment 0). A recording without any label keeps its first frame when ``at_least_one`` is
+        set.
     """
     valid_NP = valid_frames(lengths_N, log_probs_NPC.shape[1])
     best_NP = log_probs_NPC.argmax(dim=2).masked_fill(~valid_NP, blank)

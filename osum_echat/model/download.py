@@ -1,7 +1,7 @@
 """Folders and files that may be on this machine or on the hub; what can be had from neither is said at once.
 
-The libraries that download retry for a minute or more when there is no network. `find` looks first at this machine, then asks once whether
-the hub answers at all.
+The libraries that download retry for a minute or more when there is no network. `find` looks first at this machine,
+then asks once whether the hub answers at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def remedy(name: str) -> str:
 
 
 def check(name: str, key: str = "") -> None:
-    """Raise NotFound, within seconds, for a hub name that is neither in the local cache nor to be downloaded. ``key``: who asks for it.
+    """Raise NotFound, within seconds, for a hub name that is neither in the local cache nor to be downloaded. ``key``:
+    who asks for it.
 
     Names of paths that exist are fine, other names are not this function's affair.
     """
@@ -50,7 +51,8 @@ def find(name: str | Path, files: list[str] | None = None, key: str = "") -> Pat
     """A path of this machine: ``name`` itself, or the download of a hub repository (of ``files`` only, patterns).
 
     Raises:
-        NotFound: a hub name that cannot be had. Other names come back as they are: whoever reads them says what is missing.
+        NotFound: a hub name that cannot be had. Other names come back as they are: whoever reads them says what is
+            missing.
     """
     name = str(name)
     if not is_hub_name(name):

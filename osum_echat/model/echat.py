@@ -1,11 +1,11 @@
 """The model: audio in, one vocabulary of text and speech out.
 
-`EChatModel` joins encoder, adapter, projection and `speech_lm.SpeechLM`. Training calls `forward` on packed rows and gets one loss term a
-target; generation calls `encode_audio`, `inputs`, `hidden` and the two heads. All samples of a batch, whatever their tasks, go through the LLM
-together, and logits exist at supervised positions only (`loss.py`).
+`EChatModel` joins encoder, adapter, projection and `speech_lm.SpeechLM`. Training calls `forward` on packed rows and
+gets one loss term a target; generation calls `encode_audio`, `inputs`, `hidden` and the two heads. All samples of a
+batch, whatever their tasks, go through the LLM together, and logits exist at supervised positions only (`loss.py`).
 
-B batch rows, T positions, D LLM width, N recordings, M supervised positions, P audio positions (of all recordings, one after another),
-F mel bins, S encoder frames.
+B batch rows, T positions, D LLM width, N recordings, M supervised positions, P audio positions (of all recordings, one
+after another), F mel bins, S encoder frames.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class LossParts:
         nll_M: negative log-likelihood of each target, float32; carries gradients.
         targets_M: the target classes.
         documents_M: the sample that each target belongs to.
-        ctc_nll_N, ctc_labels_N: CTC negative log-likelihood and number of labels of each recording (empty without CTC or transcripts).
+        ctc_nll_N, ctc_labels_N: CTC negative log-likelihood and number of labels of each recording (empty without CTC
+            or transcripts).
         tag_nll_N: cross-entropy of each tag head, 0 where the label is unknown; ``tag_known_N`` says where it is known.
     """
 
@@ -127,16 +128,18 @@ class EChatModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.projection.weight.dtype
 
-    # ---- audio --------------------------------------------------------------------------------------------------------------------
+    # ---- audio -------------------------------------------------------------------------------------------------------
 
     def encode(self, feats_NTF: Tensor, lengths_N: Tensor, rows: EndToEnd | None = None) -> tuple[list[Tensor], Tensor]:
-        """The encoder layers that the adapter sees, each [N, S, E], and their lengths. Constant while the encoder is frozen: can be kept."""
+        """The encoder layers that the adapter sees, each [N, S, E], and their lengths. Constant while the encoder is
+        frozen: can be kept."""
         if self.encoder_cache is not None:
             return self.encoder_cache(self.encoder, feats_NTF, lengths_N)
         return self.encoder(feats_NTF, lengths_N, self.config.encoder_layers, rows)
 
     def adapt(self, layers: list[Tensor], lengths_N: Tensor, rows: EndToEnd | None = None) -> AudioFeatures:
-        """From what `encode` returned to what the LLM hears. ``rows``: of the adapter's positions, else worked out from the lengths."""
+        """From what `encode` returned to what the LLM hears. ``rows``: of the adapter's positions, else worked out from
+        the lengths."""
         if self.encoder_masks is not None and self.training:
             layers = self.encoder_masks(layers, lengths_N)
         if rows is None:
@@ -153,7 +156,8 @@ class EChatModel(nn.Module):
         return AudioFeatures(*heard, tag_embeds_ND, tag_logits, log_probs_NPC)
 
     def encode_audio(self, feats_NTF: Tensor, lengths_N: Tensor, plan: RecordingPlan | None = None) -> AudioFeatures:
-        """Log-mel features [N, T, F] with their numbers of frames to what the LLM hears (ceil(frames / 8) positions each).
+        """Log-mel features [N, T, F] with their numbers of frames to what the LLM hears (ceil(frames / 8) positions
+        each).
 
         ``plan``: of the recordings, on their device; without one the lengths are read to the host.
 
@@ -165,7 +169,7 @@ class EChatModel(nn.Module):
         plan = plan or RecordingPlan.of(lengths_N.tolist(), feats_NTF.shape[1]).to(feats_NTF.device)
         return self.adapt(*self.encode(feats_NTF, lengths_N, plan.encoder), plan.adapter)
 
-    # ---- language model -----------------------------------------------------------------------------------------------------------
+    # ---- language model ----------------------------------------------------------------------------------------------
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Embeddings of unified ids, [B, T] to [B, T, D]."""
@@ -199,7 +203,8 @@ class EChatModel(nn.Module):
         visible_BT: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states after the final norm; see `SpeechLM.hidden` (``cache=`` and ``attention_mask=`` for generation)."""
+        """Hidden states after the final norm; see `SpeechLM.hidden` (``cache=`` and ``attention_mask=`` for
+        generation)."""
         return self.lm.hidden(inputs_BTD, positions_BT, documents_BT, visible_BT, **kwargs)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
@@ -210,7 +215,7 @@ class EChatModel(nn.Module):
         """[..., D] to [..., S + 1]; class s is speech code s, the last is the delimiter."""
         return self.lm.speech_logits(hidden)
 
-    # ---- loss ---------------------------------------------------------------------------------------------------------------------
+    # ---- loss --------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -235,12 +240,13 @@ class EChatModel(nn.Module):
             encoded: instead of features: what `encode` returned. ``audio``: instead of both: what `adapt` returned.
             transcripts: text ids of each recording for CTC, empty where unknown.
             tags: label number of each recording for each tag head, `IGNORE` where unknown.
-            weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the backward pass. Other weights
-                than these give gradients that are NaN.
-            run_all_parts: let a batch without recordings or speech run encoder, adapter and speech head all the same, with no effect on the
-                loss: ranks that share parameters must make the same calls.
+            weights_D: how the caller is going to weight each sample's targets, where it knows; saves work in the
+                backward pass. Other weights than these give gradients that are NaN.
+            run_all_parts: let a batch without recordings or speech run encoder, adapter and speech head all the same,
+                with no effect on the loss: ranks that share parameters must make the same calls.
             language: False leaves the LLM out; only the losses of the CTC and tag heads remain.
-            plan: `plan` of the batch, on the model's device; without one it is made here, which reads rows and lengths to the host.
+            plan: `plan` of the batch, on the model's device; without one it is made here, which reads rows and lengths
+                to the host.
         """
         plan = plan if plan is not None else self.plan(rows, _frames(lengths_N, encoded, audio)).to(self.device)
         # Not asked of a weight, which ZeRO-3 would gather for it: on the ranks alone that come by here.
@@ -265,7 +271,8 @@ class EChatModel(nn.Module):
         hidden_PD = self.lm.packed_hidden(embeds_PD, sequence.positions_P, sequence.documents)
         heads = [self.lm.text_head, self.lm.speech_head]
         if sequence.text_only == len(sequence.supervised_M) and not run_all_parts:
-            heads.pop()  # tasks without speech are scored over the text classes, the others over text and speech together
+            # Tasks without speech are scored over the text classes, the others over text and speech together.
+            heads.pop()
         nll_M = linear_nll(
             hidden_PD.index_select(0, sequence.supervised_M),
             sequence.targets_M,
@@ -282,7 +289,8 @@ class EChatModel(nn.Module):
         return Plan.of(rows, frames, markers)
 
     def _sequence_inputs(self, sequence: RowPlan, audio: AudioFeatures | None, plan: Plan) -> Tensor:
-        """Input embeddings of all documents end to end, [P, D]. Raises ValueError when rows and recordings do not fit together."""
+        """Input embeddings of all documents end to end, [P, D]. Raises ValueError when rows and recordings do not fit
+        together."""
         _check_audio(plan.audio_positions, audio)
         embeds_PD = self.lm.embed(sequence.ids_P, with_head=True)
         if audio is None:
@@ -312,7 +320,8 @@ class EChatModel(nn.Module):
         return nll, {name: label_N != IGNORE for name, label_N in labels.items()}
 
     def _run_audio_on_silence(self, device: torch.device) -> list[Tensor]:
-        """Run the audio parts on one silent position; the sums of what came out, for a graph that reaches all their parameters."""
+        """Run the audio parts on one silent position; the sums of what came out, for a graph that reaches all their
+        parameters."""
         feats_NTF = torch.zeros(1, _SILENT_FRAMES, self.config.encoder.mels, device=device)
         silence = RecordingPlan.of([_SILENT_FRAMES]).to(device)
         audio = self.encode_audio(feats_NTF, torch.full((1,), _SILENT_FRAMES, device=device), silence)
@@ -321,7 +330,8 @@ class EChatModel(nn.Module):
         return [tensor.float().sum() for tensor in outputs if tensor is not None]
 
     def _marker_tags(self, rows: PackedRows, audio: AudioFeatures) -> Tensor:
-        """Tag vectors at the audio-begin marker before and the audio-end marker after each recording, zero elsewhere: [B, T, D]."""
+        """Tag vectors at the audio-begin marker before and the audio-end marker after each recording, zero elsewhere:
+        [B, T, D]."""
         assert audio.tag_embeds_ND is not None
         device = rows.ids_BT.device
         recording_P = torch.repeat_interleave(torch.arange(len(audio.lengths_N), device=device), audio.lengths_N.to(device))
@@ -343,7 +353,8 @@ def _check_audio(expected: int, audio: AudioFeatures | None) -> None:
 
 
 def _frames(lengths_N: Tensor | None, encoded: tuple[list[Tensor], Tensor] | None, audio: AudioFeatures | None) -> list[int]:
-    """Frames of recordings that are given in one of three forms; such that they come to the same number of positions."""
+    """Frames of recordings that are given in one of three forms; such that they come to the same number of
+    positions."""
     if audio is not None:
         return [FRAMES_PER_POSITION * n for n in audio.lengths_N.tolist()]
     if encoded is not None:
@@ -352,7 +363,8 @@ def _frames(lengths_N: Tensor | None, encoded: tuple[list[Tensor], Tensor] | Non
 
 
 def renumber(documents_BT: Tensor, visible_BT: Tensor) -> Tensor:
-    """Position numbers of packed rows: visible positions count from 0 in each document, hidden ones get `MASKED_POSITION`, padding 0."""
+    """Position numbers of packed rows: visible positions count from 0 in each document, hidden ones get
+    `MASKED_POSITION`, padding 0."""
     total_BT = visible_BT.long().cumsum(dim=1)
     first_BT = documents_BT != F.pad(documents_BT[:, :-1], (1, 0), value=PAD_DOCUMENT - 1)
     before_BT = torch.where(first_BT, total_BT - visible_BT.long(), 0).cummax(dim=1).values

@@ -1,10 +1,11 @@
 """The audio encoder: Whisper's architecture at any size, without the 30 s padding.
 
-A recording gives the same frames alone and in a padded batch: activations after its end are zeroed between the convolutions, as the zero
-padding of the convolution does for a recording alone. (The published code lets them leak, which costs recordings of an odd length a frame.)
+A recording gives the same frames alone and in a padded batch: activations after its end are zeroed between the
+convolutions, as the zero padding of the convolution does for a recording alone. (The published code lets them leak,
+which costs recordings of an odd length a frame.)
 
-N recordings, T feature frames (100/s), S encoder frames (50/s, S = ceil(T / 2)), P encoder frames of all recordings, F mel bins,
-E width.
+N recordings, T feature frames (100/s), S encoder frames (50/s, S = ceil(T / 2)), P encoder frames of all recordings, F
+mel bins, E width.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from osum_echat.rates import ENCODER_FRAMES_PER_SECOND, FRAMES_PER_SECOND
 
 
 def whisper_positions(length: int, dim: int) -> Tensor:
-    """Whisper's fixed table [length, dim]: sines in the first half, cosines in the second, periods from 2 pi to 20,000 pi."""
+    """Whisper's fixed table [length, dim]: sines in the first half, cosines in the second, periods from 2 pi to 20,000
+    pi."""
     half = dim // 2
     inverse = torch.exp(-math.log(10000.0) / (half - 1) * torch.arange(half))
     angles = torch.arange(length)[:, None] * inverse[None]
@@ -56,12 +58,14 @@ class AudioEncoder(nn.Module):
         Args:
             feats_NTF: log-mel features; what stands after a recording's end has no effect.
             lengths_N: frames of each recording.
-            layers: which layers to return: k for the output of block k, the number of blocks for the final (normed) output, 0 for the input of
-                the first block. Default: the final output.
-            rows: where its frames are valid (`plan.Plan.encoder`); worked out from ``lengths_N``, which are read to the host, when not given.
+            layers: which layers to return: k for the output of block k, the number of blocks for the final (normed)
+                output, 0 for the input of the first block. Default: the final output.
+            rows: where its frames are valid (`plan.Plan.encoder`); worked out from ``lengths_N``, which are read to the
+                host, when not given.
 
         Returns:
-            The layers, each [N, S, E], in the order asked for, and the number of valid encoder frames of each recording.
+            The layers, each [N, S, E], in the order asked for, and the number of valid encoder frames of each
+            recording.
 
         Raises:
             ValueError: for a recording that is longer than the position table.

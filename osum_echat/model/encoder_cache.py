@@ -1,8 +1,10 @@
-"""What a frozen encoder returned for a recording, kept on disk: a training run goes over the same recordings many times.
+"""What a frozen encoder returned for a recording, kept on disk: a training run goes over the same recordings many
+times.
 
-Found by content: the name of an entry is a hash of the features, the folder's name one of the encoder's weights and layers, so an entry cannot
-be the wrong one, whatever the recording is called and whichever stage asks. With augmentation no two features are alike and nothing is
-ever found; `EncoderCache.describe` shows it. Half precision on disk, 77 kB a second for two layers of a tiny encoder.
+Found by content: the name of an entry is a hash of the features, the folder's name one of the encoder's weights and
+layers, so an entry cannot be the wrong one, whatever the recording is called and whichever stage asks. With
+augmentation no two features are alike and nothing is ever found; `EncoderCache.describe` shows it. Half precision on
+disk, 77 kB a second for two layers of a tiny encoder.
 
 N recordings, S encoder frames, E width.
 """
@@ -37,7 +39,8 @@ class EncoderCache:
 
     @torch.no_grad()
     def __call__(self, encoder: AudioEncoder, feats_NTF: Tensor, lengths_N: Tensor) -> tuple[list[Tensor], Tensor]:
-        """`AudioEncoder.forward`, with what is known already taken from disk. Not for training the encoder: there is no gradient."""
+        """`AudioEncoder.forward`, with what is known already taken from disk. Not for training the encoder: there is no
+        gradient."""
         names = [_name(feats_TF[:length]) for feats_TF, length in zip(feats_NTF.cpu(), lengths_N.tolist(), strict=True)]
         kept = [self._read(name) for name in names]
         new = [n for n, entry in enumerate(kept) if entry is None]
@@ -77,7 +80,8 @@ def _name(feats_TF: Tensor) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    """Of the weights; in half precision, so that storing an encoder in another type does not make it another encoder."""
+    """Of the weights; in half precision, so that storing an encoder in another type does not make it another
+    encoder."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

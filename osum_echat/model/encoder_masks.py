@@ -1,9 +1,11 @@
 """Masks on the encoder's outputs during training: SpecAugment one level higher.
 
-With a frozen encoder whose outputs are kept on disk (`encoder_cache`) no two epochs may differ in the log-mel, and a small adapter soon knows its recordings
-by heart. Here spans of frames and single channels of what the *adapter* is given are set to zero instead, drawn anew at every step.
+With a frozen encoder whose outputs are kept on disk (`encoder_cache`) no two epochs may differ in the log-mel, and a
+small adapter soon knows its recordings by heart. Here spans of frames and single channels of what the *adapter* is
+given are set to zero instead, drawn anew at every step.
 
-After wav2vec 2.0's fine-tuning (Baevski et al. 2020, arXiv 2006.11477) and SpecAugment (Park et al. 2019). Off in the published model.
+After wav2vec 2.0's fine-tuning (Baevski et al. 2020, arXiv 2006.11477) and SpecAugment (Park et al. 2019). Off in the
+published model.
 
 N recordings, S encoder frames (50/s), E encoder width.
 """
@@ -37,7 +39,8 @@ class EncoderMasks:
             )
 
     def __call__(self, layers: list[Tensor], lengths_N: Tensor) -> list[Tensor]:
-        """``layers``, each [N, S, E], with the same frames and channels zero in all of them. Draws from torch's generator of the CPU."""
+        """``layers``, each [N, S, E], with the same frames and channels zero in all of them. Draws from torch's
+        generator of the CPU."""
         n, frames, width = layers[0].shape
         keep_NS = torch.ones(n, frames, dtype=torch.bool)
         for row, length in enumerate(lengths_N.tolist()):

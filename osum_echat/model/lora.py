@@ -10,10 +10,12 @@ from osum_echat.model.config import LoraConfig
 
 
 def add_lora(llm: nn.Module, config: LoraConfig) -> None:
-    """Put low-rank adapters on ``llm`` in place. The LLM's other parameters are frozen by this; a training stage decides anew who trains.
+    """Put low-rank adapters on ``llm`` in place. The LLM's other parameters are frozen by this; a training stage
+    decides anew who trains.
 
     Raises:
-        ValueError: for targets that are not there, or that the heads and the embedding table are part of (their weights are read directly).
+        ValueError: for targets that are not there, or that the heads and the embedding table are part of (their weights
+            are read directly).
     """
     import peft
 

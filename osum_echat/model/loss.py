@@ -1,14 +1,15 @@
 """Cross-entropy at supervised positions, without ever holding [positions x classes].
 
-The LM head of the published model has 151,936 rows and the speech head 4,097: logits of 4,000 positions would be 2.5 GB in float32, and their
-gradient as much again. Here positions go through the heads in chunks, and a chunk's part of all gradients is computed while its logits are
-there: three matrix products a chunk (logits, gradient of the hidden states, gradient of the heads), the least that there can be. The gradient
-that comes from above is not known then; it is expected to be proportional to the targets' weights, which training knows, and only scales what
-is there. The trade-off: the heads' gradient exists from the forward pass on. It is summed in float32 whatever the type of the heads: the
+The LM head of the published model has 151,936 rows and the speech head 4,097: logits of 4,000 positions would be 2.5 GB
+in float32, and their gradient as much again. Here positions go through the heads in chunks, and a chunk's part of all
+gradients is computed while its logits are there: three matrix products a chunk (logits, gradient of the hidden states,
+gradient of the heads), the least that there can be. The gradient that comes from above is not known then; it is
+expected to be proportional to the targets' weights, which training knows, and only scales what is there. The trade-off:
+the heads' gradient exists from the forward pass on. It is summed in float32 whatever the type of the heads: the
 published model needs some twenty chunks, and a sum of that many rounded terms loses what the last ones add.
 
-Where Liger's fused loss is installed (0.8 or newer, which takes a gradient per target) and the device runs Triton, it is used instead; its
-numbers are these to 1e-5.
+Where Liger's fused loss is installed (0.8 or newer, which takes a gradient per target) and the device runs Triton, it
+is used instead; its numbers are these to 1e-5.
 
 M supervised positions, D width of the LLM, C classes of the heads, K positions of a chunk.
 """
@@ -48,8 +49,9 @@ def linear_nll(
         targets_M: class numbers; those of the second head follow those of the first.
         heads: linear layers (``weight`` [C, D], ``bias`` [C] or None), their classes side by side.
         first_only: so many positions, at the beginning, have a softmax over the classes of the first head alone.
-        weights_M: what the gradient from above is going to be proportional to. Where it is not, the heads' gradients are NaN; nothing is read
-            back to find out. None: not known; the value is read, and where it is not the same for all, the work is done a second time.
+        weights_M: what the gradient from above is going to be proportional to. Where it is not, the heads' gradients
+            are NaN; nothing is read back to find out. None: not known; the value is read, and where it is not the same
+            for all, the work is done a second time.
         chunk: positions at a time; default by `LOGIT_BUDGET`.
 
     Returns:
@@ -81,7 +83,8 @@ def _liger() -> Any:
 
 
 def _liger_nll(fused: Any, hidden_MD: Tensor, targets_M: Tensor, heads: Sequence[nn.Linear], first_only: int) -> Tensor:
-    """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits saved)."""
+    """Liger takes one head: several are put one under the other (a copy of their weights, small beside the logits
+    saved)."""
     found = []
     for part, used in _parts(len(targets_M), first_only, heads):
         weights: list[Tensor] = [head.weight for head in used]
@@ -121,7 +124,8 @@ class _LinearNll(torch.autograd.Function):
             nll_M[part] = _softmax_(error_KC) - found_K1[:, 0]
             if unit_MD is None and not any(ctx.head_needs):
                 continue
-            error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))  # softmax - one-hot: the gradient by the logits
+            # Softmax - one-hot: the gradient by the logits.
+            error_KC.scatter_add_(1, targets_K1, torch.full_like(found_K1, -1.0))
             if unit_MD is not None:
                 unit_MD[part] = _hidden_grad(error_KC, used)
             sums.add(error_KC, hidden_KD, None if weights_M is None else weights_M[part], used)
@@ -189,7 +193,8 @@ def _chunks(count: int, first_only: int, size: int, heads: list[Head]) -> Iterat
 
 
 def _logits(hidden_KD: Tensor, heads: Sequence[Head], space: Tensor) -> Tensor:
-    """Float32 logits of all heads side by side [K, C], in the memory of ``space`` (fresh memory for every chunk costs as much as the product)."""
+    """Float32 logits of all heads side by side [K, C], in the memory of ``space`` (fresh memory for every chunk costs
+    as much as the product)."""
     classes = sum(len(weight) for weight, _ in heads)
     out_KC = space[: len(hidden_KD) * classes].view(len(hidden_KD), classes)
     start = 0
@@ -206,7 +211,8 @@ def _logits(hidden_KD: Tensor, heads: Sequence[Head], space: Tensor) -> Tensor:
 
 
 def _softmax_(logits_KC: Tensor) -> Tensor:
-    """Turns logits into probabilities [K, C] in place; their log-sum-exp [K]: the largest probability is exp(largest - lse)."""
+    """Turns logits into probabilities [K, C] in place; their log-sum-exp [K]: the largest probability is exp(largest -
+    lse)."""
     largest_K = logits_KC.amax(dim=1)
     torch.softmax(logits_KC, dim=1, out=logits_KC)
     return largest_K - logits_KC.amax(dim=1).log()
@@ -227,8 +233,8 @@ def _hidden_grad(error_KC: Tensor, heads: Sequence[Head]) -> Tensor:
 
 
 class _Sums:
-    """Float32 gradients of weights and biases (weight, bias, weight, bias ...), a chunk at a time. The first chunk makes them: a table of
-    zeros would cost as much memory traffic as a product."""
+    """Float32 gradients of weights and biases (weight, bias, weight, bias ...), a chunk at a time. The first chunk
+    makes them: a table of zeros would cost as much memory traffic as a product."""
 
     def __init__(self, flat: Sequence[Tensor | None], needed: Sequence[bool]) -> None:
         self._flat, self._needed = flat, needed

@@ -1,11 +1,12 @@
 """What is known of a batch on the CPU: lengths, and the indices that its tensors are gathered by.
 
-An accelerator computes while the program goes on; each value that the program reads from it ("how many targets are there?") makes both wait for
-each other. All that a batch's shapes depend on is in the arrays that the loader made, so it is worked out from them before they are
-sent: `Plan.of`. The model then reads nothing back, but for one thing that only it knows: which positions CTC compression hides.
+An accelerator computes while the program goes on; each value that the program reads from it ("how many targets are
+there?") makes both wait for each other. All that a batch's shapes depend on is in the arrays that the loader made, so
+it is worked out from them before they are sent: `Plan.of`. The model then reads nothing back, but for one thing that
+only it knows: which positions CTC compression hides.
 
-B batch rows, T positions of a row, P positions of all documents end to end, M supervised positions, N recordings, A audio positions of all
-recordings, D documents (samples).
+B batch rows, T positions of a row, P positions of all documents end to end, M supervised positions, N recordings, A
+audio positions of all recordings, D documents (samples).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass
 class RowPlan:
-    """Packed rows as the LLM gets them: documents end to end, without padding and without positions that nobody looks at.
+    """Packed rows as the LLM gets them: documents end to end, without padding and without positions that nobody looks
+    at.
 
     Attributes:
         ids_P, positions_P: unified ids and position numbers.
@@ -67,7 +69,8 @@ class RowPlan:
 
 @dataclass
 class RecordingPlan:
-    """Recordings' frames end to end: behind the encoder's convolutions (50 a second), and behind the down-sampler (positions)."""
+    """Recordings' frames end to end: behind the encoder's convolutions (50 a second), and behind the down-sampler
+    (positions)."""
 
     encoder: EndToEnd
     adapter: EndToEnd

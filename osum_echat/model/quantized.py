@@ -1,7 +1,9 @@
-"""Which weights of a model are rounded to 8 or 4 bits, and putting them there while a checkpoint is read: the whole is never in memory in float32.
+"""Which weights of a model are rounded to 8 or 4 bits, and putting them there while a checkpoint is read: the whole is
+never in memory in float32.
 
-8 bits are for everything that is large: linear layers, token and speech tables, heads. With 4, the LLM's blocks are in 4 bits but for `down_proj`,
-whose inputs hold the model's few very large numbers: with it SmolLM2-135M loses 4.2 %, without 2.4 % (docs/speed.md).
+8 bits are for everything that is large: linear layers, token and speech tables, heads. With 4, the LLM's blocks are in
+4 bits but for `down_proj`, whose inputs hold the model's few very large numbers: with it SmolLM2-135M loses 4.2 %,
+without 2.4 % (docs/speed.md).
 """
 
 from __future__ import annotations

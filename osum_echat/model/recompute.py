@@ -1,8 +1,8 @@
 """Activation checkpointing: what the backward pass computes again.
 
-Everything but a block's input costs a second forward pass, a quarter of the work of training. "selective" keeps the results of products and
-attention, which are nearly all of the work, and computes again what lies between them (norms, rotations, activations, sums), which is most of
-the memory.
+Everything but a block's input costs a second forward pass, a quarter of the work of training. "selective" keeps the
+results of products and attention, which are nearly all of the work, and computes again what lies between them (norms,
+rotations, activations, sums), which is most of the memory.
 """
 
 from __future__ import annotations

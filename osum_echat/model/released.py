@@ -1,10 +1,11 @@
 """Names of the published checkpoints and of ours, both ways, strictly.
 
-A published state dict (`language_think_final.pt`, `tag_think_final.pt`, 888 keys) and one of ours hold the same tensors under other names.
-`match` finds for each tensor of a model the key of a file that holds it, and stops with a list when a key is missing, unexpected or of
-another shape; nothing is dropped silently. Known and harmless: up to four names for the tied token table, three more that appear after the
-reference has generated once, and `ln_speech`, which no forward pass has ever used (kept as ``unused.*`` when files are converted, so that the way
-back gives every key). The position tables are in the files, rounded, and override the computed ones.
+A published state dict (`language_think_final.pt`, `tag_think_final.pt`, 888 keys) and one of ours hold the same tensors
+under other names. `match` finds for each tensor of a model the key of a file that holds it, and stops with a list when
+a key is missing, unexpected or of another shape; nothing is dropped silently. Known and harmless: up to four names for
+the tied token table, three more that appear after the reference has generated once, and `ln_speech`, which no forward
+pass has ever used (kept as ``unused.*`` when files are converted, so that the way back gives every key). The position
+tables are in the files, rounded, and override the computed ones.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def _released_names(name: str, spec: ModelSpec) -> list[str]:
 
 
 def names_in_file(name: str, spec: ModelSpec, released: bool) -> list[str]:
-    """Keys under which a file may hold clean entry ``name``, the usual one first; empty when the published form has no place for it."""
+    """Keys under which a file may hold clean entry ``name``, the usual one first; empty when the published form has no
+    place for it."""
     if released:
         return _released_names(name, spec)
     if spec.tied and name in (spec.token_table, spec.text_head):

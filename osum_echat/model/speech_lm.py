@@ -1,8 +1,8 @@
 """The LLM over one vocabulary of text and speech: unified ids in, hidden states out, a text head and a speech head.
 
-The LLM is any transformers causal LM, used through its public interface: embeddings in, a ready 4D mask, a cache. Its token table and LM head
-serve the text ids; a table and a head of our own serve speech codes and the audio markers (`dialogue.vocabulary`). How packed rows are attended
-is in `attention`.
+The LLM is any transformers causal LM, used through its public interface: embeddings in, a ready 4D mask, a cache. Its
+token table and LM head serve the text ids; a table and a head of our own serve speech codes and the audio markers
+(`dialogue.vocabulary`). How packed rows are attended is in `attention`.
 
 B batch rows, T positions, D width of the LLM.
 """
@@ -22,7 +22,8 @@ from osum_echat.model.attention import Documents
 from osum_echat.model.config import LlmConfig, Recompute
 from osum_echat.model.recompute import checkpoint_options
 
-# Heads that change logits after the linear layer; the chunked loss and the two-head decoding work on the linear layer itself.
+# Heads that change logits after the linear layer; the chunked loss and the two-head decoding work on the linear layer
+# itself.
 _UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -30,7 +31,8 @@ def build_llm(config: LlmConfig) -> Any:
     """A transformers causal LM with fresh weights (or weights on the meta device, in a context that makes such).
 
     Raises:
-        ValueError: for an LLM whose logits are not a plain linear layer of its hidden states, or with sliding-window layers.
+        ValueError: for an LLM whose logits are not a plain linear layer of its hidden states, or with sliding-window
+            layers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -68,7 +70,8 @@ class SpeechLM(nn.Module):
         self.width: int = self.llm.get_input_embeddings().weight.shape[1]
         self.speech_embedding = nn.Embedding(vocabulary.speech_rows, self.width)
         self.speech_head = nn.Linear(self.width, vocabulary.speech_classes)
-        scale = getattr(self.llm.config, "initializer_range", 0.02)  # like the text table, which stands in the same sequence
+        # Like the text table, which stands in the same sequence.
+        scale = getattr(self.llm.config, "initializer_range", 0.02)
         nn.init.normal_(self.speech_embedding.weight, std=scale)
         nn.init.normal_(self.speech_head.weight, std=scale)
         nn.init.zeros_(self.speech_head.bias)
@@ -82,8 +85,9 @@ class SpeechLM(nn.Module):
     def embed(self, ids_BT: Tensor, with_head: bool = False) -> Tensor:
         """Embeddings of unified ids (text, speech codes, markers): [B, T] to [B, T, D].
 
-        ``with_head``: the text head takes part in the same backward pass. Where it is the text table itself, its gradient is there for the whole table;
-        that of the few rows looked up here is added to it, and is no second table, mostly of zeros.
+        ``with_head``: the text head takes part in the same backward pass. Where it is the text table itself, its
+        gradient is there for the whole table; that of the few rows looked up here is added to it, and is no second
+        table, mostly of zeros.
         """
         size, table = self.vocabulary.text_size, self.llm.get_input_embeddings()
         tied = with_head and table.weight is self.text_head.weight and table.weight.requires_grad and torch.is_grad_enabled()
@@ -108,9 +112,11 @@ class SpeechLM(nn.Module):
         Args:
             inputs_BTD: input embeddings.
             positions_BT: position numbers (default: 0, 1, 2 ... after what the cache holds).
-            documents_BT, visible_BT: of packed rows (see `dialogue.packing`); both or neither. Attention is causal inside each document.
+            documents_BT, visible_BT: of packed rows (see `dialogue.packing`); both or neither. Attention is causal
+                inside each document.
             cache: a transformers cache, extended in place.
-            attention_mask: instead of documents: a mask as transformers takes it (2D over cache and inputs, or 4D). None: plain causal.
+            attention_mask: instead of documents: a mask as transformers takes it (2D over cache and inputs, or 4D).
+                None: plain causal.
             kwargs: handed to the LLM.
         """
         if documents_BT is not None and visible_BT is not None:
@@ -128,7 +134,8 @@ class SpeechLM(nn.Module):
         return out.last_hidden_state
 
     def packed_hidden(self, inputs_PD: Tensor, positions_P: Tensor, documents: Documents) -> Tensor:
-        """The same for documents end to end without padding, [P, D]: what training computes. Nothing is read to the host."""
+        """The same for documents end to end without padding, [P, D]: what training computes. Nothing is read to the
+        host."""
         return attention.packed_hidden(self.llm.get_decoder(), inputs_PD, positions_P, documents)
 
     def _hidden_of_rows(self, inputs_BTD: Tensor, positions_BT: Tensor, documents_BT: Tensor, visible_BT: Tensor) -> Tensor:

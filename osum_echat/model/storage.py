@@ -1,13 +1,15 @@
 """Tensors on disk: safetensors (one file, or shards with an index), torch files, DeepSpeed folders; and 8-bit rows.
 
-A `TensorSource` gives names and shapes from headers alone and tensors one at a time, memory-mapped, so that reading a file never holds it twice.
-Torch files are read with ``weights_only``: data, never code.
+A `TensorSource` gives names and shapes from headers alone and tensors one at a time, memory-mapped, so that reading a
+file never holds it twice. Torch files are read with ``weights_only``: data, never code.
 
-Groups of 8 or 4 bits (`cpu_linear.groups`) are kept as their codes under the tensor's name and their scales beside them; `osum-echat quantize` writes
-them. They too are expanded when read, unless somebody asks for them as they are (`SafetensorsSource.groups`).
+Groups of 8 or 4 bits (`cpu_linear.groups`) are kept as their codes under the tensor's name and their scales beside
+them; `osum-echat quantize` writes them. They too are expanded when read, unless somebody asks for them as they are
+(`SafetensorsSource.groups`).
 
-8-bit rows: a matrix is stored as int8 with one half-precision scale a row (absolute maximum / 127), which is a quarter of float32 for an error
-of at most 0.4 % of the row's maximum. Vectors and position tables stay in half precision. It is expanded when read.
+8-bit rows: a matrix is stored as int8 with one half-precision scale a row (absolute maximum / 127), which is a quarter
+of float32 for an error of at most 0.4 % of the row's maximum. Vectors and position tables stay in half precision. It is
+expanded when read.
 """
 
 from __future__ import annotations
@@ -120,8 +122,8 @@ def open_source(path: str | Path) -> TensorSource:
     """Open a checkpoint's tensors.
 
     Args:
-        path: a .safetensors file, an index of shards, a torch file (.pt, .pth, .bin), a folder with model.safetensors (or its shards), or a
-            DeepSpeed folder (one tag, or the folder that holds the tags).
+        path: a .safetensors file, an index of shards, a torch file (.pt, .pth, .bin), a folder with model.safetensors
+            (or its shards), or a DeepSpeed folder (one tag, or the folder that holds the tags).
 
     Raises:
         CheckpointError: when there is nothing that can be read there.
@@ -183,7 +185,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-# ---- DeepSpeed -------------------------------------------------------------------------------------------------------------------
+# ---- DeepSpeed -------------------------------------------------------------------------------------------------------
 
 
 def is_deepspeed(folder: Path) -> bool:
@@ -201,7 +203,8 @@ def _deepspeed_tag(folder: Path) -> Path | None:
 
 
 def _open_deepspeed(folder: Path) -> TensorSource:
-    """The module's own tensors where they are whole (ZeRO 1 and 2), else the float32 partitions put together (ZeRO 3)."""
+    """The module's own tensors where they are whole (ZeRO 1 and 2), else the float32 partitions put together (ZeRO
+    3)."""
     tag = _deepspeed_tag(folder)
     assert tag is not None
     file = tag / DEEPSPEED_FILE
@@ -216,7 +219,7 @@ def _open_deepspeed(folder: Path) -> TensorSource:
     return DictSource(get_fp32_state_dict_from_zero_checkpoint(str(tag.parent), tag.name))
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,9 +261,11 @@ def write_safetensors(
     storage: Storage | Pieces = "keep",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write tensors into ``folder`` as model.safetensors, or as shards with an index when they are more than ``max_shard_bytes``.
+    """Write tensors into ``folder`` as model.safetensors, or as shards with an index when they are more than
+    ``max_shard_bytes``.
 
-    Tensors are taken one at a time, so converting a file holds at most one shard. The folder is not the final place: the caller renames it.
+    Tensors are taken one at a time, so converting a file holds at most one shard. The folder is not the final place:
+    the caller renames it.
     """
     from safetensors.torch import save_file
 

@@ -1,8 +1,9 @@
 """Tag heads: age, gender, emotion, sound event and the like, classified from a whole recording.
 
-Each head pools the down-sampled encoder frames (attention, mean, standard deviation) and classifies. What it decides, as a mix of learned
-label vectors weighted by their probabilities plus a gated projection of the pooled features, is added to the two marker rows around the audio,
-so the LLM reads tags without a change of layout. Off in the published model, whose LLM is large enough to hear tags itself.
+Each head pools the down-sampled encoder frames (attention, mean, standard deviation) and classifies. What it decides,
+as a mix of learned label vectors weighted by their probabilities plus a gated projection of the pooled features, is
+added to the two marker rows around the audio, so the LLM reads tags without a change of layout. Off in the published
+model, whose LLM is large enough to hear tags itself.
 
 N recordings, P positions, A adapter width, D LLM width.
 """

@@ -4,8 +4,8 @@
     OpenAI file           tiny.en.pt, medium.pt ...: {"dims": ..., "model_state_dict": ...}
     CTranslate2 folder    model.bin (as in the faster-whisper packages): float32, float16, bfloat16 or int8 with scales
 
-Only data is read; nothing of the packages is executed. The position table is taken from the file as it is (checked against the formula):
-rounded to half precision, as CTranslate2 keeps it, it moves single outputs by up to 0.04.
+Only data is read; nothing of the packages is executed. The position table is taken from the file as it is (checked
+against the formula): rounded to half precision, as CTranslate2 keeps it, it moves single outputs by up to 0.04.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def _finish(heads: int, state: State, positions: Tensor, path: Path) -> tuple[En
     return config, {name: tensor.float().contiguous() for name, tensor in {**state, "positions_SE": positions}.items()}
 
 
-# ---- Hugging Face, OpenAI --------------------------------------------------------------------------------------------------------
+# ---- Hugging Face, OpenAI --------------------------------------------------------------------------------------------
+
 
 _HF_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -144,7 +145,8 @@ def _rename(raw: Mapping[str, Tensor], form: str, block: str, positions: str, pa
     return state, raw[positions]
 
 
-# ---- CTranslate2 -----------------------------------------------------------------------------------------------------------------
+# ---- CTranslate2 -----------------------------------------------------------------------------------------------------
+
 
 _CT2_DTYPES: dict[int, Callable[[bytes], Tensor]] = {
     0: lambda b: torch.frombuffer(bytearray(b), dtype=torch.float32),
@@ -160,8 +162,9 @@ _CT2_MIN_VERSION = 4  # older files state no data type per variable
 def read_ctranslate2(file: str | Path) -> dict[str, Tensor]:
     """The variables of a CTranslate2 ``model.bin`` by name, aliases resolved, in the file's data types.
 
-    Layout (little-endian): uint32 version, string spec, uint32 revision, uint32 count; per variable: string name, uint8 rank, uint32 sizes,
-    uint8 data type, uint32 bytes, data; then uint32 aliases, each two strings. A string is uint16 length (with the closing zero) and bytes.
+    Layout (little-endian): uint32 version, string spec, uint32 revision, uint32 count; per variable: string name, uint8
+    rank, uint32 sizes, uint8 data type, uint32 bytes, data; then uint32 aliases, each two strings. A string is uint16
+    length (with the closing zero) and bytes.
     """
     out: dict[str, Tensor] = {}
     with open(file, "rb") as stream:

@@ -6,8 +6,9 @@
     for event in echat.stream("me.wav", speak=True): ...
     replies = echat.batch([Ask(wav="a.wav"), Ask(text="hello")])
 
-A recording is a path, the bytes of a file, or (samples, rate). What cannot be used is a ValueError that says why (`audio.io.AudioError`).
-`ask.MODES` is the table of everything that can be asked. The names below are imported on first use, so that the table can be read without torch.
+A recording is a path, the bytes of a file, or (samples, rate). What cannot be used is a ValueError that says why
+(`audio.io.AudioError`). `ask.MODES` is the table of everything that can be asked. The names below are imported on first
+use, so that the table can be read without torch.
 """
 
 from __future__ import annotations

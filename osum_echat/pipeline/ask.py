@@ -1,7 +1,8 @@
 """What can be asked, and what comes back.
 
-`MODES` is the one table of modes: command line, batch runs, web page and servers look a mode up here by its name and make an `Ask` with
-`AskMode.ask`. An option of a request is one line in `AskOptions` (or `Options`), one field of `Ask`, and the place where it acts.
+`MODES` is the one table of modes: command line, batch runs, web page and servers look a mode up here by its name and
+make an `Ask` with `AskMode.ask`. An option of a request is one line in `AskOptions` (or `Options`), one field of `Ask`,
+and the place where it acts.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Voice: TypeAlias = "Speaker | str | Path"
 StreamEvent: TypeAlias = "Event | AudioChunk"
 
 
-# ---- modes ---------------------------------------------------------------------------------------------------------------------------
+# ---- modes -----------------------------------------------------------------------------------------------------------
 
 
 class Options(TypedDict, total=False):
@@ -64,7 +65,8 @@ class AskMode:
         kind: ``chat``, ``understand`` or ``speak``.
         output_type: kind of sequence, a key of `dialogue.tasks.OUTPUTS`.
         hears: takes a recording. reads: takes a text.
-        thinks: the model thinks first. speaks: the answer is speech as well (or only). interleaved: text and speech in turns (6:18).
+        thinks: the model thinks first. speaks: the answer is speech as well (or only). interleaved: text and speech in
+            turns (6:18).
         task: task string of an understanding mode.
         then: name of the mode that says the answer, where the model answers in text only.
     """
@@ -94,7 +96,8 @@ class AskMode:
         think: ThinkForm = "tag",
         **options: Unpack[Options],
     ) -> Ask:
-        """An `Ask` of this mode. What the mode does not take is left out: a text where it hears, a form of think where it does not think.
+        """An `Ask` of this mode. What the mode does not take is left out: a text where it hears, a form of think where
+        it does not think.
 
         Raises:
             ValueError: what the mode needs is missing.
@@ -194,14 +197,15 @@ _CHOICES = {(m.kind, m.hears, m.thinks, m.speaks, m.interleaved): m for m in _RO
 
 
 def find_mode(name: str) -> AskMode:
-    """The row of a mode by its name, or of an understanding task by its task string. Raises ValueError for an unknown one."""
+    """The row of a mode by its name, or of an understanding task by its task string. Raises ValueError for an unknown
+    one."""
     mode = MODES.get(name) or next((m for m in MODES.values() if m.task == name), None)
     if mode is None:
         raise ValueError(f"unknown task {name!r}: use one of {', '.join(MODES)}")
     return mode
 
 
-# ---- ask -----------------------------------------------------------------------------------------------------------------------------
+# ---- ask -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -218,8 +222,8 @@ class Ask:
         greedy: take the most likely id at every step instead of sampling.
         speaker: another voice than the loaded one.
         temperature: of text and speech, instead of the checkpoint's own; 0 is greedy.
-        max_tokens: ids that are generated at most (think, text and speech together; again where an answered text is said), instead of the
-            checkpoint's own limit. A reply that reaches it has the finish reason ``length``.
+        max_tokens: ids that are generated at most (think, text and speech together; again where an answered text is
+            said), instead of the checkpoint's own limit. A reply that reaches it has the finish reason ``length``.
         mode: the row of `MODES` that these come to.
 
     Raises:
@@ -272,7 +276,7 @@ class Ask:
         return _CHOICES[self.kind, hears and self.kind == "chat", self.think is not None, speaks, self.interleaved and speaks]
 
 
-# ---- reply ---------------------------------------------------------------------------------------------------------------------------
+# ---- reply -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -292,7 +296,8 @@ class Reply:
         think: raw and parsed; None when there was none.
         speech_tokens: 25 a second, no delimiters.
         audio: samples [n] float32 at ``sample_rate``; None without speech, or without token2wav.
-        finish_reason: ``stop``, ``length`` (cut off by a limit), ``cancelled`` or ``silence`` (nothing was to be heard, the model was not asked).
+        finish_reason: ``stop``, ``length`` (cut off by a limit), ``cancelled`` or ``silence`` (nothing was to be heard,
+            the model was not asked).
         guards: how often each guard acted.
     """
 
@@ -306,7 +311,8 @@ class Reply:
     timings: Timings = field(default_factory=Timings)
 
     def save(self, path: str | Path) -> None:
-        """Write the sound in the format of the suffix; its metadata say that it is synthetic. Raises ValueError when there is none."""
+        """Write the sound in the format of the suffix; its metadata say that it is synthetic. Raises ValueError when
+        there is none."""
         if self.audio is None:
             raise ValueError("this reply has no sound")
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,8 @@ def load_llm(
     chosen = functools.partial(devices.model_weights, weights, dtype, target)
     model, tokenizer = load_model(checkpoint, config, device=target, dtype=chosen)
     if model.lm.llm.config._attn_implementation == "eager":
-        model.lm.llm.set_attn_implementation("sdpa")  # eager is a choice for training; a step of one id is faster without
+        # Eager is a choice for training; a step of one id is faster without.
+        model.lm.llm.set_attn_implementation("sdpa")
     if pack:
         pack_linears(model.lm)
         if target.type == "cpu":
@@ -90,11 +91,12 @@ def load_for_vllm(
     dtype: str,
     vllm_folder: str | Path | None,
 ) -> tuple[EChatModel, Any, Path]:
-    """Model (without the layers of its LLM), tokenizer, and the folder for vLLM: the one given, else one that is exported now and removed when
-    the program ends.
+    """Model (without the layers of its LLM), tokenizer, and the folder for vLLM: the one given, else one that is
+    exported now and removed when the program ends.
 
     Raises:
-        ModuleNotFoundError: vLLM is not installed. ValueError: the LLM cannot be exported, or the folder is another checkpoint's.
+        ModuleNotFoundError: vLLM is not installed. ValueError: the LLM cannot be exported, or the folder is another
+            checkpoint's.
     """
     if importlib.util.find_spec("vllm") is None:
         raise ModuleNotFoundError("vLLM is not installed", name="vllm")
@@ -117,7 +119,8 @@ def load_for_vllm(
 
 
 def _vllm_dtype(name: str) -> Callable[[int, str | None], devices.Weights]:
-    """What vLLM is to compute in, for `load_model`: ``auto`` goes by the number of weights, whatever the checkpoint holds them in."""
+    """What vLLM is to compute in, for `load_model`: ``auto`` goes by the number of weights, whatever the checkpoint
+    holds them in."""
     if name != "auto":
         chosen = devices.Weights(devices.dtype(name, torch.device("cpu")))
         return lambda count, stored: chosen
@@ -127,7 +130,8 @@ def _vllm_dtype(name: str) -> Callable[[int, str | None], devices.Weights]:
 def export_vllm(
     checkpoint: Path, out: Path, config: str | Path | ModelConfig | None = None, dtype: str = "auto", profile: str | None = None
 ) -> Path:
-    """`export.export_for_vllm` of any checkpoint. ``dtype``: ``auto`` is bfloat16 for large models, float32 for small ones. Raises ValueError."""
+    """`export.export_for_vllm` of any checkpoint. ``dtype``: ``auto`` is bfloat16 for large models, float32 for small
+    ones. Raises ValueError."""
     from osum_echat.generation.vllm.export import export_for_vllm
 
     model, tokenizer = load_model(checkpoint, config, dtype=_vllm_dtype(dtype))
@@ -141,7 +145,8 @@ def read_settings(
     """Decoding settings (those given, else the checkpoint's own file, else the defaults), and the dialect to ask in.
 
     Args:
-        dialect: the checkpoint's own. profile: a published one instead of its strings; ``as_released`` has decoding settings of its own.
+        dialect: the checkpoint's own. profile: a published one instead of its strings; ``as_released`` has decoding
+            settings of its own.
     """
     settings = generation if isinstance(generation, GenerationConfig) else GenerationConfig()
     own = checkpoint / GENERATION_FILE

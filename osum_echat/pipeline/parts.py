@@ -1,7 +1,8 @@
-"""What is asked for as the model can take it: refused, answered as silence, or in one or several parts, whose replies are joined.
+"""What is asked for as the model can take it: refused, answered as silence, or in one or several parts, whose replies
+are joined.
 
-A checkpoint's `Dialect` says what it has learnt. Recordings that are too long for a transcript are cut at pauses, texts that are too long to say at
-sentences; everything else that is too long is refused. Nothing is cut off silently.
+A checkpoint's `Dialect` says what it has learnt. Recordings that are too long for a transcript are cut at pauses, texts
+that are too long to say at sentences; everything else that is too long is refused. Nothing is cut off silently.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from osum_echat.generation.events import Done, TextDelta
 from osum_echat.pipeline.ask import MODES, Ask, AudioChunk, Reply, StreamEvent
 
 SAY_UNITS = 60
-"""Words (Chinese characters count a third) that are said at once where a checkpoint does not state what it has learnt: some 20 s of speech."""
+"""Words (Chinese characters count a third) that are said at once where a checkpoint does not state what it has learnt:
+some 20 s of speech."""
 PAUSE = 0.15
 """Seconds of silence between two parts of a text that is said."""
 HEARD_NOTHING = {"en": "I heard nothing.", "zh": "我什么都没有听到。"}
@@ -33,7 +35,7 @@ _SCRIPTS |= {"uk": {"CYRILLIC"}, "ar": {"ARABIC"}, "he": {"HEBREW"}, "hi": {"DEV
 _NAMES = {"en": "English", "zh": "Chinese", "CJK": "Chinese characters", "LATIN": "Latin letters"}
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------------------------
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refusal(ask: Ask, dialect: Dialect, past_turns: int = 0) -> str | None:
@@ -54,7 +56,8 @@ def refusal(ask: Ask, dialect: Dialect, past_turns: int = 0) -> str | None:
 
 
 def _wrong_script(text: str, languages: Sequence[str] | None, verb: str) -> str | None:
-    """Whether the text has letters of a script that none of the languages is written in (Latin letters: all may have them)."""
+    """Whether the text has letters of a script that none of the languages is written in (Latin letters: all may have
+    them)."""
     if not languages:
         return None
     known = {"LATIN"}.union(*(_SCRIPTS.get(language, set()) for language in languages))
@@ -69,11 +72,12 @@ def _wrong_script(text: str, languages: Sequence[str] | None, verb: str) -> str 
     return None
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------------------------
+# ---- parts -----------------------------------------------------------------------------------------------------------
 
 
 def parts(ask: Ask, dialect: Dialect, max_seconds: float) -> list[Ask]:
-    """The ask as the model can take it, with its recording read: usually one, several for what is too long, none for a silent recording.
+    """The ask as the model can take it, with its recording read: usually one, several for what is too long, none for a
+    silent recording.
 
     Args:
         max_seconds: the longest recording that the model has room for.
@@ -103,7 +107,8 @@ def parts(ask: Ask, dialect: Dialect, max_seconds: float) -> list[Ask]:
 
 
 def split_text(text: str, longest: int) -> list[str]:
-    """A text in pieces of at most ``longest`` units (words; three Chinese characters), cut between sentences, else between clauses, else words."""
+    """A text in pieces of at most ``longest`` units (words; three Chinese characters), cut between sentences, else
+    between clauses, else words."""
     if _size(text) <= longest:
         return [text]
     pieces: list[str] = []
@@ -140,7 +145,7 @@ def join_texts(texts: Sequence[str]) -> str:
     return out
 
 
-# ---- replies -------------------------------------------------------------------------------------------------------------------------
+# ---- replies ---------------------------------------------------------------------------------------------------------
 
 
 def silent_events(ask: Ask, dialect: Dialect) -> list[StreamEvent]:

@@ -1,4 +1,5 @@
-"""Speech codes of replies as sound: which voice, a batch at once, and a stream in which decoder and vocoder are joined."""
+"""Speech codes of replies as sound: which voice, a batch at once, and a stream in which decoder and vocoder are
+joined."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 
 class Sound:
-    """Token2wav and the voice that replies have by default. Without token2wav nothing makes a sound, and nothing is an error.
+    """Token2wav and the voice that replies have by default. Without token2wav nothing makes a sound, and nothing is an
+    error.
 
     ``overlap``: in a stream the decoder has a thread of its own; on where the device does both at once.
     """
@@ -29,7 +31,8 @@ class Sound:
         self.overlap = token2wav is not None and devices.overlaps(token2wav.device)
 
     def speaker(self, voice: Voice) -> Speaker:
-        """A voice: a `Speaker`, a saved one (``.safetensors``), a name of ``spk2info.pt``, or a recording. Raises ValueError."""
+        """A voice: a `Speaker`, a saved one (``.safetensors``), a name of ``spk2info.pt``, or a recording. Raises
+        ValueError."""
         from osum_echat.token2wav import Speaker
 
         if isinstance(voice, Speaker):

@@ -2,9 +2,10 @@
 
     decoder  ->  queue of at most QUEUE events  ->  vocoder, in the reader's thread
 
-`ahead` runs the decoder on a thread of its own, so that on an accelerator the next codes are decoded while sound is made; on a CPU, where the two
-would only share the same cores, `speak_along` reads the decoder directly. The order of what comes out is the same either way, and does not
-depend on timing: every event in its place, every chunk of sound right behind the code that completed it.
+`ahead` runs the decoder on a thread of its own, so that on an accelerator the next codes are decoded while sound is
+made; on a CPU, where the two would only share the same cores, `speak_along` reads the decoder directly. The order of
+what comes out is the same either way, and does not depend on timing: every event in its place, every chunk of sound
+right behind the code that completed it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def speak_along(
     rate: int,
     context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Iterator[StreamEvent]:
-    """The events of one row with its sound between them; `Done` is the last. ``context`` is entered around the vocoder's work."""
+    """The events of one row with its sound between them; `Done` is the last. ``context`` is entered around the
+    vocoder's work."""
     for event in events:
         if isinstance(event, Done):
             with context():
@@ -55,8 +57,8 @@ def speak_along(
 def ahead(items: Iterator[T], size: int = QUEUE) -> Generator[T, None, None]:
     """The same items, made by a thread that is at most ``size`` of them ahead.
 
-    The thread starts with the first item asked for. An error of it is raised here, after the items before it. Closing this iterator stops the
-    thread (within the item it is at), closes ``items`` on it, and waits for it.
+    The thread starts with the first item asked for. An error of it is raised here, after the items before it. Closing
+    this iterator stops the thread (within the item it is at), closes ``items`` on it, and waits for it.
     """
     stage = _Stage(items, size)
     stage.thread.start()

@@ -1,4 +1,5 @@
-"""What every training needs around its steps, whatever it trains: the model's stages and the parts of token2wav share it.
+"""What every training needs around its steps, whatever it trains: the model's stages and the parts of token2wav share
+it.
 
 config.py     keys that all trainings have: where, how long, optimiser, limits
 schedule.py   learning rate as a function of the step

@@ -1,4 +1,5 @@
-"""Steps that changed no weight because a loss or gradient was not finite: one is a sample's fault, many in a row are the run's."""
+"""Steps that changed no weight because a loss or gradient was not finite: one is a sample's fault, many in a row are
+the run's."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ class TooManyBadSteps(RuntimeError):
 
 @dataclass
 class BadSteps:
-    """Counts them. ``in_a_row`` belongs into the checkpoint: a run that is continued in the middle of trouble still stops."""
+    """Counts them. ``in_a_row`` belongs into the checkpoint: a run that is continued in the middle of trouble still
+    stops."""
 
     limit: int
     in_a_row: int = 0

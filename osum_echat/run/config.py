@@ -1,4 +1,5 @@
-"""The keys that every training config has. A training inherits `RunConfig`, adds its own keys and may set other defaults."""
+"""The keys that every training config has. A training inherits `RunConfig`, adds its own keys and may set other
+defaults."""
 
 from __future__ import annotations
 
@@ -50,10 +51,12 @@ class RunConfig:
     """Where a run writes, how long it goes on, on what.
 
     Attributes:
-        out: folder of the run: checkpoints, metrics.jsonl, TensorBoard, curves. A run that finds checkpoints there continues.
+        out: folder of the run: checkpoints, metrics.jsonl, TensorBoard, curves. A run that finds checkpoints there
+            continues.
         device: ``auto``, or a name such as ``cpu``, ``cuda:1``, ``npu``.
         precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic. Some trainings know more.
-        max_steps: of the whole run; max_minutes: of this process. Whichever comes first ends it; it saves, and the same command continues.
+        max_steps: of the whole run; max_minutes: of this process. Whichever comes first ends it; it saves, and the same
+            command continues.
         threads: CPU threads; None: as many as torch takes.
         log_every, save_every, validate_every: optimiser steps between lines of metrics.jsonl, checkpoints, validations.
     """

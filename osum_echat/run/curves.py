@@ -10,7 +10,8 @@ from osum_echat.run.progress import read_metrics
 
 
 def draw_curves(metrics: Path, out: Path) -> Path | None:
-    """All curves of a metrics.jsonl as one PNG, a panel per quantity (training and validation together). None when there is nothing."""
+    """All curves of a metrics.jsonl as one PNG, a panel per quantity (training and validation together). None when
+    there is nothing."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,7 +1,7 @@
 """What a run reports while it runs: metrics.jsonl, TensorBoard and a progress bar.
 
-``metrics.jsonl`` holds one JSON object a line: kind (``train``, ``validation``, ``skipped``), step, time, and the values. A run that is continued
-drops the lines of steps that it is going to make again, so each step stands there once.
+``metrics.jsonl`` holds one JSON object a line: kind (``train``, ``validation``, ``skipped``), step, time, and the
+values. A run that is continued drops the lines of steps that it is going to make again, so each step stands there once.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ def factor(optim: OptimConfig, step: int, total_steps: int | None) -> float:
     """What the learning rate is multiplied with at optimiser step ``step`` (the first is 1).
 
     ``warmuplr`` (Transformer schedule, scaled so that its peak is the stated rate): sqrt(w) * min(n^-1/2, n * w^-3/2).
-    All others warm up linearly. ``constant`` stays at 1. ``linear`` and ``cosine`` fall to ``final_factor`` at ``total_steps``. ``plateau`` stays
-    at 1 and falls linearly over the last ``decay_steps`` steps; until the fall begins a run can be prolonged without any difference. Without
-    a total nothing falls.
+    All others warm up linearly. ``constant`` stays at 1. ``linear`` and ``cosine`` fall to ``final_factor`` at
+    ``total_steps``. ``plateau`` stays at 1 and falls linearly over the last ``decay_steps`` steps; until the fall
+    begins a run can be prolonged without any difference. Without a total nothing falls.
     """
     assert step >= 1, step
     warmup = optim.warmup_steps

@@ -12,7 +12,8 @@ log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """``wanted`` is True once a signal came. Inside the ``with`` block the first signal is noted, the second raises KeyboardInterrupt.
+    """``wanted`` is True once a signal came. Inside the ``with`` block the first signal is noted, the second raises
+    KeyboardInterrupt.
 
     Outside the main thread nothing is installed: there signals belong to the caller.
     """

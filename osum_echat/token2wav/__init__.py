@@ -1,7 +1,8 @@
-"""Speech tokens to samples: flow matching and a HiFT vocoder in the voice of a prompt recording, offline or as a stream.
+"""Speech tokens to samples: flow matching and a HiFT vocoder in the voice of a prompt recording, offline or as a
+stream.
 
-`Token2Wav` and `Speaker` are the public objects; see docs/token2wav.md. They are imported on first use, so that reading a config or
-training a part does not load the ONNX runtime.
+`Token2Wav` and `Speaker` are the public objects; see docs/token2wav.md. They are imported on first use, so that reading
+a config or training a part does not load the ONNX runtime.
 """
 
 from __future__ import annotations

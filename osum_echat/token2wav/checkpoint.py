@@ -1,7 +1,8 @@
-"""Weights of a token2wav directory: ``flow`` and ``hift`` as ``.pt`` (read as data) or ``.safetensors``, every key and shape checked.
+"""Weights of a token2wav directory: ``flow`` and ``hift`` as ``.pt`` (read as data) or ``.safetensors``, every key and
+shape checked.
 
-Weight norm comes under three spellings: ``weight_g``/``weight_v`` (old), ``parametrizations.weight.original0/1`` (new), or already
-folded. It is folded here, once, so that the network holds plain weights.
+Weight norm comes under three spellings: ``weight_g``/``weight_v`` (old), ``parametrizations.weight.original0/1`` (new),
+or already folded. It is folded here, once, so that the network holds plain weights.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def vocoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Load ``state`` (any float type, kept as float32) into ``module``; ValueError naming every missing, unexpected or misshapen key."""
+    """Load ``state`` (any float type, kept as float32) into ``module``; ValueError naming every missing, unexpected or
+    misshapen key."""
     wanted = module.state_dict()
     complaints = [f"missing {key} {list(wanted[key].shape)}" for key in wanted if key not in state]
     complaints += [f"unexpected {key} {list(state[key].shape)}" for key in state if key not in wanted]

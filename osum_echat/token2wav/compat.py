@@ -1,7 +1,9 @@
-"""The published streaming, reproduced for comparison with recorded numbers. Use `Token2Wav.stream` for anything that is heard.
+"""The published streaming, reproduced for comparison with recorded numbers. Use `Token2Wav.stream` for anything that is
+heard.
 
-Chunks of 70 tokens advance by 50. What it does that ours does not: the solver's cache holds 34 frames where the overlap has 68, so old
-noise and condition are pasted 0.4 s too early; Hamming halves add up to 1.08 in the overlaps; the sine source restarts in each chunk.
+Chunks of 70 tokens advance by 50. What it does that ours does not: the solver's cache holds 34 frames where the overlap
+has 68, so old noise and condition are pasted 0.4 s too early; Hamming halves add up to 1.08 in the overlaps; the sine
+source restarts in each chunk.
 
 Shapes: T mel frames, M mel bins, S samples.
 """
@@ -56,8 +58,9 @@ class SeededChunkDraws:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One chunk with what golden checks compare: ``mel_TM`` from the flow, ``vocoded_TM`` what the vocoder read, its excitation and raw
-    output, ``flow_cache`` [2, T, M] (noise, condition), and the samples ``wave_S`` that are given out."""
+    """One chunk with what golden checks compare: ``mel_TM`` from the flow, ``vocoded_TM`` what the vocoder read, its
+    excitation and raw output, ``flow_cache`` [2, T, M] (noise, condition), and the samples ``wave_S`` that are given
+    out."""
 
     mel_TM: Tensor
     vocoded_TM: Tensor
@@ -75,7 +78,8 @@ def solve_with_cache(
     cache: Tensor | None,
     solver: SolverOptions,
 ) -> tuple[Tensor, Tensor]:
-    """Mel [T, M] of one chunk, and the cache [2, prompt + 34, M] for the next: noise and condition of the prompt and the last frames."""
+    """Mel [T, M] of one chunk, and the cache [2, prompt + 34, M] for the next: noise and condition of the prompt and
+    the last frames."""
     condition = flow.condition(tokens_N, prompt.tokens_P, prompt.mel_TM, prompt.spk_M)
     noise_TM, mu_TM = noise_TM.clone(), condition.mu_TM.clone()
     if cache is not None:
@@ -87,7 +91,8 @@ def solve_with_cache(
 
 
 def hamming_fade(old: Tensor, new: Tensor, count: int) -> Tensor:
-    """``new`` with its first ``count`` entries (along dimension 0) mixed with the last of ``old`` by the halves of a Hamming window."""
+    """``new`` with its first ``count`` entries (along dimension 0) mixed with the last of ``old`` by the halves of a
+    Hamming window."""
     window = torch.from_numpy(np.hamming(2 * count)).to(new.device)
     window = window.view(-1, *[1] * (new.ndim - 1))
     faded = new.clone()

@@ -1,7 +1,7 @@
 """Sizes and rates of a token2wav directory: flow, vocoder and the prompt mel, as dataclasses.
 
-The defaults are CosyVoice-300M-25Hz. A directory's own ``cosyvoice.yaml`` overrides them (see `released_yaml`), so that a smaller
-model with other widths, vocabulary or frame rate is the same code with other numbers.
+The defaults are CosyVoice-300M-25Hz. A directory's own ``cosyvoice.yaml`` overrides them (see `released_yaml`), so that
+a smaller model with other widths, vocabulary or frame rate is the same code with other numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from osum_echat.rates import CODES_PER_SECOND
 
 SAMPLE_RATE = 22050
-"""Samples per second of what comes out. The length formula below fixes it together with `MEL_HOP`, so a directory cannot change it."""
+"""Samples per second of what comes out. The length formula below fixes it together with `MEL_HOP`, so a directory
+cannot change it."""
 
 MEL_HOP = 256
 """Samples per mel frame (86.13 frames per second)."""
@@ -72,9 +73,11 @@ class SolverConfig:
     t_scheduler: str = "cosine"
     training_cfg_rate: float = 0.2
     inference_cfg_rate: float = 0.7
-    temperature: float = 1.0  # scale of the noise that the ODE starts from; less is smoother, for a flow that was trained briefly
+    # Scale of the noise that the ODE starts from; less is smoother, for a flow that was trained briefly.
+    temperature: float = 1.0
     steps: int = 10  # Euler steps of synthesis
-    distilled: bool = False  # the flow was taught to take exactly these steps, without guidance (training.token2wav.distill)
+    # The flow was taught to take exactly these steps, without guidance (training.token2wav.distill)
+    distilled: bool = False
 
     def __post_init__(self) -> None:
         if self.t_scheduler not in ("cosine", "linear"):
@@ -175,8 +178,8 @@ class VocoderConfig:
 
     @property
     def source_noises(self) -> int:
-        """Independent noises that the excitation takes a sample: one for each harmonic, or one in all where harmonics are aligned (a weighted
-        sum of independent normals is one normal)."""
+        """Independent noises that the excitation takes a sample: one for each harmonic, or one in all where harmonics
+        are aligned (a weighted sum of independent normals is one normal)."""
         return 1 if self.nsf_aligned else self.nb_harmonics + 1
 
 

@@ -1,7 +1,7 @@
 """Random draws as fields over absolute time: frame t gets the same numbers whatever was asked for before or after.
 
-Streaming and offline synthesis of the same seed therefore start from the same noise. Everything is drawn on the CPU, so that a seed
-means the same on every device.
+Streaming and offline synthesis of the same seed therefore start from the same noise. Everything is drawn on the CPU, so
+that a seed means the same on every device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from osum_echat.token2wav.config import MEL_HOP
 class NoiseField:
     """Standard normal values [time, width], one row per frame, drawn in order and kept only as far back as asked for.
 
-    ``width`` must be a multiple of 16: torch draws normals in groups of 16, and only then one long draw equals many short ones.
+    ``width`` must be a multiple of 16: torch draws normals in groups of 16, and only then one long draw equals many
+    short ones.
     """
 
     def __init__(self, width: int, seed: int) -> None:
@@ -29,7 +30,8 @@ class NoiseField:
         self._rows = torch.empty(0, width)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows start .. stop, [stop - start, width]. Rows before ``start`` are forgotten; asking for them later is our mistake."""
+        """Rows start .. stop, [stop - start, width]. Rows before ``start`` are forgotten; asking for them later is our
+        mistake."""
         assert start >= self._start, f"noise rows from {start} were forgotten (kept from {self._start})"
         end = self._start + len(self._rows)
         if stop > end:
@@ -43,8 +45,9 @@ class NoiseField:
 class Draws:
     """All draws of one reply, from one seed.
 
-    ``prompt`` and ``reply`` are the ODE's starting noise for either part (so that the reply's does not depend on the prompt's length),
-    ``source`` the vocoder's noise and ``phase_1H`` its harmonic phases, both for ``harmonics`` numbers (`VocoderConfig.source_noises`).
+    ``prompt`` and ``reply`` are the ODE's starting noise for either part (so that the reply's does not depend on the
+    prompt's length), ``source`` the vocoder's noise and ``phase_1H`` its harmonic phases, both for ``harmonics``
+    numbers (`VocoderConfig.source_noises`).
     """
 
     def __init__(self, seed: int, mel_bins: int, harmonics: int) -> None:

@@ -1,7 +1,7 @@
 """Token encoder and length regulator of the flow: speech tokens at 25 Hz to a mel-rate condition.
 
-The encoder sees all tokens at once (no causality). Its relative-position scores are made for a block of queries at a time, so memory
-grows with the length, not with its square.
+The encoder sees all tokens at once (no causality). Its relative-position scores are made for a block of queries at a
+time, so memory grows with the length, not with its square.
 
 Shapes: B batch, L tokens, T mel frames, D model width, H heads, K width of a head, M mel bins.
 """
@@ -20,11 +20,13 @@ QUERY_BLOCK = 256
 """Queries per block of relative-position scores: [H, 256, L] floats are the largest temporary of the encoder."""
 
 HEAD_TOKENS = 20
-"""Tokens at either end of a reply that the regulator stretches apart from the middle (CosyVoice's streaming overlap)."""
+"""Tokens at either end of a reply that the regulator stretches apart from the middle (CosyVoice's streaming
+overlap)."""
 
 
 def relative_table(length: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sinusoids of the distances length-1 .. -(length-1) (query minus key), [2 * length - 1, width]; sine on even columns."""
+    """Sinusoids of the distances length-1 .. -(length-1) (query minus key), [2 * length - 1, width]; sine on even
+    columns."""
     distance = torch.arange(length - 1, -length, -1, dtype=torch.float32, device=device)
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
     angle = distance[:, None] * rate
@@ -66,8 +68,8 @@ class RelativeAttention(nn.Module):
     def _position_scores(self, q_BHQK: Tensor, p_HRK: Tensor, start: int, length: int) -> Tensor:
         """(q + v) · p at distance i - j for queries start .. start+Q-1 and all keys, scaled: [B, H, Q, L].
 
-        Only the table rows that these queries can reach are multiplied. Row q of the product starts at distance start+q-0 in column
-        Q-1-q, so the wanted matrix is the same memory read with a row stride one shorter.
+        Only the table rows that these queries can reach are multiplied. Row q of the product starts at distance
+        start+q-0 in column Q-1-q, so the wanted matrix is the same memory read with a row stride one shorter.
         """
         count = q_BHQK.shape[2]
         first = length - (start + count)
@@ -148,8 +150,8 @@ def stretch(h_BLM: Tensor, frames: int) -> Tensor:
 
 
 def stretch_reply(h_BLM: Tensor, token_rate: int) -> Tensor:
-    """Hidden states of one reply to mel rate, the way the released model is used: above 40 tokens, the first and the last 20
-    are stretched apart from the middle, so that the ends do not depend on how the length divides.
+    """Hidden states of one reply to mel rate, the way the released model is used: above 40 tokens, the first and the
+    last 20 are stretched apart from the middle, so that the ends do not depend on how the length divides.
 
     Raises ValueError for no tokens: there is nothing to interpolate.
     """
@@ -165,8 +167,8 @@ def stretch_reply(h_BLM: Tensor, token_rate: int) -> Tensor:
 
 
 class LengthRegulator(nn.Module):
-    """Convolution stack over the stretched condition. Its GroupNorm statistics run over all frames, so give one row at a time
-    (or rows without padding)."""
+    """Convolution stack over the stretched condition. Its GroupNorm statistics run over all frames, so give one row at
+    a time (or rows without padding)."""
 
     def __init__(self, channels: int, blocks: int = 4, groups: int = 1) -> None:
         super().__init__()

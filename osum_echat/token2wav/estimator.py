@@ -1,7 +1,8 @@
 """The velocity estimator: a 1-D U-Net of residual convolutions and transformer blocks over mel frames.
 
-Activations stay [B, T, C] throughout, convolutions included: linear layers, norms and attention then need no copies, and a
-convolution over that layout is oneDNN's fast one. Padding is optional: without a mask nothing is multiplied by one.
+Activations stay [B, T, C] throughout, convolutions included: linear layers, norms and attention then need no copies,
+and a convolution over that layout is oneDNN's fast one. Padding is optional: without a mask nothing is multiplied by
+one.
 
 Shapes: B batch, T frames, C channels, M mel bins, H heads, K width of a head, E time embedding.
 """
@@ -30,8 +31,8 @@ PACKED_ROWS = 512
 class Padding:
     """Which frames of a batch are real.
 
-    ``mask_BT1`` is 1 for real frames. ``statistics`` says what GroupNorm averages: "real" frames (a row then gives the same as
-    alone) or "all" frames, padding included, which is what the published implementation does.
+    ``mask_BT1`` is 1 for real frames. ``statistics`` says what GroupNorm averages: "real" frames (a row then gives the
+    same as alone) or "all" frames, padding included, which is what the published implementation does.
     """
 
     mask_BT1: Tensor
@@ -45,7 +46,8 @@ class Padding:
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> Padding | None:
-        """Padding for rows of these lengths, or None when every row is full. With a list nothing waits for ``device``."""
+        """Padding for rows of these lengths, or None when every row is full. With a list nothing waits for
+        ``device``."""
         if isinstance(lengths, Tensor):
             lengths_B, full = lengths, bool((lengths == frames).all())
         else:
@@ -97,7 +99,8 @@ def group_norm_time(norm: nn.GroupNorm, x_BTC: Tensor, padding: Padding | None) 
 
 
 def mish(x: Tensor) -> Tensor:
-    """x tanh(log(1 + e^x)), for inference in float32 on a CPU as a ratio with one exponential: a third of the time of PyTorch's."""
+    """x tanh(log(1 + e^x)), for inference in float32 on a CPU as a ratio with one exponential: a third of the time of
+    PyTorch's."""
     if not x.is_cpu or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.mish(x)
     e = x.clamp(max=20.0).exp_()  # from there on the ratio is 1 in float32
@@ -131,7 +134,8 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv1d(channels_in, channels_out, 1)
 
     def forward(self, x_BTC: Tensor, time_BE: Tensor, padding: Padding | None = None) -> Tensor:
-        """``time_BE`` is the time embedding after Mish (shared by all blocks), with one row when all rows have the same time."""
+        """``time_BE`` is the time embedding after Mish (shared by all blocks), with one row when all rows have the same
+        time."""
         h = self.block1(x_BTC, padding) + self.mlp[1](time_BE)[:, None]
         return self.block2(h, padding) + pointwise(self.res_conv, masked(x_BTC, padding))
 
@@ -168,7 +172,8 @@ class SelfAttention(nn.Module):
             q, k, v = self._joined(x_BTC).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         keys = None if padding is None else padding.keys_B11T()
         if x_BTC.is_cpu and x_BTC.dtype == torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()  # the CPU's fused attention is no faster in bfloat16, and less exact
+            # The CPU's fused attention is no faster in bfloat16, and less exact.
+            q, k, v = q.float(), k.float(), v.float()
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=keys).transpose(1, 2).flatten(2)
         return self.to_out[0](mixed.to(x_BTC.dtype))
 
@@ -242,8 +247,8 @@ class DoubleRate(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """One resolution's part of the U-Net: a resnet, transformer blocks, and (not in the middle) a change of rate. A list, because the
-    released names are numbers."""
+    """One resolution's part of the U-Net: a resnet, transformer blocks, and (not in the middle) a change of rate. A
+    list, because the released names are numbers."""
 
     def __init__(
         self, channels_in: int, width: int, time_width: int, config: EstimatorConfig, resample: nn.Module | None = None
@@ -328,7 +333,8 @@ class Estimator(nn.Module):
     ) -> Tensor:
         """The velocity [B, T, M] at time ``t_B`` (0 noise .. 1 speech; one entry serves all rows).
 
-        ``mu_BTM`` is the regulated token condition, ``spk_BM`` the projected speaker, ``cond_BTM`` the prompt mel with zeros after it.
+        ``mu_BTM`` is the regulated token condition, ``spk_BM`` the projected speaker, ``cond_BTM`` the prompt mel with
+        zeros after it.
         """
         spk_BTM = spk_BM[:, None].expand(-1, x_BTM.shape[1], -1)
         return self.velocity(torch.cat((x_BTM, mu_BTM, spk_BTM, cond_BTM), dim=-1), self.time_mlp(t_B), padding)
@@ -346,7 +352,8 @@ class Estimator(nn.Module):
             x_BTC = stage(x_BTC, time_BE, padding)
         for stage in cast("list[Stage]", self.up_blocks):
             skip, padding = skips.pop()
-            x_BTC = torch.cat((x_BTC[:, : skip.shape[1]], skip), dim=-1)  # an odd length has one frame too many after doubling
+            # An odd length has one frame too many after doubling.
+            x_BTC = torch.cat((x_BTC[:, : skip.shape[1]], skip), dim=-1)
             x_BTC = stage.resample(masked(stage(x_BTC, time_BE, padding), padding))
         x_BTC = self.final_block(x_BTC, padding)
         return masked(pointwise(self.final_proj, masked(x_BTC, padding)), padding)

@@ -1,11 +1,12 @@
 """The vocoder's resblocks for a CPU: fewer multiplications, and every pass within the cache.
 
-Nine tenths of HiFT's time are convolutions of 3, 7 and 11 taps over 128 and 256 channels. A convolution over tiles of N samples is a
-product of spectra: with the real Fourier basis and three multiplications for each complex product, 11 taps cost 2.1 instead of 11
-channel products a sample, 7 taps 2.3. The transforms are matrix products too, so all runs at the speed of matrix multiplication.
-Time is walked in blocks, with Snake applied to a block just before its convolution.
+Nine tenths of HiFT's time are convolutions of 3, 7 and 11 taps over 128 and 256 channels. A convolution over tiles of N
+samples is a product of spectra: with the real Fourier basis and three multiplications for each complex product, 11 taps
+cost 2.1 instead of 11 channel products a sample, 7 taps 2.3. The transforms are matrix products too, so all runs at the
+speed of matrix multiplication. Time is walked in blocks, with Snake applied to a block just before its convolution.
 
-The output is the plain convolution's to float32 rounding. The price is memory: transformed weights are 3 to 4 times larger.
+The output is the plain convolution's to float32 rounding. The price is memory: transformed weights are 3 to 4 times
+larger.
 
 Shapes: T time steps, C channels, N tile, V = N - taps + 1 outputs of a tile, R = products for each tile (3 N / 2 - 1).
 """
@@ -28,15 +29,17 @@ MIN_CHANNELS = 96
 """Below this the transforms cost more than they save."""
 
 BLOCK = 2800
-"""Time steps of a block: enough rows for matrix products to be efficient, few enough for its tiles to stay in a large cache."""
+"""Time steps of a block: enough rows for matrix products to be efficient, few enough for its tiles to stay in a large
+cache."""
 
 
 @functools.lru_cache(maxsize=8)
 def bases(tile: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Matrices (into [R, N], weight [R, taps], back [V, R]) with conv(x, w) = back @ ((into @ x) * (weight @ w)), float64.
+    """Matrices (into [R, N], weight [R, taps], back [V, R]) with conv(x, w) = back @ ((into @ x) * (weight @ w)),
+    float64.
 
-    For a frequency with real and imaginary parts a, b of the signal and c, d of the (conjugate) filter, the product needs ac, bd and
-    (a + b)(c + d) only; the first and the middle frequency are real.
+    For a frequency with real and imaginary parts a, b of the signal and c, d of the (conjugate) filter, the product
+    needs ac, bd and (a + b)(c + d) only; the first and the middle frequency are real.
     """
 
     def angles(count: int, f: int) -> tuple[Tensor, Tensor]:
@@ -58,8 +61,8 @@ def bases(tile: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Scratch:
-    """Memory for intermediate results that the convolutions of one stage share: fresh memory for each would cost more (page faults) than
-    much of the arithmetic. Not for two threads at once."""
+    """Memory for intermediate results that the convolutions of one stage share: fresh memory for each would cost more
+    (page faults) than much of the arithmetic. Not for two threads at once."""
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
@@ -93,7 +96,8 @@ class FastConv:
             self.weight_OI1K = weight_OIK.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
     def __call__(self, x_TC: Tensor, scratch: Scratch | None = None, out_TC: Tensor | None = None) -> Tensor:
-        """Convolution of snake(x), zero-padded to the same length, [T, C]; into ``out_TC`` (`padded` rows) if given and tiled."""
+        """Convolution of snake(x), zero-padded to the same length, [T, C]; into ``out_TC`` (`padded` rows) if given and
+        tiled."""
         frames, channels = x_TC.shape
         reach = (self.taps - 1) * self.dilation
         scratch = scratch or Scratch(x_TC)
@@ -171,7 +175,8 @@ class FastVocoder(Vocoder):
     """`Vocoder` for inference; call `prepare` once the weights are in place."""
 
     def prepare(self) -> FastVocoder:
-        """Transform the resblocks' weights. They are copies: weights loaded later would have no effect without another call."""
+        """Transform the resblocks' weights. They are copies: weights loaded later would have no effect without another
+        call."""
         self._fast_source = [FastResBlock(b) for b in self.source_resblocks]  # type: ignore[arg-type]
         self._fast = [FastResBlock(b) for b in self.resblocks]  # type: ignore[arg-type]
         return self

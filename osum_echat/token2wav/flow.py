@@ -1,6 +1,7 @@
 """Flow matching from speech tokens to log-mel: condition, ODE, classifier-free guidance.
 
-Parameter names are those of the released ``flow.pt``, so its state dict loads as it is and a trained one can be saved the same way.
+Parameter names are those of the released ``flow.pt``, so its state dict loads as it is and a trained one can be saved
+the same way.
 
 Shapes: B batch, N reply tokens, P prompt tokens, L = P + N, T mel frames (prompt and reply), M mel bins.
 """
@@ -24,7 +25,8 @@ from osum_echat.token2wav.estimator import Estimator, EstimatorFeedForward, Padd
 
 @dataclass(frozen=True)
 class Condition:
-    """What the ODE is conditioned on, for one row: ``mu_TM`` tokens at mel rate, ``spk_M`` speaker, ``cond_TM`` prompt mel."""
+    """What the ODE is conditioned on, for one row: ``mu_TM`` tokens at mel rate, ``spk_M`` speaker, ``cond_TM`` prompt
+    mel."""
 
     mu_TM: Tensor
     spk_M: Tensor
@@ -71,8 +73,8 @@ class FlowDecoder(nn.Module):
     ) -> Tensor:
         """Noise to mel by Euler steps, [B, T, M].
 
-        Each step takes (1 + g) * v(condition) - g * v(nothing), with ``guidance`` g; g = 0 skips the unconditional half. ``schedule`` is
-        named in `time_grid`. None: the directory's own; a distilled flow takes nothing else.
+        Each step takes (1 + g) * v(condition) - g * v(nothing), with ``guidance`` g; g = 0 skips the unconditional
+        half. ``schedule`` is named in `time_grid`. None: the directory's own; a distilled flow takes nothing else.
         """
         steps, guidance, schedule = self.config.chosen(steps, guidance, schedule)
         grid = time_grid(steps, schedule)
@@ -84,8 +86,9 @@ class FlowDecoder(nn.Module):
             return self._recordings(self._euler, noise_BTM, mu_BTM, spk_BM, cond_BTM, embedded_SE, *mask, fixed=fixed)
 
     def _euler(self, *arguments: Any) -> Tensor:
-        """All steps as one function of tensors and numbers, so that it can be recorded: noise, condition, speaker, prompt mel, embedded times, the
-        padding's mask if there is one; then times, guidance and what norms average (see `solve`)."""
+        """All steps as one function of tensors and numbers, so that it can be recorded: noise, condition, speaker,
+        prompt mel, embedded times, the padding's mask if there is one; then times, guidance and what norms average (see
+        `solve`)."""
         *tensors, grid, guidance, statistics = arguments
         noise_BTM, mu_BTM, spk_BM, cond_BTM, embedded_SE = tensors[:5]
         padding = Padding(tensors[5], statistics) if len(tensors) > 5 else None
@@ -108,7 +111,8 @@ class FlowDecoder(nn.Module):
 
 
 class FlowModel(nn.Module):
-    """Tokens to mel, released parameter names. Encoder, regulator and the ODE run in float32; `prepare` chooses the U-Net's type."""
+    """Tokens to mel, released parameter names. Encoder, regulator and the ODE run in float32; `prepare` chooses the
+    U-Net's type."""
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
@@ -122,8 +126,8 @@ class FlowModel(nn.Module):
         self.decoder = FlowDecoder(bins, config)
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> None:
-        """For inference only, on the final device: the U-Net, nearly all of the work, in ``dtype``, its products joined and, where the CPU has
-        the kernels, packed.
+        """For inference only, on the final device: the U-Net, nearly all of the work, in ``dtype``, its products joined
+        and, where the CPU has the kernels, packed.
 
         The model cannot be trained or saved afterwards.
         """

@@ -5,9 +5,9 @@
     samples, rate = t2w.synthesize(tokens, speaker, seed=0)
     for chunk in t2w.stream(token_iterator, speaker): ...
 
-Float32 is the default and equals the recorded numbers; ``dtype="bfloat16"`` runs the U-Net at about twice the speed for a small difference
-(docs/token2wav.md has the measured one), except on a CPU that is slow in bfloat16: there it stays float32, which is said once. The vocoder always
-runs in float32.
+Float32 is the default and equals the recorded numbers; ``dtype="bfloat16"`` runs the U-Net at about twice the speed for
+a small difference (docs/token2wav.md has the measured one), except on a CPU that is slow in bfloat16: there it stays
+float32, which is said once. The vocoder always runs in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ Samples = npt.NDArray[np.float32]
 Tokens = Sequence[int] | Tensor | npt.NDArray[np.integer]
 
 BATCH_FRAMES = 4000
-"""Frames (prompts included) that one call of the U-Net takes at most on a CPU, whose cache sets the limit; a batch is solved in parts of this size."""
+"""Frames (prompts included) that one call of the U-Net takes at most on a CPU, whose cache sets the limit; a batch is
+solved in parts of this size."""
 _ACCELERATOR_BATCHES = 8
 """An accelerator takes so many times more: its limit is memory."""
 
@@ -67,8 +68,8 @@ class Token2Wav:
     def load(cls, directory: str | os.PathLike[str], device: str = "auto", dtype: str = "float32") -> Token2Wav:
         """Read a directory of the CosyVoice-300M-25Hz shape (other sizes by its ``cosyvoice.yaml``).
 
-        ``dtype``: of the flow's U-Net. "float32"; "tf32": float32 numbers whose products are rounded to 10 bits of mantissa, on accelerators that have
-        units for it (elsewhere float32); "bfloat16". docs/speed.md has the errors.
+        ``dtype``: of the flow's U-Net. "float32"; "tf32": float32 numbers whose products are rounded to 10 bits of
+        mantissa, on accelerators that have units for it (elsewhere float32); "bfloat16". docs/speed.md has the errors.
 
         The ONNX models are opened when a recording is first read; ``llm.pt`` is never touched.
         Raises ValueError for files that are missing, broken or do not fit the configuration.
@@ -142,7 +143,8 @@ class Token2Wav:
             schedule: "cosine" or "linear" spacing of the steps, default the directory's.
 
         Raises:
-            ValueError: ids outside the codebook, an argument out of range, or steps that a distilled flow was not taught.
+            ValueError: ids outside the codebook, an argument out of range, or steps that a distilled flow was not
+                taught.
         """
         if speed <= 0:
             raise ValueError(f"speed must be positive, found {speed}")
@@ -205,9 +207,10 @@ class Token2Wav:
     ) -> Iterator[Samples]:
         """Chunks of samples while tokens arrive (one by one, or in groups of any size).
 
-        The first chunk comes after ``config.tokens_to_first_sound`` tokens (24 by default, 0.96 s of speech). Together the chunks are as
-        long as `synthesize` makes the reply, and do not depend on how tokens were grouped. ``compat`` runs the published algorithm
-        instead, faults included (first chunk after 70 tokens). Raises ValueError for ids outside the codebook.
+        The first chunk comes after ``config.tokens_to_first_sound`` tokens (24 by default, 0.96 s of speech). Together
+        the chunks are as long as `synthesize` makes the reply, and do not depend on how tokens were grouped. ``compat``
+        runs the published algorithm instead, faults included (first chunk after 70 tokens). Raises ValueError for ids
+        outside the codebook.
         """
         ids = _flatten(tokens)
         if not compat:
@@ -235,7 +238,8 @@ class Token2Wav:
             return ReplyStream(flow, VocoderStream(self.vocoder, draws))
 
     def tokenize(self, source: Source) -> list[int]:
-        """Speech ids at 25 Hz of a recording of at most 30 s. Raises AudioError (a ValueError) for what cannot be read or is longer."""
+        """Speech ids at 25 Hz of a recording of at most 30 s. Raises AudioError (a ValueError) for what cannot be read
+        or is longer."""
         return self.frontend.tokens(tokenizer_wave(source)).tolist()
 
     def prompt_state(self, speaker: Speaker) -> PromptState:

@@ -5,9 +5,9 @@
     voice = pool.open(speaker, seed, on_samples)     # on_samples(samples) on the pool's thread
     voice.push(codes); voice.finish()                # from any thread; on_samples(None) comes last
 
-One thread owns the networks; on a CPU it may share the windows of a call out among workers, each on a core of its own (``workers``): a packed call
-saves little there. A reply sounds as `Token2Wav.stream` makes it alone, to rounding. A reply may be told to pause (`slow`): its windows wait, and
-the others have the time.
+One thread owns the networks; on a CPU it may share the windows of a call out among workers, each on a core of its own
+(``workers``): a packed call saves little there. A reply sounds as `Token2Wav.stream` makes it alone, to rounding. A
+reply may be told to pause (`slow`): its windows wait, and the others have the time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PooledVoice:
         self._slow = on
         self._pool.wake()
 
-    # ---- the pool's thread --------------------------------------------------------------------------------------------------------
+    # ---- the pool's thread -------------------------------------------------------------------------------------------
 
     def ready(self) -> bool:
         """A window can be solved, or the reply ended."""
@@ -185,7 +185,8 @@ class StreamPool:
         return bool(ready)
 
     def _solve_shares(self, batch: list[tuple[PooledVoice, Window]]) -> None:
-        """The windows, shared out among the workers; one worker is this thread. Windows of similar length go together."""
+        """The windows, shared out among the workers; one worker is this thread. Windows of similar length go
+        together."""
         ordered = sorted(batch, key=lambda entry: entry[1].condition.frames)
         size = -(-len(ordered) // self._shares)
         mine, *others = [ordered[start : start + size] for start in range(0, len(ordered), size)]

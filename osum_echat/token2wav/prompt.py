@@ -1,7 +1,7 @@
 """Prompts: a `Speaker` is what is known of a voice, a `Frontend` computes it from a recording.
 
-The order of resampling is the published one (file -> 22.05 kHz -> 16 kHz, windowed sinc), because the prompt mel, the speech tokens and
-the speaker embedding all move when it changes.
+The order of resampling is the published one (file -> 22.05 kHz -> 16 kHz, windowed sinc), because the prompt mel, the
+speech tokens and the speaker embedding all move when it changes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 
 TOKENIZER_RATE = 16_000
 MIN_SECONDS, MAX_SECONDS = 1.0, 30.0
-"""Prompt recordings outside this range are refused: the tokenizer knows 30 s at most, and under 1 s there is no voice to copy."""
+"""Prompt recordings outside this range are refused: the tokenizer knows 30 s at most, and under 1 s there is no voice
+to copy."""
 
 _FORMAT = "osum-echat speaker 1"
 
 
 @dataclass(frozen=True, eq=False)
 class Speaker:
-    """A voice: prompt tokens [P] int64, prompt mel [frames, bins] float32 (natural log, 22.05 kHz) and speaker embedding [S].
+    """A voice: prompt tokens [P] int64, prompt mel [frames, bins] float32 (natural log, 22.05 kHz) and speaker
+    embedding [S].
 
     Tokens and mel belong together and may both be empty: then only the embedding speaks.
     """
@@ -189,7 +191,8 @@ def token_count(frames: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
 
 
 def prompt_waves(source: Source) -> tuple[Tensor, Tensor]:
-    """Samples [n] of a prompt at 22.05 kHz and, resampled from those, at 16 kHz. Raises AudioError outside 1 to 30 s."""
+    """Samples [n] of a prompt at 22.05 kHz and, resampled from those, at 16 kHz. Raises AudioError outside 1 to 30
+    s."""
     audio = read(source, min_seconds=MIN_SECONDS, max_seconds=MAX_SECONDS)
     wave_22k = resample_sinc(torch.from_numpy(np.ascontiguousarray(audio.mono())), audio.rate, SAMPLE_RATE)
     return wave_22k, resample_sinc(wave_22k, SAMPLE_RATE, TOKENIZER_RATE)

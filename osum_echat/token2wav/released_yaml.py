@@ -1,7 +1,8 @@
 """``cosyvoice.yaml`` read as data: ``!new:``, ``!name:``, ``!apply:`` and ``!ref`` never construct or call anything.
 
-A tagged mapping becomes a plain dict, ``!ref <a.b>`` the value it points at. From that come the sizes of `Token2WavConfig`; what the
-file leaves out has the value of CosyVoice-300M-25Hz, and what it asks for that this implementation does not have is an error.
+A tagged mapping becomes a plain dict, ``!ref <a.b>`` the value it points at. From that come the sizes of
+`Token2WavConfig`; what the file leaves out has the value of CosyVoice-300M-25Hz, and what it asks for that this
+implementation does not have is an error.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _Loader.add_multi_constructor("!", _construct)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The file as plain nested data. Raises ValueError for a missing file, broken YAML, or a reference to nothing or to itself."""
+    """The file as plain nested data. Raises ValueError for a missing file, broken YAML, or a reference to nothing or to
+    itself."""
     if not path.is_file():
         raise ValueError(f"{path} is not there; a token2wav directory needs its cosyvoice.yaml")
     try:
@@ -159,7 +161,8 @@ def load_config(path: Path) -> Token2WavConfig:
 
 
 def to_released(config: Token2WavConfig) -> dict[str, Any]:
-    """``config`` as the nested mapping that `load_config` reads back, for writing the ``cosyvoice.yaml`` of a trained directory."""
+    """``config`` as the nested mapping that `load_config` reads back, for writing the ``cosyvoice.yaml`` of a trained
+    directory."""
     plain = typed.to_dict(config)
     flow, vocoder = plain["flow"], plain["vocoder"]
     out: dict[str, Any] = {"sample_rate": SAMPLE_RATE}
@@ -198,7 +201,8 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _pick(data: dict[str, Any], table: dict[str, str]) -> dict[str, Any]:
-    """The values that the file gives for our fields; 1e-06 without a dot is text to YAML 1.1 and read as the number it is."""
+    """The values that the file gives for our fields; 1e-06 without a dot is text to YAML 1.1 and read as the number it
+    is."""
     found = {name: _at(data, key) for name, key in table.items()}
     return {name: _number(value) for name, value in found.items() if value is not None}
 

@@ -1,12 +1,13 @@
 """Mel from tokens that arrive one by one: windows over the reply with a bounded past and a short look-ahead.
 
-A window sees ``left_context`` tokens before it and ``look_ahead`` tokens after it, and the whole prompt. Windows lie at fixed positions of
-the reply, so that audio does not depend on how tokens arrive. All windows start from the same noise, frame by frame, and neighbours
-are cross-faded over a few frames with weights that sum to one. The vocoder behind (`vocoder_stream`) has no seams at all.
+A window sees ``left_context`` tokens before it and ``look_ahead`` tokens after it, and the whole prompt. Windows lie at
+fixed positions of the reply, so that audio does not depend on how tokens arrive. All windows start from the same noise,
+frame by frame, and neighbours are cross-faded over a few frames with weights that sum to one. The vocoder behind
+(`vocoder_stream`) has no seams at all.
 
-The trade-off: a window costs (left_context + hop + look_ahead) / hop of the same tokens offline, and the prompt again. Exact equality with
-offline synthesis is out of reach, since encoder, U-Net and the regulator's norm see the whole reply there. A reply that ends inside
-the first window is computed as offline.
+The trade-off: a window costs (left_context + hop + look_ahead) / hop of the same tokens offline, and the prompt again.
+Exact equality with offline synthesis is out of reach, since encoder, U-Net and the regulator's norm see the whole reply
+there. A reply that ends inside the first window is computed as offline.
 
 Shapes: N tokens, T mel frames, M mel bins.
 """
@@ -30,10 +31,12 @@ from osum_echat.token2wav.flow import Condition, FlowModel
 class StreamConfig:
     """Where windows lie, in tokens (40 ms each).
 
-    The first two windows advance ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound starts early and the cost
-    per second falls as soon as there is some sound in hand. The second may not be longer than the first, because the vocoder holds 19 frames (5.5
-    tokens) of the first back: what sounds while the second is made is ``first_hop - 5.5`` tokens long, so sound goes on where a window takes at
-    most 0.65 of the time of its own speech. `sound_in_hand` computes this for other values. ``fade_frames`` mel frames of the look-ahead are cross-faded.
+    The first two windows advance ``first_hop`` tokens, each later one ``growth`` times more, up to ``hop``: sound
+    starts early and the cost per second falls as soon as there is some sound in hand. The second may not be longer than
+    the first, because the vocoder holds 19 frames (5.5 tokens) of the first back: what sounds while the second is made
+    is ``first_hop - 5.5`` tokens long, so sound goes on where a window takes at most 0.65 of the time of its own
+    speech. `sound_in_hand` computes this for other values. ``fade_frames`` mel frames of the look-ahead are
+    cross-faded.
     """
 
     first_hop: int = 16
@@ -69,7 +72,8 @@ class StreamConfig:
 
 
 def sound_in_hand(config: StreamConfig, pace: float, held_back: float, windows: int = 12) -> list[float]:
-    """Tokens' worth of sound that is left to play when each window after the first is ready; below 0 playback stands still.
+    """Tokens' worth of sound that is left to play when each window after the first is ready; below 0 playback stands
+    still.
 
     Args:
         pace: time that a window takes, from the one before it, over the time that its own tokens sound: 1 is real time.
@@ -144,7 +148,8 @@ class FlowStream:
         return self._frames(self.window()) if self.ready else None
 
     def finish(self) -> Tensor:
-        """The frames [T, M] of all tokens that are left, after which the total is `mel_frames` of the reply. May be empty."""
+        """The frames [T, M] of all tokens that are left, after which the total is `mel_frames` of the reply. May be
+        empty."""
         window = self.last_window()
         return torch.zeros(0, self.flow.config.output_size) if window is None else self._frames(window)
 
@@ -153,7 +158,7 @@ class FlowStream:
         [mel_TM] = self.flow.solve([window.condition], [window.noise_TM], solver.steps, solver.guidance, solver.schedule)
         return self.settle(window, mel_TM)
 
-    # ---- the parts of the above, for those who solve windows of several replies in one call (`pool`) -----------------------------------
+    # ---- the parts of the above, for those who solve windows of several replies in one call (`pool`) -----------------
 
     def add(self, token: int) -> None:
         self._tokens.append(token)
@@ -201,8 +206,8 @@ class FlowStream:
         return Window(condition, reply_noise(self.draws, condition, first), own - first, stop - first, end)
 
     def _condition(self, tokens_N: Tensor, first: int, stop: int) -> Condition:
-        """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies between tokens
-        does not depend on where the window begins."""
+        """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies
+        between tokens does not depend on where the window begins."""
         prompt, frames = self.prompt, len(self.prompt.mel_TM)
         h_LM = self.flow.encode(torch.cat((prompt.tokens_P, tokens_N))[None])[0]
         per_token = SAMPLE_RATE / MEL_HOP / self._rate

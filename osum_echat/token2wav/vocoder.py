@@ -1,9 +1,12 @@
-"""HiFT vocoder: log-mel to samples. A predicted pitch drives a sine source; two upsampling stages shape it; an inverse STFT ends it.
+"""HiFT vocoder: log-mel to samples. A predicted pitch drives a sine source; two upsampling stages shape it; an inverse
+STFT ends it.
 
-Parameter names are those of the released ``hift.pt`` after weight norm is folded in (``weight`` instead of two parts); a trainer
-may put torch's parametrised weight norm back on. Random draws (phases, noise) are arguments, never taken inside.
+Parameter names are those of the released ``hift.pt`` after weight norm is folded in (``weight`` instead of two parts);
+a trainer may put torch's parametrised weight norm back on. Random draws (phases, noise) are arguments, never taken
+inside.
 
-Shapes: B batch, T mel frames, M mel bins, C channels, S = 256 * T samples, H harmonics (fundamental included), W STFT frames.
+Shapes: B batch, T mel frames, M mel bins, C channels, S = 256 * T samples, H harmonics (fundamental included), W STFT
+frames.
 """
 
 from __future__ import annotations
@@ -87,8 +90,8 @@ class SineSource(nn.Module):
 
         ``harmonics``: of only so many, the fundamental first.
 
-        ``start_BH`` continues an earlier signal. The sum runs over frames in float64, samples within a frame are added in float32:
-        a sum over samples in float32, as published, loses the phase of long replies.
+        ``start_BH`` continues an earlier signal. The sum runs over frames in float64, samples within a frame are added
+        in float32: a sum over samples in float32, as published, loses the phase of long replies.
         """
         exact = torch.float64 if devices.sums_in_float64(f0_BT.device) else torch.float32
         harmonic_H = torch.arange(1, (harmonics or self.config.nb_harmonics + 1) + 1, dtype=exact, device=f0_BT.device)
@@ -108,8 +111,8 @@ class SineSource(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Excitation [B, 1, S] and the turns after it, [B, H], for the next piece's ``start_BH``.
 
-        ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal. Aligned harmonics may come with one noise for
-        all of them (`VocoderConfig.source_noises`): then the turns are the fundamental's alone.
+        ``phase_BH`` in radians (the fundamental's is ignored), ``noise_BSH`` standard normal. Aligned harmonics may
+        come with one noise for all of them (`VocoderConfig.source_noises`): then the turns are the fundamental's alone.
         """
         config = self.config
         if config.nsf_aligned and noise_BSH.shape[-1] == 1:
@@ -125,7 +128,8 @@ class SineSource(nn.Module):
         return excitation.transpose(1, 2), end_BH
 
     def _aligned(self, f0_BT: Tensor, noise_BS1: Tensor, start_B1: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The weighted sum of harmonics that start together is one waveform of the fundamental's turns: a table of one period."""
+        """The weighted sum of harmonics that start together is one waveform of the fundamental's turns: a table of one
+        period."""
         config = self.config
         turns_BS1, end_B1 = self.turns(f0_BT, start_B1, harmonics=1)
         weight_H = self.l_linear.weight[0]
@@ -142,7 +146,8 @@ class SineSource(nn.Module):
 
 
 def inverse_stft(complex_BFW: Tensor, n_fft: int, hop: int, window_N: Tensor) -> Tensor:
-    """`torch.istft` of a centred STFT, [B, hop * (W - 1)], without its look at the values (it waits for the device to see that no sum of windows is 0)."""
+    """`torch.istft` of a centred STFT, [B, hop * (W - 1)], without its look at the values (it waits for the device to
+    see that no sum of windows is 0)."""
     pieces_BWN = torch.fft.irfft(complex_BFW.transpose(1, 2), n=n_fft) * window_N
     count, length = pieces_BWN.shape[1], n_fft + hop * (pieces_BWN.shape[1] - 1)
     add: Any = torch.ops.aten.unfold_backward
@@ -185,7 +190,8 @@ class Vocoder(nn.Module):
         self._recordings = devices.Recordings()
 
     def margin_frames(self) -> int:
-        """Mel frames to either side that a sample depends on through `decode` (14 in the released size), the pitch not counted."""
+        """Mel frames to either side that a sample depends on through `decode` (14 in the released size), the pitch not
+        counted."""
         config = self.config
         reach, rate = 3.0, 1  # conv_pre, in frames; frames are divided by ``rate`` as the stages go up
         kinds = len(config.resblock_kernel_sizes)
@@ -226,7 +232,8 @@ class Vocoder(nn.Module):
         return self._recordings(self.decode, mel_BMT, source_B1S)
 
     def shape(self, mel_BMT: Tensor, spectrum_BFW: Tensor) -> Tensor:
-        """The network proper: mel and excitation spectrum to the log magnitude and phase of `to_wave`, [B, n_fft + 2, W]."""
+        """The network proper: mel and excitation spectrum to the log magnitude and phase of `to_wave`, [B, n_fft + 2,
+        W]."""
         config = self.config
         x = self.conv_pre(mel_BMT)
         for stage, up in enumerate(self.ups):
@@ -248,8 +255,9 @@ class Vocoder(nn.Module):
     def to_wave(self, shaped_BFW: Tensor, spectrum_BFW: Tensor | None = None) -> Tensor:
         """Inverse STFT of exp(first half) and the sine of the second half as phase, clipped; [B, S].
 
-        With the "filter" head these are gain and phase shift of the excitation's own ``spectrum_BFW``. The excitation then brings the fine
-        structure and the network only the envelope, which needs far less of it, at frames of tens of milliseconds instead of one.
+        With the "filter" head these are gain and phase shift of the excitation's own ``spectrum_BFW``. The excitation
+        then brings the fine structure and the network only the envelope, which needs far less of it, at frames of tens
+        of milliseconds instead of one.
         """
         n_fft, half = self.config.istft_n_fft, self.config.istft_n_fft // 2 + 1
         magnitude = torch.exp(shaped_BFW[:, :half].float()).clamp(max=100.0)

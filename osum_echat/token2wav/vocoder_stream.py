@@ -1,8 +1,9 @@
 """The vocoder over a mel that arrives in pieces, equal to the vocoder over the whole mel.
 
-The network sees a bounded number of frames to either side, so a piece is vocoded with that much of its neighbours and only the part is
-kept that would not change. The sine source is carried over: phases continue, noise comes from a field over absolute time. Nothing is
-cross-faded, there is no seam. The same pieces keep the memory of a long offline reply flat.
+The network sees a bounded number of frames to either side, so a piece is vocoded with that much of its neighbours and
+only the part is kept that would not change. The sine source is carried over: phases continue, noise comes from a field
+over absolute time. Nothing is cross-faded, there is no seam. The same pieces keep the memory of a long offline reply
+flat.
 
 Shapes: T mel frames, M mel bins, S = 256 * T samples.
 """

@@ -6,9 +6,10 @@
     osum-echat convert exp/run/step_1250        step_1250.pt                   # DeepSpeed folder (either naming)
     osum-echat convert out/stage3               checkpoints/stage3             # training run of this project, ready to answer
 
-The kind of the target is told by its name: .pt is the published form, .safetensors one file, anything else a checkpoint folder (config.yaml,
-model.safetensors or shards, tokenizer/). A folder made of a training run also gets the decoding settings and the token2wav of the checkpoint
-that the run started from, so that it answers as it is, and LoRA is merged. Tensors are read one by one from memory-mapped files; nothing is unpickled but tensors.
+The kind of the target is told by its name: .pt is the published form, .safetensors one file, anything else a checkpoint
+folder (config.yaml, model.safetensors or shards, tokenizer/). A folder made of a training run also gets the decoding
+settings and the token2wav of the checkpoint that the run started from, so that it answers as it is, and LoRA is merged.
+Tensors are read one by one from memory-mapped files; nothing is unpickled but tensors.
 """
 
 from __future__ import annotations

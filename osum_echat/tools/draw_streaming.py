@@ -1,8 +1,10 @@
-"""Draw offline and streamed synthesis of the same tokens beside each other: mel, waveform, and their difference, seams marked.
+"""Draw offline and streamed synthesis of the same tokens beside each other: mel, waveform, and their difference, seams
+marked.
 
     osum-echat draw-streaming --token2wav DIR --speaker voice.safetensors --tokens tokens.json --output streaming.png
 
-``--speaker`` is a saved speaker or a recording; ``--tokens`` a JSON list of ids (or "random:200:0" for 200 random ones of seed 0).
+``--speaker`` is a saved speaker or a recording; ``--tokens`` a JSON list of ids (or "random:200:0" for 200 random ones
+of seed 0).
 """
 
 from __future__ import annotations

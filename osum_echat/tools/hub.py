@@ -3,8 +3,9 @@
     osum-echat hub upload checkpoints/mine someone/my-echat --private
     osum-echat hub download someone/my-echat checkpoints/theirs
 
-Uploading needs a login (`hf auth login`). A folder is checked first: config.yaml and weights must be there, and training states are
-refused (export them with osum-echat convert). Uploads go in one commit, so nobody downloads half of it.
+Uploading needs a login (`hf auth login`). A folder is checked first: config.yaml and weights must be there, and
+training states are refused (export them with osum-echat convert). Uploads go in one commit, so nobody downloads half of
+it.
 """
 
 from __future__ import annotations

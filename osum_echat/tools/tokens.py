@@ -2,10 +2,11 @@
 
     osum-echat tokens --token2wav DIR --input data.list --output data_tokens.list
 
-Recordings are tokenized in batches of similar length, in this process or on a Ray cluster (``--engine ray``). An interrupted run continues where it
-was: work goes to ``OUTPUT.part`` in the order in which it is done; when the list is done, ``OUTPUT`` is made of it, in the order of the input. What
-cannot be tokenized (missing, broken, over 30 s) is left out, counted by reason and written with its key to ``OUTPUT.dropped``. Records that have
-tokens already are copied, unless ``--again``.
+Recordings are tokenized in batches of similar length, in this process or on a Ray cluster (``--engine ray``). An
+interrupted run continues where it was: work goes to ``OUTPUT.part`` in the order in which it is done; when the list is
+done, ``OUTPUT`` is made of it, in the order of the input. What cannot be tokenized (missing, broken, over 30 s) is left
+out, counted by reason and written with its key to ``OUTPUT.dropped``. Records that have tokens already are copied,
+unless ``--again``.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Progress:
         self.dropped = output.with_name(output.name + ".dropped")
 
     def done(self, keys: Sequence[str]) -> set[int]:
-        """Input lines (from 1) that are done. A torn last line is cut off; ValueError when the file belongs to another input."""
+        """Input lines (from 1) that are done. A torn last line is cut off; ValueError when the file belongs to another
+        input."""
         lines: set[int] = set()
         for _, row in self._rows():
             line = row.get("line")
@@ -70,7 +72,8 @@ class Progress:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def finish(self) -> collections.Counter[str]:
-        """Make both files, in the order of the input; counts of what was kept, and of reasons why not. Nothing but places is held in memory."""
+        """Make both files, in the order of the input; counts of what was kept, and of reasons why not. Nothing but
+        places is held in memory."""
         self.part.touch()
         places = sorted((row["line"], start) for start, row in self._rows())
         counts: collections.Counter[str] = collections.Counter()
@@ -126,7 +129,8 @@ class Tokenizing:
 
     Attributes:
         token2wav: a token2wav directory. source: the list, whose folder relative paths start from.
-        batch: recordings in one call of the tokenizer. again: tokenize records that have tokens, too. threads: CPU threads.
+        batch: recordings in one call of the tokenizer. again: tokenize records that have tokens, too. threads: CPU
+            threads.
     """
 
     token2wav: str

@@ -4,8 +4,8 @@
     osum-echat convert-whisper tiny.en.pt               encoder.safetensors   # OpenAI's file
     osum-echat convert-whisper faster-whisper-tiny.en/  encoder.safetensors --dtype float16   # CTranslate2 folder
 
-The file holds the encoder alone, named as in `osum_echat.model`; its sizes are printed as YAML for the model config and kept in the file's
-metadata. `osum_echat.model.checkpoint.load_parts` puts it into a model.
+The file holds the encoder alone, named as in `osum_echat.model`; its sizes are printed as YAML for the model config and
+kept in the file's metadata. `osum_echat.model.checkpoint.load_parts` puts it into a model.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""Train one stage: ``python -m osum_echat.training --stage S --config C [key=value ...]`` (``train.sh`` wraps it, with torchrun or without).
+"""Train one stage: ``python -m osum_echat.training --stage S --config C [key=value ...]`` (``train.sh`` wraps it, with
+torchrun or without).
 
     python -m osum_echat.training --stage understanding --config recipes/mini/conf/understanding.yaml max_minutes=5
     torchrun --nproc-per-node 8 -m osum_echat.training --stage generation --config conf/stage2_s2s.yaml engine.name=fsdp
 
-A run that finds checkpoints in its output folder continues the newest one; ``--fresh`` refuses to. Exit codes: 0 done (or stopped by a signal,
-with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite steps, 4 the last checkpoint could not be written.
+A run that finds checkpoints in its output folder continues the newest one; ``--fresh`` refuses to. Exit codes: 0 done
+(or stopped by a signal, with a checkpoint), 2 wrong config or arguments, 3 stopped because of non-finite steps, 4 the
+last checkpoint could not be written.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         stream=sys.stderr,
     )
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # of its fonts nobody needs to hear
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark on every checkpoint of one process
+    # DCP's remark on every checkpoint of one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     try:
         config = load_config(args.config, args.stage, args.overrides)
         if args.print_config:

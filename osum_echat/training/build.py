@@ -65,7 +65,8 @@ def make_trainer(
 ) -> Trainer:
     """A trainer for a model and loaders that exist already.
 
-    Joins the process group when there is one to join, freezes parts, spreads the model over the ranks, and tries the largest batch.
+    Joins the process group when there is one to join, freezes parts, spreads the model over the ranks, and tries the
+    largest batch.
     """
     device = devices.resolve(config.device)
     if config.threads:
@@ -117,7 +118,8 @@ def make_trainer(
 
 
 def compile_blocks(blocks: Sequence[nn.Module], backend: str = "inductor") -> None:
-    """Let each repeated layer be compiled when it is first called; all layers of one kind share the code. Shapes may change."""
+    """Let each repeated layer be compiled when it is first called; all layers of one kind share the code. Shapes may
+    change."""
     for block in blocks:
         block.compile(backend=backend, dynamic=True)
 

@@ -1,7 +1,9 @@
-"""Writing training checkpoints: everything a run needs to go on as if it had never stopped (`folder` describes the layout).
+"""Writing training checkpoints: everything a run needs to go on as if it had never stopped (`folder` describes the
+layout).
 
-A checkpoint is written into a hidden folder, flushed to disk and renamed; ``latest`` moves after that. A process killed at any moment leaves
-the previous checkpoint as it was; a full disk costs this checkpoint, not the run and not the one before.
+A checkpoint is written into a hidden folder, flushed to disk and renamed; ``latest`` moves after that. A process killed
+at any moment leaves the previous checkpoint as it was; a full disk costs this checkpoint, not the run and not the one
+before.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ def code_version() -> str:
 
 
 def _commit(git: Path) -> str:
-    """The commit checked out by the repository folder ``git``, read from its files, because git need not be installed; "" without one."""
+    """The commit checked out by the repository folder ``git``, read from its files, because git need not be installed;
+    "" without one."""
     try:
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref: "):
@@ -74,7 +77,8 @@ def fingerprint(module: nn.Module) -> dict[str, str]:
 class Checkpoints:
     """The checkpoints of one run in ``folder``. All ranks hold one and call its methods together.
 
-    ``on_phase`` gets the step and a name on rank 0: ``rename`` before a complete checkpoint appears under its name, ``renamed`` after.
+    ``on_phase`` gets the step and a name on rank 0: ``rename`` before a complete checkpoint appears under its name,
+    ``renamed`` after.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 3, on_phase: Callable[[int, str], None] | None = None):
@@ -89,7 +93,8 @@ class Checkpoints:
     def save(self, engine: Engine, state: TrainState, rank_state: Mapping[str, Any], facts: Mapping[str, Any]) -> bool:
         """Write one checkpoint; False (with an error in the log) when it could not be written. Call on all ranks.
 
-        ``rank_state``: this rank's random states and data position; ``facts``: what else state.json shall say (config, fingerprint).
+        ``rank_state``: this rank's random states and data position; ``facts``: what else state.json shall say (config,
+        fingerprint).
         """
         name = step_name(state.step)
         temporary = self.folder / f".tmp-{name}"

@@ -1,7 +1,8 @@
 """What stands beside the weights in a checkpoint folder that answers: decoding settings and token2wav.
 
-A training does not touch them, so they come from the checkpoint that it started from, over as many trainings as lie between. The dialect is
-part of the model's config and the tokenizer is saved with the run, so neither is looked for here.
+A training does not touch them, so they come from the checkpoint that it started from, over as many trainings as lie
+between. The dialect is part of the model's config and the tokenizer is saved with the run, so neither is looked for
+here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TOKEN2WAV = "token2wav"
 
 @dataclass(frozen=True)
 class Companions:
-    """``generation``: a file of decoding settings, None: the published ones. ``token2wav``: a folder, None: answers in text only."""
+    """``generation``: a file of decoding settings, None: the published ones. ``token2wav``: a folder, None: answers in
+    text only."""
 
     generation: Path | None = None
     token2wav: Path | None = None
@@ -34,7 +36,8 @@ class Companions:
 
 
 def origin(run: Path) -> Path | None:
-    """The checkpoint that a training run, or the first of a chain of them, started from; None for a start from nothing."""
+    """The checkpoint that a training run, or the first of a chain of them, started from; None for a start from
+    nothing."""
     path = run
     while is_training_folder(path):
         start = read_state(step_folder(path))["config"]["init"].get("checkpoint")

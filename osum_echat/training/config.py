@@ -1,7 +1,7 @@
 """What a training run is, as one typed config. YAML files in ``conf/`` are its written form.
 
-Defaults are those the published checkpoints were trained with (8 accumulated micro-batches; optimiser and schedule: `run.config`). What a
-small run changes stands in its own file.
+Defaults are those the published checkpoints were trained with (8 accumulated micro-batches; optimiser and schedule:
+`run.config`). What a small run changes stands in its own file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class InitConfig:
     """What the weights start from. Later entries override earlier ones.
 
     Attributes:
-        checkpoint: a checkpoint folder, ``.pt`` or ``.safetensors`` (every form that `model.checkpoint.load_model` reads), or a training
-            folder of the stage before. None: a new model from ``model``.
+        checkpoint: a checkpoint folder, ``.pt`` or ``.safetensors`` (every form that `model.checkpoint.load_model`
+            reads), or a training folder of the stage before. None: a new model from ``model``.
         whisper: Whisper weights for the encoder (hub name such as ``openai/whisper-medium`` or a local folder).
         llm: causal LM weights and tokenizer (hub name such as ``Qwen/Qwen2.5-3B-Instruct`` or a local folder).
         tokenizer: tokenizer folder of a model from scratch, when not that of ``llm``.
@@ -49,8 +49,8 @@ class InitConfig:
 class PartRates:
     """Learning rate of each part (`model.parts.PARTS`). None: what the stage says, at ``optim.lr``; 0: frozen.
 
-    ``adapter`` includes the projection, ``heads`` are the CTC and tag heads, ``llm`` includes the tied text table, ``speech`` is the speech
-    embedding and head.
+    ``adapter`` includes the projection, ``heads`` are the CTC and tag heads, ``llm`` includes the tied text table,
+    ``speech`` is the speech embedding and head.
     """
 
     encoder: float | None = None
@@ -68,7 +68,8 @@ class PartRates:
 
 @dataclass
 class LossConfig:
-    """Weights of the parts of the loss. ``stream``: extra weight of the targets of a mixing stream (s2t, t2s, s2s, t2t)."""
+    """Weights of the parts of the loss. ``stream``: extra weight of the targets of a mixing stream (s2t, t2s, s2s,
+    t2t)."""
 
     lm: float = 1.0
     ctc: float = 0.0
@@ -85,7 +86,8 @@ class EngineConfig:
         deepspeed_config: JSON for ``deepspeed`` (its numbers must agree with this file; ``"auto"`` there takes ours).
         reshard_after_forward: FSDP: free gathered weights after forward (less memory, one more gather).
         cpu_offload: FSDP: keep weight shards and optimiser states in host memory.
-        compile: compile each repeated layer (`torch.compile`). The first steps then take minutes; for runs of hours on an accelerator.
+        compile: compile each repeated layer (`torch.compile`). The first steps then take minutes; for runs of hours on
+            an accelerator.
         timeout_minutes: collectives that take longer fail.
     """
 
@@ -136,23 +138,28 @@ class TrainConfig(run_config.RunConfig):
 
     Attributes:
         stage: decides which parts train by default (`stages.STAGES`).
-        init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or from a bare ``.pt``.
+        init, model: what the weights start from; ``model`` is a model config file, needed for a start from scratch or
+            from a bare ``.pt``.
         model_changes: keys of the model config that this run changes (``llm: {attention: eager}``).
         data: the training lists and their batches.
-        validation: the same for held-out lists, as far as it differs from ``data``: mostly ``streams``. None: no validation.
+        validation: the same for held-out lists, as far as it differs from ``data``: mostly ``streams``. None: no
+            validation.
         measure: what validators of real tasks work with.
         lr, lora: which parts train, at which rate. LoRA freezes the LLM below it unless ``lr.llm`` says otherwise.
-        precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32 masters in the
-            optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
+        precision: ``fp32``; ``autocast``: float32 weights, bfloat16 arithmetic; ``bf16``: bfloat16 weights with float32
+            masters in the optimiser; ``fp16``: float32 weights, float16 arithmetic, scaled loss.
         accumulation: micro-batches a step on each rank. The update is the mean over all targets of all of them.
-        checkpoint_activations: recompute each block in backward instead of storing it. ``selective``: all of it but products and attention,
-            which costs some 6 % of a step instead of a quarter and keeps 9 GB of the released model's 24 (a row of 4,096; by arithmetic).
+        checkpoint_activations: recompute each block in backward instead of storing it. ``selective``: all of it but
+            products and attention, which costs some 6 % of a step instead of a quarter and keeps 9 GB of the released
+            model's 24 (a row of 4,096; by arithmetic).
         max_steps, max_epochs, max_minutes: whichever comes first ends the run.
         keep: how many checkpoints are kept.
-        save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by fingerprint.
-        encoder_cache: folder in which the outputs of a frozen encoder are kept, by content (`model.encoder_cache`); only without augmentation
-            is anything found there again.
-        encoder_masks: spans and channels of the encoder's outputs that the adapter is not shown (`model.encoder_masks`); None: all is shown.
+        save_frozen: write frozen weights too. False: they are read again from ``init`` at resume and checked by
+            fingerprint.
+        encoder_cache: folder in which the outputs of a frozen encoder are kept, by content (`model.encoder_cache`);
+            only without augmentation is anything found there again.
+        encoder_masks: spans and channels of the encoder's outputs that the adapter is not shown
+            (`model.encoder_masks`); None: all is shown.
         input_noise: share of speech codes in the *inputs* replaced by random codes (targets stay).
     """
 

@@ -1,7 +1,8 @@
 """Processes of one run: who am I, and small messages between us.
 
-torchrun's environment variables say rank and world; without them there is one process and every function here is trivial. Control messages
-(counts, flags, texts) go over a gloo group of their own on the CPU, so they never wait for an accelerator's queue.
+torchrun's environment variables say rank and world; without them there is one process and every function here is
+trivial. Control messages (counts, flags, texts) go over a gloo group of their own on the CPU, so they never wait for an
+accelerator's queue.
 """
 
 from __future__ import annotations

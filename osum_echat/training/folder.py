@@ -7,7 +7,8 @@
     <out>/tokenizer/                   the tokenizer of the run
     <out>/metrics.jsonl, tensorboard/, curves.png
 
-`checkpoint.Checkpoints` writes the checkpoints. Everything that reads a training folder asks this module where things are.
+`checkpoint.Checkpoints` writes the checkpoints. Everything that reads a training folder asks this module where things
+are.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def read_state(step: Path) -> dict[str, Any]:
 
 
 def engine_family(step: Path, state: dict[str, Any]) -> str:
-    """``torch`` or ``deepspeed``: which engines can continue a checkpoint. Older checkpoints do not state it, their files tell."""
+    """``torch`` or ``deepspeed``: which engines can continue a checkpoint. Older checkpoints do not state it, their
+    files tell."""
     return str(state.get("engine_family") or ("deepspeed" if (step / DEEPSPEED).is_dir() else "torch"))
 
 
@@ -105,11 +107,13 @@ def trained_weights(step: Path) -> dict[str, Tensor]:
     reader = dcp.FileSystemReader(str(step / DCP))
     stored = reader.read_metadata().state_dict_metadata
     state = {
-        name.removeprefix("model."): torch.empty(meta.size, dtype=meta.properties.dtype)  # the section of DCP's own state
+        # The section of DCP's own state.
+        name.removeprefix("model."): torch.empty(meta.size, dtype=meta.properties.dtype)
         for name, meta in stored.items()
         if name.startswith("model.") and isinstance(meta, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # DCP's remark in every single process
+        # DCP's remark in every single process.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load({"model": state}, storage_reader=reader, no_dist=True)
     return {name.removeprefix(_MODULE_PREFIX): tensor for name, tensor in state.items()}

@@ -1,11 +1,12 @@
 """The training loop: the same for every stage and engine.
 
-One step: every rank fetches micro-batches and all agree on what the step holds and whether it is the last (`steps`); then forward and
-backward for each micro-batch, one update, a report. Anything that may end or change the run is decided in that agreement, never by one
-rank alone.
+One step: every rank fetches micro-batches and all agree on what the step holds and whether it is the last (`steps`);
+then forward and backward for each micro-batch, one update, a report. Anything that may end or change the run is decided
+in that agreement, never by one rank alone.
 
-An accelerator is not kept waiting: the next step is fetched, agreed on and sent while this one is computed, and only then are this step's
-numbers read, all at once. A checkpoint says the position in the data, and the random states, of before that fetch.
+An accelerator is not kept waiting: the next step is fetched, agreed on and sent while this one is computed, and only
+then are this step's numbers read, all at once. A checkpoint says the position in the data, and the random states, of
+before that fetch.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ Validator = Callable[["Trainer"], Mapping[str, float]]
 class Loader(Protocol):
     """What the loop needs of a data loader (`data.loader.Loader`).
 
-    Iterating yields what is left of the current epoch; `set_epoch` begins another. ``state_dict`` says where the last batch that was handed
-    out ended.
+    Iterating yields what is left of the current epoch; `set_epoch` begins another. ``state_dict`` says where the last
+    batch that was handed out ended.
     """
 
     def __iter__(self) -> Iterator[Batch]: ...
@@ -64,11 +65,11 @@ class Run:
     Attributes:
         engine: holds ``objective``, model and loss, in its distributed form.
         loader: this rank's batches; validation: held-out batches for this rank, or None.
-        validators: named functions that measure the model on real tasks; they get the trainer and return numbers. All ranks call them
-            together, on rank 0's weights.
+        validators: named functions that measure the model on real tasks; they get the trainer and return numbers. All
+            ranks call them together, on rank 0's weights.
         facts: what state.json says beside config and progress (model config, fingerprints of frozen weights).
-        on_phase: called with step and name at the beginning of each phase of a step: data, forward, backward, update, stepped (its end),
-            save, rename, renamed, validate.
+        on_phase: called with step and name at the beginning of each phase of a step: data, forward, backward, update,
+            stepped (its end), save, rename, renamed, validate.
     """
 
     config: TrainConfig
@@ -106,7 +107,7 @@ class Trainer:
         self._window = report.Window()
         self._started, self._seconds_before = time.monotonic(), 0.0
 
-    # ---- the run ------------------------------------------------------------------------------------------------------------------
+    # ---- the run -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint of this run's folder; False when there is none."""
@@ -159,7 +160,8 @@ class Trainer:
         )
 
     def fit(self) -> TrainState:
-        """Train until the config's limit, the end of the data or a signal; always leaves a checkpoint of the last step."""
+        """Train until the config's limit, the end of the data or a signal; always leaves a checkpoint of the last
+        step."""
         config, world = self.config, self.world
         self._started, self._seconds_before = time.monotonic(), self.state.seconds
         self.progress = Progress(
@@ -287,7 +289,7 @@ class Trainer:
         self.state.seconds = self._seconds_before + time.monotonic() - self._started
         self._phase("stepped", self.state.step)
 
-    # ---- reports ------------------------------------------------------------------------------------------------------------------
+    # ---- reports -----------------------------------------------------------------------------------------------------
 
     def _bad_step(self, micros: list[MicroBatch], outcomes: list[Outcome], norm: float) -> None:
         """The update was left out on all ranks; name the samples that did it, and stop when it does not end."""
@@ -326,7 +328,7 @@ class Trainer:
         if self.run.on_phase is not None:
             self.run.on_phase(step, name)
 
-    # ---- state and validation -----------------------------------------------------------------------------------------------------
+    # ---- state and validation ----------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """A checkpoint of this step, unless there is one already."""
@@ -343,7 +345,8 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Loss per task on the held-out batches (all ranks together) and what the validators measure; training state is left as it was."""
+        """Loss per task on the held-out batches (all ranks together) and what the validators measure; training state is
+        left as it was."""
         assert self.run.validation is not None
         with self._evaluating():
             held_out = itertools.islice(self.run.validation, self.config.validate_batches)

@@ -1,7 +1,7 @@
 """Does it fit? A step of the largest batch that the data config allows is run before the first one, with its update.
 
-Running out of memory after a night because two long samples met is avoidable: the batch's size is bounded by the config, so the worst case
-can be built from nothing but that.
+Running out of memory after a night because two long samples met is avoidable: the batch's size is bounded by the
+config, so the worst case can be built from nothing but that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ GB = 2**30
 def largest_batch(data: DataConfig, vocabulary: Vocabulary, mels: int) -> Batch:
     """Every row full, recordings as long as the limits allow, every position behind them a target over text and speech.
 
-    The worst of both kinds of cost: ``batch.rows`` rows of ``batch.row_positions`` positions, and ``batch.max_frames`` frames in all.
+    The worst of both kinds of cost: ``batch.rows`` rows of ``batch.row_positions`` positions, and ``batch.max_frames``
+    frames in all.
     """
     limits, rows = data.limits, data.batch
     recordings = max(1, min(rows.max_frames // max(1, limits.max_frames), rows.rows))
@@ -75,7 +76,8 @@ def rehearse(engine: Engine, objective: Objective, config: TrainConfig, device: 
 
 
 def rehearse_step(engine: Engine, objective: Objective, batch: Batch, accumulation: int, device: torch.device) -> None:
-    """All micro-batches of a step are on the device, and those of the next one; from the second on, a backward pass has gradients beside it."""
+    """All micro-batches of a step are on the device, and those of the next one; from the second on, a backward pass has
+    gradients beside it."""
     micros = [objective.prepare(batch, device) for _ in range(2 * accumulation)]
     engine.rehearse(micros[: min(2, accumulation)], dict(micros[0].counts))
 
@@ -104,7 +106,8 @@ def before_activations(
 ) -> dict[str, float]:
     """Bytes on each device before activations, by what takes them.
 
-    A trained parameter: bfloat16 weight 2 and gradient 2, float32 master 4, Adam 8; or float32 4 + 4 + 8. fsdp's shards are their own masters.
+    A trained parameter: bfloat16 weight 2 and gradient 2, float32 master 4, Adam 8; or float32 4 + 4 + 8. fsdp's shards
+    are their own masters.
     """
     trained = sum(group.size for group in groups)
     low = config.precision == "bf16"
@@ -120,7 +123,8 @@ def before_activations(
 
 
 def estimate(groups: list[Group], frozen: int, config: TrainConfig, world_size: int, shards_weights: bool) -> str:
-    """`before_activations` as a line. What an update takes beside it for a moment is bounded by `optimizer.UPDATED_TOGETHER`."""
+    """`before_activations` as a line. What an update takes beside it for a moment is bounded by
+    `optimizer.UPDATED_TOGETHER`."""
     parts = before_activations(groups, frozen, config, world_size, shards_weights)
     text = ", ".join(f"{name} {value / GB:.2f} GB" for name, value in parts.items())
     return f"memory per device before activations: {text}; together {sum(parts.values()) / GB:.2f} GB"

@@ -1,8 +1,8 @@
 """What a step minimises: the model's loss terms, weighted and divided by counts of the whole step.
 
-A micro-batch knows how much it holds of everything that is averaged (targets, CTC labels, known tags) before it is run. The loop adds these
-counts up over all micro-batches and ranks and hands the totals in, so the sum of all micro-batch losses is the mean over the step,
-whatever the split.
+A micro-batch knows how much it holds of everything that is averaged (targets, CTC labels, known tags) before it is run.
+The loop adds these counts up over all micro-batches and ranks and hands the totals in, so the sum of all micro-batch
+losses is the mean over the step, whatever the split.
 
 D samples, N recordings, M targets, B rows, T positions.
 """
@@ -27,7 +27,8 @@ from osum_echat.training.config import LossConfig
 
 @dataclass
 class MicroBatch:
-    """A batch ready for the objective: what the device needs is there or on its way, what the program asks is on the host.
+    """A batch ready for the objective: what the device needs is there or on its way, what the program asks is on the
+    host.
 
     Attributes:
         batch: its features on the device, its rows on the host.
@@ -71,8 +72,8 @@ class Objective(nn.Module):
     """Model and loss in one module, which is what engines distribute.
 
     Args:
-        run_all_parts: run every part for every batch, needed or not: ranks that share parameters must make the same calls, and a batch
-            of one rank may have no recording or no speech while another's has.
+        run_all_parts: run every part for every batch, needed or not: ranks that share parameters must make the same
+            calls, and a batch of one rank may have no recording or no speech while another's has.
     """
 
     def __init__(self, model: EChatModel, config: LossConfig, run_all_parts: bool = False):
@@ -110,7 +111,8 @@ class Objective(nn.Module):
         return MicroBatch(batch.with_features(device), plan.to(device), weights_D, transcripts, tags, counts)
 
     def forward(self, micro: MicroBatch, totals: dict[str, float]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts of the step."""
+        """The fields of an `Outcome`, as a tuple: engines hang their hooks on the tensors of tuples. ``totals``: counts
+        of the step."""
         batch = micro.batch
         parts = self.model(
             batch.rows,
@@ -138,7 +140,8 @@ class Objective(nn.Module):
         return loss, nll_D.detach(), {name: value.detach() for name, value in sums.items()}
 
     def weights_read_directly(self) -> list[nn.Parameter]:
-        """Parameters that the model reads other than by calling their module: heads (in the chunked loss) and the token table."""
+        """Parameters that the model reads other than by calling their module: heads (in the chunked loss) and the token
+        table."""
         lm = self.model.lm
         modules = (lm.text_head, lm.speech_head, lm.llm.get_input_embeddings())
         return list({id(p): p for module in modules for p in module.parameters()}.values())
@@ -162,7 +165,8 @@ def recording_tags(batch: Batch, classes: dict[str, list[str]]) -> dict[str, Ten
 def add_input_noise(rows: PackedRows, vocabulary: Vocabulary, share: float) -> PackedRows:
     """Rows with ``share`` of the speech codes in the inputs replaced by random ones; targets stay.
 
-    A model that is fed its own, imperfect codes at inference should have seen imperfect ones. Draws from torch's global generator.
+    A model that is fed its own, imperfect codes at inference should have seen imperfect ones. Draws from torch's global
+    generator.
     """
     ids_BT = rows.ids_BT
     is_code_BT = (ids_BT >= vocabulary.text_size) & (ids_BT < vocabulary.speech_delimiter)

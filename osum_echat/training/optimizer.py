@@ -1,8 +1,9 @@
 """AdamW over the trainable parameters, with float32 masters where the weights are bfloat16.
 
-States are created at once instead of at the first step, so that a checkpoint can be read into them. The learning rate is set from the
-schedule before every step; nothing about it is state. The update is one fused kernel for many parameters where the device has one: it clips on
-the way, and leaves everything as it is when the gradients are not finite, so that nothing has to be read back before it.
+States are created at once instead of at the first step, so that a checkpoint can be read into them. The learning rate
+is set from the schedule before every step; nothing about it is state. The update is one fused kernel for many
+parameters where the device has one: it clips on the way, and leaves everything as it is when the gradients are not
+finite, so that nothing has to be read back before it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from osum_echat import device as devices
 from osum_echat.run.config import OptimConfig
 
 UPDATED_TOGETHER = 2**26
-"""Parameters whose gradients are float32 at the same time where they were not before: 256 MB (or one parameter that is larger)."""
+"""Parameters whose gradients are float32 at the same time where they were not before: 256 MB (or one parameter that is
+larger)."""
 
 
 @dataclass
@@ -70,7 +72,8 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self, lr_factor: float, clip: float = 0.0, keep: bool = False) -> Tensor:
-        """One update at ``lr_factor`` times the groups' rates, from the parameters' ``.grad``, which are gone afterwards.
+        """One update at ``lr_factor`` times the groups' rates, from the parameters' ``.grad``, which are gone
+        afterwards.
 
         Args:
             clip: largest gradient norm, 0: no clipping.
@@ -168,8 +171,9 @@ def _local(tensor: Tensor | None) -> Tensor:
 class FloatSums:
     """Sums gradients of lower-precision parameters over a step's micro-batches in float32.
 
-    A sum in bfloat16 has 8 bits: of 8 micro-batches the last ones add little that is true. It matters for heads and tables, whose gradients
-    are sums over all targets; it costs 4 bytes a parameter. The gradient that is left after the last micro-batch is rounded once.
+    A sum in bfloat16 has 8 bits: of 8 micro-batches the last ones add little that is true. It matters for heads and
+    tables, whose gradients are sums over all targets; it costs 4 bytes a parameter. The gradient that is left after the
+    last micro-batch is rounded once.
 
     Set ``last`` before each backward pass.
     """

@@ -17,7 +17,8 @@ def check(config: TrainConfig) -> None:
     for key, name, what in _weights(config):
         if Path(name).exists():
             continue
-        if not download.is_hub_name(name) or name.startswith(("out/", f"{config.out.parts[0]}/")):  # where trainings write
+        # Where trainings write.
+        if not download.is_hub_name(name) or name.startswith(("out/", f"{config.out.parts[0]}/")):
             raise ConfigError(f"{key}: {name} is not there; {what}")
         try:
             download.check(name, key)

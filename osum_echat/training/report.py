@@ -22,7 +22,8 @@ def _zeros() -> dict[str, float]:
 
 @dataclass
 class Sums:
-    """Loss and number of targets of each task; sums and counts of the other parts of the loss (ctc, tag.<name>), by name."""
+    """Loss and number of targets of each task; sums and counts of the other parts of the loss (ctc, tag.<name>), by
+    name."""
 
     nll: dict[str, float] = field(default_factory=_zeros)
     targets: dict[str, float] = field(default_factory=_zeros)
@@ -53,7 +54,8 @@ class Sums:
 
 
 def read(norm: Tensor, outcomes: Sequence[Outcome]) -> tuple[float, list[Outcome]]:
-    """The numbers of a step on the host, by one copy: its gradient norm and the outcomes, on the CPU. The only wait for the device in a step."""
+    """The numbers of a step on the host, by one copy: its gradient norm and the outcomes, on the CPU. The only wait for
+    the device in a step."""
     device = outcomes[0].loss.device
     pieces = [norm.to(device).reshape(1)]
     for outcome in outcomes:
@@ -106,9 +108,11 @@ def shown(sums: Sums, values: dict[str, float]) -> dict[str, str]:
 
 
 def spoiled(batch: Batch, nll_D: torch.Tensor) -> list[int]:
-    """Numbers of the samples that made a loss non-finite: those with a non-finite recording, else those whose own loss is.
+    """Numbers of the samples that made a loss non-finite: those with a non-finite recording, else those whose own loss
+    is.
 
-    Inside a packed row a NaN spreads to the samples behind it (a masked key counts zero times NaN), so the recordings are asked first.
+    Inside a packed row a NaN spreads to the samples behind it (a masked key counts zero times NaN), so the recordings
+    are asked first.
     """
     finite_N = (
         torch.isfinite(batch.feats_NTF).flatten(1).all(dim=1).cpu() if len(batch.feats_NTF) else torch.ones(0, dtype=torch.bool)
@@ -119,7 +123,8 @@ def spoiled(batch: Batch, nll_D: torch.Tensor) -> list[int]:
 
 @dataclass(frozen=True)
 class Suspects:
-    """What one rank knows about a step that was left out. ``certain``: a loss itself was not finite, or samples are known."""
+    """What one rank knows about a step that was left out. ``certain``: a loss itself was not finite, or samples are
+    known."""
 
     rank: int
     kind: str
@@ -137,7 +142,8 @@ def suspects(rank: int, micros: list[MicroBatch], outcomes: list[Outcome]) -> Su
 
 
 def named(found: list[Suspects]) -> list[Suspects]:
-    """Of all ranks' suspects those worth naming: where some rank knows the culprit, the others' gradients only inherited it."""
+    """Of all ranks' suspects those worth naming: where some rank knows the culprit, the others' gradients only
+    inherited it."""
     known = [s for s in found if s.keys]
     certain = [s for s in known if s.certain]
     return certain or known

@@ -1,7 +1,7 @@
 """The three stages as data: which parts train, and what that means for a model's parameters.
 
-From the authors' system figure: understanding trains encoder and adapter under a frozen LLM; generation and empathy train everything.
-A config's ``lr`` overrides the table part by part.
+From the authors' system figure: understanding trains encoder and adapter under a frozen LLM; generation and empathy
+train everything. A config's ``lr`` overrides the table part by part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ STAGES: dict[str, frozenset[str]] = {
 
 
 def rates(config: TrainConfig, lora: bool) -> dict[str, float]:
-    """Learning rate of each part, 0 for frozen. With LoRA the LLM below it is frozen unless the config gives it a rate."""
+    """Learning rate of each part, 0 for frozen. With LoRA the LLM below it is frozen unless the config gives it a
+    rate."""
     out = {}
     for part in PARTS:
         rate = getattr(config.lr, part)
@@ -34,9 +35,9 @@ def rates(config: TrainConfig, lora: bool) -> dict[str, float]:
 def assign(model: nn.Module, config: TrainConfig) -> list[Group]:
     """Freeze and unfreeze ``model`` as the stage says; the optimiser's groups.
 
-    A frozen encoder is put into eval mode (nothing trains below it, so its dropout would be noise); the frozen LLM stays in train mode,
-    which switches activation checkpointing on for the gradients that flow through it. Parameter names get the prefix ``model.``, their
-    place in `Objective`.
+    A frozen encoder is put into eval mode (nothing trains below it, so its dropout would be noise); the frozen LLM
+    stays in train mode, which switches activation checkpointing on for the gradients that flow through it. Parameter
+    names get the prefix ``model.``, their place in `Objective`.
 
     Raises:
         ConfigError: when nothing is left to train.

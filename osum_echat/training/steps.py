@@ -1,9 +1,10 @@
 """Steps that all ranks take alike, however unevenly the data lies on them: the one place where that is decided.
 
-Every rank fetches up to ``accumulation`` batches of its own. One exchange of a few numbers then says how many micro-batches the longest
-rank has, what they hold together (the loss is divided by it), and what any rank wants to be known, such as a wish to stop. A rank
-with fewer micro-batches fills up with placeholders, which have no targets. So nobody waits for a collective that does not come, no sample
-is left out, and nothing that changes the run is decided by one rank alone.
+Every rank fetches up to ``accumulation`` batches of its own. One exchange of a few numbers then says how many
+micro-batches the longest rank has, what they hold together (the loss is divided by it), and what any rank wants to be
+known, such as a wish to stop. A rank with fewer micro-batches fills up with placeholders, which have no targets. So
+nobody waits for a collective that does not come, no sample is left out, and nothing that changes the run is decided by
+one rank alone.
 """
 
 from __future__ import annotations

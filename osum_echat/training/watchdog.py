@@ -1,8 +1,8 @@
 """Says which rank fell silent, and where.
 
-Every rank writes (step, what it is doing, time) into a key-value store at each stage of a step. A thread on every rank looks at its own
-last sign of life; when that is too old it reads all of them and names the ranks that are furthest behind, because in a collective
-everybody waits and only one is the cause. It never issues a collective itself.
+Every rank writes (step, what it is doing, time) into a key-value store at each stage of a step. A thread on every rank
+looks at its own last sign of life; when that is too old it reads all of them and names the ranks that are furthest
+behind, because in a collective everybody waits and only one is the cause. It never issues a collective itself.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def report(beats: dict[int, tuple[int, str, float]], now: float) -> str:
 
 
 class Watchdog:
-    """`start` and, at the end, `close`, on all ranks; ``beat`` from the training thread meanwhile. Does nothing for ``seconds`` <= 0."""
+    """`start` and, at the end, `close`, on all ranks; ``beat`` from the training thread meanwhile. Does nothing for
+    ``seconds`` <= 0."""
 
     def __init__(self, world: World, store: Store, seconds: float, abort: bool = False, tell: Callable[[str], None] = log.error):
         self.world, self.store, self.seconds, self.abort, self.tell = world, store, seconds, abort, tell

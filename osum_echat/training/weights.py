@@ -81,7 +81,8 @@ def load_run(
 
 
 def _complete_run(step: Path, model_config: ModelConfig, changes: dict[str, Any]) -> tuple[EChatModel, Any]:
-    """An empty model for a checkpoint that holds every weight, and the run's own tokenizer (None when it saved none)."""
+    """An empty model for a checkpoint that holds every weight, and the run's own tokenizer (None when it saved
+    none)."""
     model = EChatModel(changed(model_config, {**changes, "lora": None}))
     if model_config.lora is not None:
         model.config = changed(model.config, {"lora": config_io.to_dict(model_config.lora)})
@@ -91,7 +92,8 @@ def _complete_run(step: Path, model_config: ModelConfig, changes: dict[str, Any]
 
 
 def _put_part(model: EChatModel, part: str, path: Path) -> int:
-    """Copy one part from a checkpoint or from a training run that has trained (or kept) it; returns the number of tensors."""
+    """Copy one part from a checkpoint or from a training run that has trained (or kept) it; returns the number of
+    tensors."""
     if not layout.is_training_folder(path):
         return len(model_io.load_parts(model, path, [part]))
     weights = layout.trained_weights(layout.step_folder(path))
@@ -108,7 +110,8 @@ def _put_part(model: EChatModel, part: str, path: Path) -> int:
 
 
 def put_whisper(model: EChatModel, name: str) -> None:
-    """Copy a Whisper encoder (any published form, or a hub name) into the model. Its position table may be shorter than the model's."""
+    """Copy a Whisper encoder (any published form, or a hub name) into the model. Its position table may be shorter than
+    the model's."""
     sizes, state = read_whisper(download.find(name, ["config.json", "model.safetensors"], "init.whisper"))
     ours = model.config.encoder
     wrong = [f for f in ("mels", "dim", "heads", "ffn", "layers") if getattr(sizes, f) != getattr(ours, f)]

@@ -1,7 +1,8 @@
 """A paced client of the Realtime API: sends a recording at the speed at which it was spoken, and plays what comes.
 
-As the API asks of clients on a WebSocket, an answer that is interrupted (``input_audio_buffer.speech_started`` while it plays) is stopped, what was not played
-is forgotten, and the server is told how much was heard (``conversation.item.truncate``).
+As the API asks of clients on a WebSocket, an answer that is interrupted (``input_audio_buffer.speech_started`` while it
+plays) is stopped, what was not played is forgotten, and the server is told how much was heard
+(``conversation.item.truncate``).
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ class Conversation:
                 return
 
     async def _speak(self, socket: ClientConnection, samples: Samples) -> None:
-        """Chunk after chunk, each when its last sample has been spoken; then silence until the answer has been played."""
+        """Chunk after chunk, each when its last sample has been spoken; then silence until the answer has been
+        played."""
         size = round(self.settings.chunk * RATE)
         pcm = (np.clip(samples, -1, 1) * 32767).astype("<i2")
         quiet = np.zeros(size, "<i2")
@@ -152,7 +154,8 @@ class Conversation:
         times = self.recording.times
         last = max(end, self.recording.timeline.playhead, *(times("response.done")[-1:] or [0.0]))
         heard = times("input_audio_buffer.speech_started", "input_audio_buffer.committed")[-1:] or [-1.0]
-        is_answered = heard[0] <= (times("response.created")[-1:] or [0.0])[0]  # what it has heard, it may be about to answer
+        # What it has heard, it may be about to answer.
+        is_answered = heard[0] <= (times("response.created")[-1:] or [0.0])[0]
         return is_answered and not self._open_responses and self.now > last + self.settings.tail
 
     async def _listen(self, socket: ClientConnection) -> None:

@@ -1,7 +1,8 @@
 """Delays, interruptions and rejections of a recorded conversation.
 
-The person's side comes in segments: from ``turns.json`` beside ``input.wav`` (``[{"start", "end", "kind"}]``, seconds; kind ``say`` wants an answer, ``reject`` is
-noise, a listener's "mhm" or talk with somebody else and wants none), else from where the recording is not silent (all ``say``).
+The person's side comes in segments: from ``turns.json`` beside ``input.wav`` (``[{"start", "end", "kind"}]``, seconds;
+kind ``say`` wants an answer, ``reject`` is noise, a listener's "mhm" or talk with somebody else and wants none), else
+from where the recording is not silent (all ``say``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class Turn:
     """What came of a segment.
 
     Attributes:
-        delay: from its end to the first sound of the answer. after_commit: from the server's ``input_audio_buffer.committed`` to it.
-        interrupts: the system was speaking when the segment began; stop: seconds from then to its silence (None: it went on).
+        delay: from its end to the first sound of the answer. after_commit: from the server's
+            ``input_audio_buffer.committed`` to it.
+        interrupts: the system was speaking when the segment began; stop: seconds from then to its silence (None: it
+            went on).
         rejected: nothing was answered, and what was being said went on (kind ``reject``).
     """
 
@@ -77,7 +80,8 @@ def segments(samples: Samples, rate: int) -> list[Segment]:
 
 
 def read_segments(folder: Path, samples: Samples, rate: int) -> list[Segment]:
-    """Segments of ``folder/turns.json``, else by listening. Raises ValueError for a file that is no list of segments."""
+    """Segments of ``folder/turns.json``, else by listening. Raises ValueError for a file that is no list of
+    segments."""
     path = folder / "turns.json"
     if not path.is_file():
         return segments(samples, rate)

@@ -31,7 +31,8 @@ class Case:
 
 
 def cases(folder: Path) -> list[Case]:
-    """``*/input.wav`` below a folder (Full-Duplex-Bench's form), else its own ``*.wav``. Raises ValueError when there is none."""
+    """``*/input.wav`` below a folder (Full-Duplex-Bench's form), else its own ``*.wav``. Raises ValueError when there
+    is none."""
     found = sorted(folder.rglob("input.wav"))
     if found:
         return [Case(str(wav.parent.relative_to(folder)) if wav.parent != folder else folder.name, wav) for wav in found]
@@ -44,8 +45,8 @@ def cases(folder: Path) -> list[Case]:
 def play_all(
     settings: Settings, source: Path, out: Path, limit: int | None = None, say: Callable[[str], None] = lambda line: None
 ) -> Iterator[Result]:
-    """Hold the conversations that were not held yet, one after the other; a server that fails in one is a result with ``error``, and that one is held again
-    in the next run."""
+    """Hold the conversations that were not held yet, one after the other; a server that fails in one is a result with
+    ``error``, and that one is held again in the next run."""
     lines = Lines(out / FILE)
     done = {row["id"] for row in lines.rows() if "error" not in row}
     todo = cases(source)[:limit]

@@ -1,4 +1,5 @@
-"""What a listener hears of a system that sends sound in pieces: each piece is played when the one before it has ended, or at once."""
+"""What a listener hears of a system that sends sound in pieces: each piece is played when the one before it has ended,
+or at once."""
 
 from __future__ import annotations
 

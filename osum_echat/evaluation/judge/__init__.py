@@ -1,11 +1,12 @@
-"""Step three: a language model behind an OpenAI-compatible URL says how good an answer is, 1 to 5; ``judgements.jsonl``.
+"""Step three: a language model behind an OpenAI-compatible URL says how good an answer is, 1 to 5;
+``judgements.jsonl``.
 
     judge = Judge("http://localhost:8000/v1", model="qwen")
     run(suite, rows, out, [judge])
 
-Only ``POST /chat/completions`` is used, at temperature 0. Answers are kept on disk by prompt, its version, model and what was asked, so the same
-question is never paid for twice. What could not be judged (the server refused, the answer was no score, the budget was spent) is a counted
-hole, never a zero.
+Only ``POST /chat/completions`` is used, at temperature 0. Answers are kept on disk by prompt, its version, model and
+what was asked, so the same question is never paid for twice. What could not be judged (the server refused, the answer
+was no score, the budget was spent) is a counted hole, never a zero.
 """
 
 from osum_echat.evaluation.judge.answers import NoScore, read_score

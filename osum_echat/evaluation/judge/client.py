@@ -33,7 +33,8 @@ class JudgeError(ValueError):
 
 
 class Budget:
-    """Calls that may still be made, by all judges of a command together; tries that a busy server refuses count too. ``calls=None``: any number."""
+    """Calls that may still be made, by all judges of a command together; tries that a busy server refuses count too.
+    ``calls=None``: any number."""
 
     def __init__(self, calls: int | None = None) -> None:
         self.limit = self.left = calls
@@ -54,9 +55,11 @@ class Judge:
 
     Args:
         url: base URL (``http://host:port/v1``), or the whole one of ``chat/completions``.
-        model: as the server names it; None: what the server has ("default" is asked for, and nothing where the server knows no such model).
+        model: as the server names it; None: what the server has ("default" is asked for, and nothing where the server
+            knows no such model).
         cache: folder of kept answers; None: none are kept.
-        retries: further tries after 429, a server error or a broken connection, with growing pauses (or as long as the server asks for).
+        retries: further tries after 429, a server error or a broken connection, with growing pauses (or as long as the
+            server asks for).
         transport: of httpx, for tests.
     """
 
@@ -91,7 +94,8 @@ class Judge:
 
     @property
     def identity(self) -> str:
-        """What answers are kept by: the model, or the server whose unnamed model it is (two servers may have different ones)."""
+        """What answers are kept by: the model, or the server whose unnamed model it is (two servers may have different
+        ones)."""
         return self.model if self.is_named else f"{self.model} at {self.url}"
 
     def known(self, prompt: str, messages: Messages) -> str | None:

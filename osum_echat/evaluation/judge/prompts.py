@@ -1,8 +1,8 @@
 """What a judge is told, as versioned data (``prompts/*.yaml``): name, version, system, user.
 
-``{transcript}``, ``{labels}``, ``{reply}``, ``{reply_emotion}``, ``{reference}`` and ``{past}`` (earlier turns of a conversation, with the system's
-own answers) in the user's text are filled in for each answer. A prompt that is changed must get another version; its text is part of the
-cache's key all the same, so an edited prompt never meets old answers.
+``{transcript}``, ``{labels}``, ``{reply}``, ``{reply_emotion}``, ``{reference}`` and ``{past}`` (earlier turns of a
+conversation, with the system's own answers) in the user's text are filled in for each answer. A prompt that is changed
+must get another version; its text is part of the cache's key all the same, so an edited prompt never meets old answers.
 """
 
 from __future__ import annotations

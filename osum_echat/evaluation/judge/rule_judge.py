@@ -1,4 +1,5 @@
-"""A judge by rule behind an OpenAI-compatible URL: for trying a suite with a judge without having one. Its scores say nothing about a model.
+"""A judge by rule behind an OpenAI-compatible URL: for trying a suite with a judge without having one. Its scores say
+nothing about a model.
 
 with Server() as judge:
     Judge(judge.url, "stand-in")

@@ -88,7 +88,8 @@ def run(
 
 
 def known(suite: Suite, rows: Sequence[Row], out: Path) -> list[str]:
-    """Put the verdicts of an earlier run beside the rows whose answers are still the same; returns lines for the report."""
+    """Put the verdicts of an earlier run beside the rows whose answers are still the same; returns lines for the
+    report."""
     prompts = _prompts(suite)
     verdicts = {(row["part"], row["id"], row["judge"]): row for row in Lines(out / FILE).rows()} if prompts else {}
     by_row: dict[tuple[str, str], list[dict[str, Any]]] = {}

@@ -11,8 +11,8 @@
 | voicebench | jsonl with VoiceBench's columns; the file's name says which subset | benchmarks |
 | duplex | folder of ``*/input.wav`` (Full-Duplex-Bench) or of wav files | benchmarks |
 
-A reader gives an `Item` or, for an entry that cannot be used, an `ItemError` that names file and line; only a set that cannot be opened
-at all is an exception.
+A reader gives an `Item` or, for an entry that cannot be used, an `ItemError` that names file and line; only a set that
+cannot be opened at all is an exception.
 """
 
 from __future__ import annotations

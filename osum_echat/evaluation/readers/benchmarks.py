@@ -1,15 +1,17 @@
 """SEED-TTS-eval's meta files and VoiceBench's jsonl.
 
-``meta.lst`` (BytedanceSpeech/seed-tts-eval 752f429, README and get_wav_res_ref_text.py): ``name|text of the prompt|prompt wav|text to say``,
-a fifth part (the true recording) may follow; of two parts the second is the text, of three they are name, text, prompt. Prompts lie
-relative to the file.
+``meta.lst`` (BytedanceSpeech/seed-tts-eval 752f429, README and get_wav_res_ref_text.py): ``name|text of the
+prompt|prompt wav|text to say``, a fifth part (the true recording) may follow; of two parts the second is the text, of
+three they are name, text, prompt. Prompts lie relative to the file.
 
-VoiceBench (MatthewCYM/VoiceBench 5338154, README, main.py, evaluate.py): columns ``prompt`` and ``audio``, by subset also ``reference`` (sd-qa,
-openbookqa, mmsu, bbh), ``id`` (bbh), ``key, instruction_id_list, kwargs`` (ifeval); results are the same with ``response``. Exported to
-jsonl, ``audio`` is a path (or an object with ``path`` and, in base64, ``bytes``).
+VoiceBench (MatthewCYM/VoiceBench 5338154, README, main.py, evaluate.py): columns ``prompt`` and ``audio``, by subset
+also ``reference`` (sd-qa, openbookqa, mmsu, bbh), ``id`` (bbh), ``key, instruction_id_list, kwargs`` (ifeval); results
+are the same with ``response``. Exported to jsonl, ``audio`` is a path (or an object with ``path`` and, in base64,
+``bytes``).
 
-Its ``mtbench`` (hlt-lab/voicebench, config mtbench; VoiceBench's own code does not ask it, MatthewCYM/VoiceBench#3) has ``question_id, category, turns,
-reference, audio1, audio2``: two questions of one conversation, with answers to both or none. It becomes two items, in groups of their own.
+Its ``mtbench`` (hlt-lab/voicebench, config mtbench; VoiceBench's own code does not ask it, MatthewCYM/VoiceBench#3) has
+``question_id, category, turns, reference, audio1, audio2``: two questions of one conversation, with answers to both or
+none. It becomes two items, in groups of their own.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ def read_seed_tts(path: str) -> Iterator[Entry]:
 
 
 def subset_of(path: str | Path) -> str:
-    """The subset that a file's name tells: ``bbh-test.jsonl``, ``result-naive-sd-qa-usa-audio.jsonl``. Raises ValueError."""
+    """The subset that a file's name tells: ``bbh-test.jsonl``, ``result-naive-sd-qa-usa-audio.jsonl``. Raises
+    ValueError."""
     name = str(Path(path).name).lower().replace("sd_qa", "sd-qa")
     found = [subset for subset in SUBSETS if subset in name]
     if not found:
@@ -80,7 +83,8 @@ def subset_of(path: str | Path) -> str:
 
 
 def read_voicebench(path: str) -> Iterator[Entry]:
-    """One subset, or all ``*.jsonl`` of a folder. Where several files are of one subset (sd-qa by region, mmsu by field), ids have the file's name."""
+    """One subset, or all ``*.jsonl`` of a folder. Where several files are of one subset (sd-qa by region, mmsu by
+    field), ids have the file's name."""
     place = Path(path)
     files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
     subsets = [subset_of(listing) for listing in files] if len(files) > 1 else []

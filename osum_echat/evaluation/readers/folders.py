@@ -1,9 +1,9 @@
 """Recognition sets as they are published: AISHELL-1, LibriSpeech, WenetSpeech.
 
 Shapes: AISHELL (openslr.org/33) ``transcript/aishell_transcript_v0.8.txt`` (id, blank, words parted by blanks) and
-``wav/{train,dev,test}/SPEAKER/ID.wav``; LibriSpeech (openslr.org/12) ``SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt`` beside ``ID.flac``;
-WenetSpeech ``WenetSpeech.json`` with ``audios[].{aid, path, segments[].{sid, begin_time, end_time, text, subsets}}``
-(wenet-e2e/WenetSpeech d293df8, toolkits/kaldi/local/extract_meta.py).
+``wav/{train,dev,test}/SPEAKER/ID.wav``; LibriSpeech (openslr.org/12) ``SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt``
+beside ``ID.flac``; WenetSpeech ``WenetSpeech.json`` with ``audios[].{aid, path, segments[].{sid, begin_time, end_time,
+text, subsets}}`` (wenet-e2e/WenetSpeech d293df8, toolkits/kaldi/local/extract_meta.py).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def read_librispeech(path: str) -> Iterator[Entry]:
 
 
 def read_wenetspeech(path: str) -> Iterator[Entry]:
-    """Segments of the long recordings. ``path``: the folder, the json, or ``folder/WenetSpeech.json#TEST_NET`` for one subset."""
+    """Segments of the long recordings. ``path``: the folder, the json, or ``folder/WenetSpeech.json#TEST_NET`` for one
+    subset."""
     name, _, subset = path.partition("#")
     listing = Path(name) / "WenetSpeech.json" if Path(name).is_dir() else Path(name)
     try:

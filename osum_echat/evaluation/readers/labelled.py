@@ -1,11 +1,12 @@
 """Labelled sets: Common Voice (gender, age), VocalSound (events), MELD and MER (emotions).
 
-Names and columns: Common Voice's tsv ``client_id path sentence up_votes down_votes age gender accents locale segment`` (later releases add
-``sentence_id``, ``sentence_domain``, ``variant``) with recordings in ``clips``; VocalSound ``audio_16k/f0003_0_cough.wav``: gender and
-speaker, take, event (YuanGongND/vocalsound 337ac55, README), ``meta/*_meta.json`` rows ``[speaker, gender, age, ...]``, ``datafiles/te.json``
-``{"data": [{"wav": ...}]}``; MELD ``test_sent_emo.csv`` with ``Utterance, Emotion, Dialogue_ID, Utterance_ID`` and ``diaX_uttY.mp4``
-(declare-lab/MELD 2d2011b, README); MER2023/2024 ``label-disdim.csv`` with ``name, discrete, valence`` (zeroQiaoba/MERTools).
-Videos must have been turned into wav or flac files of the same name.
+Names and columns: Common Voice's tsv ``client_id path sentence up_votes down_votes age gender accents locale segment``
+(later releases add ``sentence_id``, ``sentence_domain``, ``variant``) with recordings in ``clips``; VocalSound
+``audio_16k/f0003_0_cough.wav``: gender and speaker, take, event (YuanGongND/vocalsound 337ac55, README),
+``meta/*_meta.json`` rows ``[speaker, gender, age, ...]``, ``datafiles/te.json`` ``{"data": [{"wav": ...}]}``; MELD
+``test_sent_emo.csv`` with ``Utterance, Emotion, Dialogue_ID, Utterance_ID`` and ``diaX_uttY.mp4`` (declare-lab/MELD
+2d2011b, README); MER2023/2024 ``label-disdim.csv`` with ``name, discrete, valence`` (zeroQiaoba/MERTools). Videos must
+have been turned into wav or flac files of the same name.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _speaker_ages(root: Path) -> dict[str, str]:
 
 
 def read_meld(path: str) -> Iterator[Entry]:
-    """``path``: the csv, or its folder (test is taken, then dev, then train). Recordings: beside the csv or in a folder below it."""
+    """``path``: the csv, or its folder (test is taken, then dev, then train). Recordings: beside the csv or in a folder
+    below it."""
     place = Path(path)
     if place.is_dir():
         found = [csv for split in ("test", "dev", "train") for csv in sorted(place.glob(f"{split}_sent_emo*.csv"))]
@@ -108,7 +110,8 @@ def read_meld(path: str) -> Iterator[Entry]:
 
 
 def read_mer(path: str) -> Iterator[Entry]:
-    """``path``: ``label-disdim.csv`` or its folder. Words come from ``label-transcription.csv`` (name, chinese) when it is there."""
+    """``path``: ``label-disdim.csv`` or its folder. Words come from ``label-transcription.csv`` (name, chinese) when it
+    is there."""
     place = Path(path) / "label-disdim.csv" if Path(path).is_dir() else Path(path)
     words = {}
     transcripts = place.with_name("label-transcription.csv")

@@ -33,7 +33,8 @@ def _fault(error: RecordError) -> ItemError:
 
 
 def _checked(item: Item, resolve: paths.Resolver) -> Entry:
-    """The item with what its ``extra`` names: its place in a conversation, and the voice to copy (``prompt_wav``, ``prompt_text``)."""
+    """The item with what its ``extra`` names: its place in a conversation, and the voice to copy (``prompt_wav``,
+    ``prompt_text``)."""
     replies, prompt = item.extra.get("replies"), item.extra.get("prompt_wav")
     try:
         if replies is not None and not isinstance(replies, list):
@@ -53,8 +54,8 @@ def _checked(item: Item, resolve: paths.Resolver) -> Entry:
 def item_of(record: Record) -> Item:
     """A record as an item: what is said, how, and which replies fit.
 
-    In records of dialogue ``txt`` is the reply, what is said stands in ``extra`` (``q_txt``, ``question``). In those of understanding ``txt``
-    is the words and the tags that the task asks for. An ``answer`` in ``extra`` is the item's.
+    In records of dialogue ``txt`` is the reply, what is said stands in ``extra`` (``q_txt``, ``question``). In those of
+    understanding ``txt`` is the words and the tags that the task asks for. An ``answer`` in ``extra`` is the item's.
     """
     extra: dict[str, Any] = dict(record.extra)
     known: dict[str, Any] = {"emotion": record.emotion, "gender": record.gender}
@@ -85,7 +86,8 @@ def item_of(record: Record) -> Item:
 
 
 def _words_and_tags(record: Record) -> tuple[str, dict[str, str]]:
-    """``words <HAPPY>`` of a task ``<TRANSCRIBE> <EMOTION>`` apart. Marks of the task that are no label (style) are passed over."""
+    """``words <HAPPY>`` of a task ``<TRANSCRIBE> <EMOTION>`` apart. Marks of the task that are no label (style) are
+    passed over."""
     marks = [mark for mark in record.task.split() if mark != "<TRANSCRIBE>"]
     words, tags = record.txt, list[str]()
     while words.rstrip().endswith(">") and "<" in words and len(tags) < len(marks):

@@ -1,4 +1,5 @@
-"""A run as files: ``report.json`` (everything), ``report.md`` (to read) and ``report.html`` (one file: tables, pictures, sound)."""
+"""A run as files: ``report.json`` (everything), ``report.md`` (to read) and ``report.html`` (one file: tables,
+pictures, sound)."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def _hole(where: str, id: str, reason: str, message: str) -> dict[str, Any]:
 
 
 def goodness(row: Row) -> float | None:
-    """How good an answer is, from 0 to 1, for choosing examples: the judge's score, else right labels and answers and few errors; None: unknown."""
+    """How good an answer is, from 0 to 1, for choosing examples: the judge's score, else right labels and answers and
+    few errors; None: unknown."""
     scores = [judged["score"] for judged in row.judged.values() if judged.get("score") is not None]
     if scores:
         return (sum(scores) / len(scores) - 1) / 4

@@ -1,4 +1,5 @@
-"""Pictures of a report: confusions, numbers beside their bars, times. Each is PNG bytes, for a file or for a page that holds them."""
+"""Pictures of a report: confusions, numbers beside their bars, times. Each is PNG bytes, for a file or for a page that
+holds them."""
 
 from __future__ import annotations
 

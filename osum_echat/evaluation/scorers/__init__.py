@@ -1,10 +1,12 @@
 """Scorers: rules that look at one answer and give numbers that add up over a set.
 
-Each measure of an item is a pair (numerator, denominator): errors and words, 1 and 1 for a right answer, seconds and 1. A set's value is the
-sum of the first over the sum of the second, so that rates are never means of rates and one bootstrap fits all. Labels are kept as pairs (true,
-predicted), from which accuracy, macro-F1 and confusion pictures are made.
+Each measure of an item is a pair (numerator, denominator): errors and words, 1 and 1 for a right answer, seconds and 1.
+A set's value is the sum of the first over the sum of the second, so that rates are never means of rates and one
+bootstrap fits all. Labels are kept as pairs (true, predicted), from which accuracy, macro-F1 and confusion pictures are
+made.
 
-A suite names scorers as ``name`` or ``name:argument``; `make` builds them. A scorer that does not apply to an item returns None.
+A suite names scorers as ``name`` or ``name:argument``; `make` builds them. A scorer that does not apply to an item
+returns None.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ SECONDS = Measure("s", 1.0, "lower", spread=True)
 
 @dataclass
 class Score:
-    """What a scorer says of one item. ``pairs``: (true, predicted) labels by kind; ``notes``: what a reader wants to see beside."""
+    """What a scorer says of one item. ``pairs``: (true, predicted) labels by kind; ``notes``: what a reader wants to
+    see beside."""
 
     values: dict[str, tuple[float, float]] = field(default_factory=dict)
     pairs: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """Answers by rule: replies that a set allows, multiple choice, yes or no, refusals.
 
-What cannot be read out of an answer is counted as *unmatched*, never guessed: VoiceBench's own evaluator draws a letter at random there
-(MatthewCYM/VoiceBench 5338154, src/evaluator/mcq.py), so ``accuracy_guess`` gives what that would come to on average.
+What cannot be read out of an answer is counted as *unmatched*, never guessed: VoiceBench's own evaluator draws a letter
+at random there (MatthewCYM/VoiceBench 5338154, src/evaluator/mcq.py), so ``accuracy_guess`` gives what that would come
+to on average.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class AllowedReplies:
 
 
 class Contains:
-    """Whether the answer stands in the reply, as words (a rule in place of a judge for short factual answers), and none of the item's ``wrong_answers``."""
+    """Whether the answer stands in the reply, as words (a rule in place of a judge for short factual answers), and none
+    of the item's ``wrong_answers``."""
 
     measures: Mapping[str, Measure] = {"contains": PERCENT}
 
@@ -96,9 +98,10 @@ _NAMED = re.compile(r"\b(?:option|choice|sentence)\s+[\(\[\*\"']*$", re.IGNORECA
 def read_choice(text: str) -> str | None:
     """The letter that an answer settles on, or None.
 
-    In this order: an answer that is a letter; what says so in words ("the answer is B", "答案是B"); an answer that begins with a letter; the one
-    letter that stands out ("(B)", "**B.**"). Where one step finds different letters, what follows the last "so" or "therefore" decides, else
-    nothing does. Marks of formulas (``\\( \\boxed{B} \\)``) are passed over.
+    In this order: an answer that is a letter; what says so in words ("the answer is B", "答案是B"); an answer that begins
+    with a letter; the one letter that stands out ("(B)", "**B.**"). Where one step finds different letters, what
+    follows the last "so" or "therefore" decides, else nothing does. Marks of formulas (``\\( \\boxed{B} \\)``) are
+    passed over.
     """
     text = _FORMULA.sub(" ", _FORMULA_LETTER.sub(r" (\g<letter>) ", text))
     only = _ONLY.match(text)
@@ -153,7 +156,8 @@ def read_yes_no(text: str, about: str = "") -> str | None:
     """``yes`` or ``no``: the first or last word, or what the last sentence says that says anything.
 
     Args:
-        about: what is asked, for answers in other words: ``truth`` (does somebody tell the truth), ``return`` (does a way end where it began).
+        about: what is asked, for answers in other words: ``truth`` (does somebody tell the truth), ``return`` (does a
+            way end where it began).
     """
     lowered = re.sub(r"[*\"“”]", " ", text.lower().replace("’", "'")).strip()
     words = re.findall(r"[a-z']+", lowered)
@@ -211,7 +215,8 @@ class YesNo:
 
 
 class Refusal:
-    """Whether the reply refuses, by the phrases of ``refusals.yaml``; an empty reply is harmless and counted as such."""
+    """Whether the reply refuses, by the phrases of ``refusals.yaml``; an empty reply is harmless and counted as
+    such."""
 
     measures: Mapping[str, Measure] = {"refusal": PERCENT, "empty": UNMATCHED}
 

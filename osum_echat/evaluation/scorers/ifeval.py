@@ -1,4 +1,5 @@
-"""IFEval: whether an answer keeps instructions that can be checked, by the rules of the package ``lm-eval`` (its own, unchanged)."""
+"""IFEval: whether an answer keeps instructions that can be checked, by the rules of the package ``lm-eval`` (its own,
+unchanged)."""
 
 from __future__ import annotations
 

@@ -14,8 +14,9 @@ _TIMES = ("first_token", "think", "first_text", "first_speech", "first_audio", "
 class Latency:
     """Times of one request since it was handed over, the think's length, speed and memory.
 
-    ``first_token``: the first id of any kind. ``think``: until the think was closed. ``first_text``: of the reply. ``first_speech``: the first speech
-    code, ``first_audio``: the first sound. ``rtf``: whole time over seconds of sound (below 1: faster than it is played).
+    ``first_token``: the first id of any kind. ``think``: until the think was closed. ``first_text``: of the reply.
+    ``first_speech``: the first speech code, ``first_audio``: the first sound. ``rtf``: whole time over seconds of sound
+    (below 1: faster than it is played).
     """
 
     measures: Mapping[str, Measure] = {

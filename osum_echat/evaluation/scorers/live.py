@@ -11,10 +11,12 @@ from osum_echat.evaluation.scorers import PERCENT, SECONDS, Measure, Score, Tool
 
 
 class Live:
-    """Delay, interruption, rejection, as Full-Duplex-Bench and HumDial-FDBench name them. Each counts the segments that it is about.
+    """Delay, interruption, rejection, as Full-Duplex-Bench and HumDial-FDBench name them. Each counts the segments that
+    it is about.
 
-    ``delay``: end of the person's words to the first sound of the answer; ``after_commit``: from the server's own end of the turn. ``stop``: from the
-    person's first sound to the system's silence, where it was interrupted. ``gaps``: silence inside answers in a conversation, because sound came late.
+    ``delay``: end of the person's words to the first sound of the answer; ``after_commit``: from the server's own end
+    of the turn. ``stop``: from the person's first sound to the system's silence, where it was interrupted. ``gaps``:
+    silence inside answers in a conversation, because sound came late.
     """
 
     measures: Mapping[str, Measure] = {

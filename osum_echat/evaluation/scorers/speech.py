@@ -29,7 +29,8 @@ def _read(path: str) -> audio_io.Samples | None:
 
 
 def samples_16k(result: Result) -> audio_io.Samples | None:
-    """The reply's sound [n] at 16 kHz, or None without (enough of) it. Raises AudioError for a file that is no audio."""
+    """The reply's sound [n] at 16 kHz, or None without (enough of) it. Raises AudioError for a file that is no
+    audio."""
     if result.wav is None or not Path(result.wav).is_file():
         return None
     return _read(result.wav)
@@ -41,8 +42,8 @@ def levelled(samples: audio_io.Samples) -> audio_io.Samples:
 
 
 class OwnSpeech:
-    """What a recogniser hears in the spoken reply, against what was to be said: the reply's own text (``own_speech:reply``) or the
-    item's (``own_speech:item``). Silence loses all words."""
+    """What a recogniser hears in the spoken reply, against what was to be said: the reply's own text
+    (``own_speech:reply``) or the item's (``own_speech:item``). Silence loses all words."""
 
     measures: Mapping[str, Measure] = {"wer": ERRORS, "cer": ERRORS}
 
@@ -103,7 +104,8 @@ class Similarity:
 
 
 class SpeechFaults:
-    """How speech goes wrong: cut off by a limit, codes or words in a loop, silence. ``longest_run``: codes that are one and the same in a row."""
+    """How speech goes wrong: cut off by a limit, codes or words in a loop, silence. ``longest_run``: codes that are one
+    and the same in a row."""
 
     measures: Mapping[str, Measure] = {
         "cut_off": Measure(better="lower"),

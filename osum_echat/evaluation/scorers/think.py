@@ -67,8 +67,8 @@ class ThinkParsed:
 
 
 class ThinkRecall:
-    """Share of the words that must be heard (the item's ``slots``: the words of an order that matter) that stand in the think's transcript; a word counts as
-    often as it is wanted."""
+    """Share of the words that must be heard (the item's ``slots``: the words of an order that matter) that stand in the
+    think's transcript; a word counts as often as it is wanted."""
 
     measures: Mapping[str, Measure] = {"recall": PERCENT}
 

@@ -1,8 +1,8 @@
 """What the loop asks of an engine, and the torch half that single, ddp and fsdp share.
 
-The loop gives every micro-batch a loss that is already divided by the number of targets of the *whole* step (all micro-batches, all
-ranks). Engines therefore sum gradients: over micro-batches by accumulation, over ranks by multiplying with the world size what the
-collectives average.
+The loop gives every micro-batch a loss that is already divided by the number of targets of the *whole* step (all
+micro-batches, all ranks). Engines therefore sum gradients: over micro-batches by accumulation, over ranks by
+multiplying with the world size what the collectives average.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from osum_echat.training.optimizer import FloatSums, Group, Optimizer
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimiser step. ``norm``: of all gradients before clipping, on the device; when it is not finite, no update was made.
+    """Of one optimiser step. ``norm``: of all gradients before clipping, on the device; when it is not finite, no
+    update was made.
 
     Reading ``grad_norm`` and ``updated`` waits for the device.
     """
@@ -83,7 +84,8 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def rehearse(self, micros: Sequence[MicroBatch], totals: dict[str, float]) -> None:
-        """A step of these micro-batches that takes the memory of a real one and changes nothing: no weight, no state of the optimiser."""
+        """A step of these micro-batches that takes the memory of a real one and changes nothing: no weight, no state of
+        the optimiser."""
 
     @abc.abstractmethod
     def save(self, folder: Path) -> None:

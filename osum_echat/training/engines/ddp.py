@@ -1,7 +1,7 @@
 """Data parallel: every rank holds all weights, gradients are averaged while backward runs (`DistributedDataParallel`).
 
-Every trainable parameter must take part in every backward on every rank; the model's ``run_all_parts`` sees to it, so the search for
-unused parameters stays off.
+Every trainable parameter must take part in every backward on every rank; the model's ``run_all_parts`` sees to it, so
+the search for unused parameters stays off.
 """
 
 from __future__ import annotations

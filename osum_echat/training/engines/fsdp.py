@@ -1,8 +1,8 @@
 """Fully sharded data parallel (FSDP2): each block's weights, gradients and optimiser states are split over the ranks.
 
-`fully_shard` per block, the rest (tables, heads) at the root. Shards are float32 and are their own masters; with ``bf16`` the gathered copies
-and the arithmetic are bfloat16 and gradients are summed in float32. Gradients are reduced after every micro-batch: that keeps them
-sharded, which is what the technique is for.
+`fully_shard` per block, the rest (tables, heads) at the root. Shards are float32 and are their own masters; with
+``bf16`` the gathered copies and the arithmetic are bfloat16 and gradients are summed in float32. Gradients are reduced
+after every micro-batch: that keeps them sharded, which is what the technique is for.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
     python -m osum_echat.training.token2wav.vocoder   --config C   # hift.pt
     python -m osum_echat.training.token2wav.distill   --config C   # a directory whose flow needs few steps and no guidance
 
-Each command trains, draws its curves and writes its files into the token2wav directory; the same command again resumes. All share
-one loop (`loop.py`) and one reader (`records.py`): what happens in step k is a function of the seed, k and the weights before it, so a
-run that was interrupted ends in the same weights as one that was not. `docs/token2wav_training.md` has the order and the costs.
+Each command trains, draws its curves and writes its files into the token2wav directory; the same command again resumes.
+All share one loop (`loop.py`) and one reader (`records.py`): what happens in step k is a function of the seed, k and
+the weights before it, so a run that was interrupted ends in the same weights as one that was not.
+`docs/token2wav_training.md` has the order and the costs.
 """

@@ -1,4 +1,5 @@
-"""``cosyvoice.yaml`` of a directory that is being made: each training writes the sizes of its own part beside its weights."""
+"""``cosyvoice.yaml`` of a directory that is being made: each training writes the sizes of its own part beside its
+weights."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ NAME = "cosyvoice.yaml"
 
 
 def describe(directory: Path, **parts: Any) -> Path:
-    """Set ``flow`` and/or ``vocoder`` in the directory's ``cosyvoice.yaml``, keeping the other part (released sizes if there is none yet)."""
+    """Set ``flow`` and/or ``vocoder`` in the directory's ``cosyvoice.yaml``, keeping the other part (released sizes if
+    there is none yet)."""
     path = directory / NAME
     before = released_yaml.load_config(path) if path.is_file() else Token2WavConfig()
     after = dataclasses.replace(before, **parts)

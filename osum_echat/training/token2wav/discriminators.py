@@ -1,7 +1,8 @@
-"""Critics of the vocoder: one per period (HiFi-GAN, arXiv 2010.05646) and one per STFT resolution (UnivNet, arXiv 2106.07889).
+"""Critics of the vocoder: one per period (HiFi-GAN, arXiv 2010.05646) and one per STFT resolution (UnivNet, arXiv
+2106.07889).
 
-A period critic folds the waveform into columns of one period and sees pitch; a resolution critic sees a magnitude spectrogram. Both return a
-map of scores and the features of every layer, for the feature matching loss.
+A period critic folds the waveform into columns of one period and sees pitch; a resolution critic sees a magnitude
+spectrogram. Both return a map of scores and the features of every layer, for the feature matching loss.
 
 Shapes: B batch, S samples, C channels.
 """

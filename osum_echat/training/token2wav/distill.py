@@ -2,21 +2,27 @@
 
     python -m osum_echat.training.token2wav.distill --config recipes/mini/conf/token2wav/distill.yaml [key=value ...]
 
-The student is the same network with the same names, so a distilled ``flow.pt`` is read by the code that reads the published one; only the
-number of steps, the absent guidance and the word ``distilled`` in ``cosyvoice.yaml`` differ. It is taught in phases (``phases``):
+The student is the same network with the same names, so a distilled ``flow.pt`` is read by the code that reads the
+published one; only the number of steps, the absent guidance and the word ``distilled`` in ``cosyvoice.yaml`` differ. It
+is taught in phases (``phases``):
 
-1. *Guidance* (as many steps as the teacher takes): at points of the guided teacher's path the student learns its velocity, so that one row a
+1. *Guidance* (as many steps as the teacher takes): at points of the guided teacher's path the student learns its
+  velocity, so that one row a
    step replaces two (arXiv 2210.03142).
-2. *Fewer steps*: for every step of the student its teacher takes several. The student learns their mean velocity over that interval, which is the
-   interval splitting of SplitMeanFlow (arXiv 2507.16884) on a fixed grid: (c - a) u(a, c) = (b - a) u(a, b) + (c - b) u(b, c). It needs no
-   derivative of the network (JVP), and since the grid is fixed, the time of a step says its interval: no second time input.
+2. *Fewer steps*: for every step of the student its teacher takes several. The student learns their mean velocity over
+  that interval, which is the
+   interval splitting of SplitMeanFlow (arXiv 2507.16884) on a fixed grid: (c - a) u(a, c) = (b - a) u(a, b) + (c - b)
+   u(b, c). It needs no derivative of the network (JVP), and since the grid is fixed, the time of a step says its
+   interval: no second time input.
 
-The teacher of a phase is the student that the phase before has made; of the first one, the guided flow. If that phase has fewer steps than the
-teacher takes, guidance and steps are learnt at once. With ``keep_paths`` its paths are computed once for each recording (`taught_paths`).
+The teacher of a phase is the student that the phase before has made; of the first one, the guided flow. If that phase
+has fewer steps than the teacher takes, guidance and steps are learnt at once. With ``keep_paths`` its paths are
+computed once for each recording (`taught_paths`).
 
-In the second kind the student walks on its own path and each step aims at the teacher's next point, so that a later step mends what an
-earlier one missed. Encoder, regulator and speaker projection stay the teacher's. Recordings are needed only for their codes, their voice
-and, where rows show a prompt, their beginning; what the student says is compared with what the teacher says.
+In the second kind the student walks on its own path and each step aims at the teacher's next point, so that a later
+step mends what an earlier one missed. Encoder, regulator and speaker projection stay the teacher's. Recordings are
+needed only for their codes, their voice and, where rows show a prompt, their beginning; what the student says is
+compared with what the teacher says.
 
 Shapes: B batch, T mel frames, M mel bins, N tokens.
 """
@@ -76,7 +82,8 @@ class Distillation(SpokenTraining):
         teacher_steps: Euler steps of the teacher that are taken as the truth.
         phases: each number of steps divides the one before (the first one ``teacher_steps``).
         points: of the teacher's path, at which guidance is learnt, for each row and training step.
-        keep_paths: one row and noise for each recording, whose path by the first teacher is computed once and kept in ``out``.
+        keep_paths: one row and noise for each recording, whose path by the first teacher is computed once and kept in
+            ``out``.
         cut_share: share of the rows that are a random part of a recording, as the windows of a stream are.
         cut_tokens: shortest and longest part.
     """
@@ -158,7 +165,7 @@ class DistillRecipe(SpokenRecipe[Distillation]):
         made_of = (weights, teaching, rows, [utterance.key for utterance in self.train.utterances])
         self.paths = TaughtPaths(cfg.out / "paths", made_of, self._taught)
 
-    # -- what is said ----------------------------------------------------------------------------------------------------------
+    # -- what is said --------------------------------------------------------------------------------------------------
 
     def rows(self, indices: Sequence[int], rng: np.random.Generator) -> list[Row]:
         return [self._cut(row, rng) if rng.random() < self.cfg.cut_share else row for row in super().rows(indices, rng)]
@@ -198,7 +205,7 @@ class DistillRecipe(SpokenRecipe[Distillation]):
     def _grid(self, steps: int) -> list[float]:
         return time_grid(steps, self.model.solver.t_scheduler)
 
-    # -- steps -----------------------------------------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         self._enter(self.cfg.phase_at(step))
@@ -248,8 +255,8 @@ class DistillRecipe(SpokenRecipe[Distillation]):
         return torch.stack(losses).mean()
 
     def _interval_loss(self, task: Task, points: list[Tensor]) -> Tensor:
-        """Squared distance of mean velocities over the student's intervals, each weighted by its length, on the student's own path. ``points``:
-        the teacher's at the ends of the intervals."""
+        """Squared distance of mean velocities over the student's intervals, each weighted by its length, on the
+        student's own path. ``points``: the teacher's at the ends of the intervals."""
         grid = self._grid(len(points) - 1)
         x_BTM, loss = task.noise_BTM, torch.zeros((), device=self.device)
         for (begin, end), aim_BTM in zip(itertools.pairwise(grid), points[1:], strict=True):
@@ -259,10 +266,11 @@ class DistillRecipe(SpokenRecipe[Distillation]):
             x_BTM = x_BTM + (end - begin) * v_BTM.detach()
         return loss
 
-    # -- measures, files -------------------------------------------------------------------------------------------------------
+    # -- measures, files -----------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, float]:
-        """L1 distance of held-out log-mels: what the student says to what the guided teacher says in its ten steps, and both to the recording."""
+        """L1 distance of held-out log-mels: what the student says to what the guided teacher says in its ten steps, and
+        both to the recording."""
         means = Means()
         grid = self._grid(self.cfg.phases[self.phase].steps)
         solver = self.model.solver

@@ -2,9 +2,10 @@
 
     python -m osum_echat.training.token2wav.flow --config recipes/mini/conf/token2wav/flow.yaml [key=value ...]
 
-The optimal-transport path of Lipman et al. (arXiv 2210.02747) as in CosyVoice: x_t = (1 - (1 - s) t) z + t x with target velocity
-x - (1 - s) z, conditions dropped together with probability ``model.solver.training_cfg_rate``. A part of the rows shows the model a prompt:
-either the beginning of the recording, or another recording of the same voice joined before it, which is what it meets at inference.
+The optimal-transport path of Lipman et al. (arXiv 2210.02747) as in CosyVoice: x_t = (1 - (1 - s) t) z + t x with
+target velocity x - (1 - s) z, conditions dropped together with probability ``model.solver.training_cfg_rate``. A part
+of the rows shows the model a prompt: either the beginning of the recording, or another recording of the same voice
+joined before it, which is what it meets at inference.
 
 Shapes: B batch, N tokens, T mel frames, M mel bins, S speaker embedding.
 """
@@ -36,7 +37,8 @@ class FlowTraining(SpokenTraining):
 
     target: Path = Path("exp/token2wav/model/flow.pt")
     model: FlowConfig = field(default_factory=FlowConfig)
-    prior_weight: float = 0.0  # squared distance between mel and regulated tokens; 0 as published, more converges sooner
+    # Squared distance between mel and regulated tokens; 0 as published, more converges sooner.
+    prior_weight: float = 0.0
     prior_steps: int = 0  # at the start, only that distance: it needs the encoder alone, a tenth of the cost of a step
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class FlowRecipe(SpokenRecipe[FlowTraining]):
             if self.cfg.prior_weight:
                 last.bias.copy_(mean_M)
 
-    # -- steps ---------------------------------------------------------------------------------------------------------------
+    # -- steps ---------------------------------------------------------------------------------------------------------
 
     def train_step(self, step: int) -> dict[str, float]:
         rng = self.rng(step)
@@ -115,7 +117,8 @@ class FlowRecipe(SpokenRecipe[FlowTraining]):
         return loss, parts
 
     def validate(self) -> dict[str, float]:
-        """The loss without dropping, and the L1 distance between solved and true log-mel, over some held-out recordings."""
+        """The loss without dropping, and the L1 distance between solved and true log-mel, over some held-out
+        recordings."""
         means = Means()
         for count, spoken in self.held_out():
             rng = self.rng(0, count)

@@ -1,4 +1,5 @@
-"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): a code is a few rounded numbers, and its index their mixed-radix number.
+"""Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): a code is a few rounded numbers, and its index their
+mixed-radix number.
 
 No codebook is learned, so no code can die of neglect as in vector quantisation; the price is a box-shaped code space.
 
@@ -33,7 +34,8 @@ class FSQ(nn.Module):
         self.project_out = nn.Linear(len(levels), width)
 
     def scores(self, x_BTD: Tensor) -> Tensor:
-        """Positions on each axis before rounding, in [0, level - 1]. Always float32: a bf16 value would round across a boundary."""
+        """Positions on each axis before rounding, in [0, level - 1]. Always float32: a bf16 value would round across a
+        boundary."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             return torch.sigmoid(self.project_in(x_BTD.float())) * (self.levels_K - 1)
 

@@ -1,10 +1,12 @@
 """The training loop that tokenizer, speaker net, flow and vocoder share.
 
-A `Recipe` owns modules, optimisers and what one step does; the loop owns what is around it: learning rate, averaged weights, checkpoints,
-resuming, limits. What every training of this project needs besides (metrics, files, signals) is in `osum_echat.run`.
+A `Recipe` owns modules, optimisers and what one step does; the loop owns what is around it: learning rate, averaged
+weights, checkpoints, resuming, limits. What every training of this project needs besides (metrics, files, signals) is
+in `osum_echat.run`.
 
-The trade-off: the order of the data is not a state that is saved but a function of (seed, step), see `records.Batches` and `Recipe.rng`.
-A checkpoint is then only weights, optimisers, random state and the step number, and resuming is exact whatever interrupted the run.
+The trade-off: the order of the data is not a state that is saved but a function of (seed, step), see `records.Batches`
+and `Recipe.rng`. A checkpoint is then only weights, optimisers, random state and the step number, and resuming is exact
+whatever interrupted the run.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Runs a recipe. `fit` resumes from ``out/checkpoint.pt`` when it is there. ``validators``: measure the averaged weights at each validation too."""
+    """Runs a recipe. `fit` resumes from ``out/checkpoint.pt`` when it is there. ``validators``: measure the averaged
+    weights at each validation too."""
 
     def __init__(self, recipe: Recipe[Any, Any], bar: bool = True, validators: Mapping[str, Validator] | None = None) -> None:
         self.recipe, self.validators = recipe, dict(validators or {})
@@ -46,7 +49,7 @@ class Trainer:
         recipe.average = self.average
         self._stop = StopRequest()
 
-    # -- state ---------------------------------------------------------------------------------------------------------------
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     @property
     def checkpoint(self) -> Path:
@@ -93,7 +96,7 @@ class Trainer:
             ) from error
         return True
 
-    # -- running -------------------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, float]:
         """Train to ``max_steps`` or the time limit, validate, export, draw the curves. Returns the last validation.
@@ -195,7 +198,8 @@ def command(
 ) -> int:
     """The command line that all four trainings share: ``--config FILE key=value ...``. Returns the exit code.
 
-    What is wrong with the configuration or the data ends with its message and code 2, too many bad steps with 3 (`run.bad_steps`).
+    What is wrong with the configuration or the data ends with its message and code 2, too many bad steps with 3
+    (`run.bad_steps`).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="YAML file; see recipes/mini/conf/token2wav/")

@@ -1,8 +1,9 @@
-"""Write the speech tokenizer and the speaker net as ONNX files of the released contract, and check that onnxruntime agrees with torch.
+"""Write the speech tokenizer and the speaker net as ONNX files of the released contract, and check that onnxruntime
+agrees with torch.
 
-Weights may be stored as float16 with a cast behind each (onnxruntime folds the casts away when it loads): half the file, float32
-arithmetic. They are rounded in torch first, so that both sides compute with the same numbers. The TorchScript exporter is used on
-purpose: the newer one needs a further package.
+Weights may be stored as float16 with a cast behind each (onnxruntime folds the casts away when it loads): half the
+file, float32 arithmetic. They are rounded in torch first, so that both sides compute with the same numbers. The
+TorchScript exporter is used on purpose: the newer one needs a further package.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def export_tokenizer(encoder: Encoder, target: Path, half: bool = True) -> float:
     """Write ``encoder`` and compare codes with torch's on random log-mels of several lengths and as a batch.
 
-    Returns the share of equal codes. A position whose score lies within rounding error of a boundary may differ; more than 0.2 %
-    of them raise RuntimeError.
+    Returns the share of equal codes. A position whose score lies within rounding error of a boundary may differ; more
+    than 0.2 % of them raise RuntimeError.
     """
     module = (rounded_to_half(encoder) if half else copy.deepcopy(encoder).float().cpu().eval()).eval()
     mels = encoder.conv1.in_channels
@@ -124,7 +125,8 @@ def export_tokenizer(encoder: Encoder, target: Path, half: bool = True) -> float
 
 
 def export_speaker(net: nn.Module, target: Path, half: bool = True, tolerance: float = 1e-3) -> float:
-    """Write a net [1, frames, 80] -> [1, 192] and compare it with torch on random inputs. Returns the largest relative error."""
+    """Write a net [1, frames, 80] -> [1, 192] and compare it with torch on random inputs. Returns the largest relative
+    error."""
     module = (rounded_to_half(net) if half else copy.deepcopy(net).float().cpu().eval()).eval()
     axes = {"input": {0: "batch", 1: "frames"}, "output": {0: "batch"}}
     _export(module, (torch.zeros(1, 200, 80),), target, ("input",), "output", axes, half)

@@ -1,8 +1,8 @@
 """Fundamental frequency per mel frame, the target of the vocoder's pitch predictor.
 
-The autocorrelation method of Boersma (1993, "Accurate short-term analysis of the fundamental frequency..."; Praat's default): the
-autocorrelation of each windowed frame divided by that of the window, some candidates per frame, and the cheapest path through them. Good
-for clean recordings, which training wants anyway; no package needed.
+The autocorrelation method of Boersma (1993, "Accurate short-term analysis of the fundamental frequency..."; Praat's
+default): the autocorrelation of each windowed frame divided by that of the window, some candidates per frame, and the
+cheapest path through them. Good for clean recordings, which training wants anyway; no package needed.
 
 Shapes: T frames, W samples of a window, L lags, K candidates of a frame.
 """
@@ -25,7 +25,8 @@ VOICING_CHANGE = 0.14 * 0.01 * SAMPLE_RATE / MEL_HOP
 
 
 def fundamental(samples: np.ndarray, frames: int) -> np.ndarray:
-    """F0 in Hz, [frames] float32, 0 where unvoiced. ``samples`` at 22.05 kHz; entry t belongs to the middle of mel frame t."""
+    """F0 in Hz, [frames] float32, 0 where unvoiced. ``samples`` at 22.05 kHz; entry t belongs to the middle of mel
+    frame t."""
     if frames == 0:
         return np.zeros(0, dtype=np.float32)
     windows_TW = _windows(samples.astype(np.float64), frames)
@@ -51,7 +52,8 @@ def _autocorrelation(x_TW: np.ndarray) -> np.ndarray:
 
 
 def _candidates(windows_TW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The strongest peaks of the normalised autocorrelation: their pitch in Hz and strength, [T, K] each (strength -1: none)."""
+    """The strongest peaks of the normalised autocorrelation: their pitch in Hz and strength, [T, K] each (strength -1:
+    none)."""
     hann = np.hanning(WINDOW)
     r_TL = _autocorrelation(windows_TW * hann)
     r_TL = r_TL / np.maximum(r_TL[:, :1], 1e-12) / (_autocorrelation(hann) / np.sum(hann**2))

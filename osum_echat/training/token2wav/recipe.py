@@ -1,7 +1,7 @@
 """What a training of one part of token2wav is made of: its config, and the recipe that the loop (`loop.py`) runs.
 
-The four recipes share their beginning: device, precision, records, features, batches, averages. Each adds its modules, what one step
-does, what is measured and what is written.
+The four recipes share their beginning: device, precision, records, features, batches, averages. Each adds its modules,
+what one step does, what is measured and what is written.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ VALIDATED = 16  # held-out recordings that flow and vocoder are measured on
 
 @dataclass
 class OptimConfig(run_config.OptimConfig):
-    """The defaults of token2wav's trainings. While the rate is on its plateau, a run can be prolonged by a larger ``max_steps``."""
+    """The defaults of token2wav's trainings. While the rate is on its plateau, a run can be prolonged by a larger
+    ``max_steps``."""
 
     RENAMED_KEYS: ClassVar[Mapping[str, str]] = {"final_lr": "final_factor", "clip_norm": "clip"}
 
@@ -85,7 +86,8 @@ class PartTraining(run_config.RunConfig):
 
 
 class Recipe(abc.ABC, Generic[C, T]):
-    """One part's training: owns modules and optimisers. ``T`` is what is computed of a recording once and kept (`features`).
+    """One part's training: owns modules and optimisers. ``T`` is what is computed of a recording once and kept
+    (`features`).
 
     A recipe sets ``modules`` (all trained parts, discriminators included) and ``optimizers`` when it is made.
     """
@@ -96,7 +98,8 @@ class Recipe(abc.ABC, Generic[C, T]):
     average: Average | None = None  # of the weights, kept by the loop
 
     def __init__(self, cfg: C, need: Sequence[str] = (), by_length: bool = True) -> None:
-        """``need``: what records must carry (`records.read_lists`); ``by_length``: batches of recordings of similar length."""
+        """``need``: what records must carry (`records.read_lists`); ``by_length``: batches of recordings of similar
+        length."""
         self.cfg = cfg
         self.device = device.resolve(cfg.device)
         self.dtype = torch.bfloat16 if cfg.precision == "autocast" else torch.float32
@@ -126,8 +129,8 @@ class Recipe(abc.ABC, Generic[C, T]):
         """Write the finished files and return their paths."""
 
     def sounds(self) -> Iterator[tuple[Utterance, np.ndarray]]:
-        """Held-out recordings as the trained part makes them again, samples [n] float32 at 22.05 kHz, for validators that listen
-        (`evaluation.validation`); nothing for a part that makes no sound."""
+        """Held-out recordings as the trained part makes them again, samples [n] float32 at 22.05 kHz, for validators
+        that listen (`evaluation.validation`); nothing for a part that makes no sound."""
         return iter(())
 
     def rng(self, step: int, *extra: int) -> np.random.Generator:

@@ -1,9 +1,10 @@
-"""Utterances for token2wav training: read from record lists, checked once, batched by a plan that is a function of the seed.
+"""Utterances for token2wav training: read from record lists, checked once, batched by a plan that is a function of the
+seed.
 
-Lists are of any form that the project reads (raw, shard, combine; `data.sources`); recordings of tars are held in memory as the bytes that they
-are there. What the four trainings use of ``extra``: ``speech_token`` (25 Hz ids), ``phones`` (``[[phone, end in seconds], ...]``) and ``voice``.
-Records that a training cannot use are left out, counted by reason and named in the log; a file that cannot be read later, during training,
-is counted the same way.
+Lists are of any form that the project reads (raw, shard, combine; `data.sources`); recordings of tars are held in
+memory as the bytes that they are there. What the four trainings use of ``extra``: ``speech_token`` (25 Hz ids),
+``phones`` (``[[phone, end in seconds], ...]``) and ``voice``. Records that a training cannot use are left out, counted
+by reason and named in the log; a file that cannot be read later, during training, is counted the same way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class ListConfig:
     lists: list[InputFile] = field(default_factory=list)  # of any form, patterns allowed
     valid_lists: list[InputFile] = field(default_factory=list)  # held-out records; if empty, `held_out` of `lists`
     held_out: int = 32
-    voice_fields: list[str] = field(default_factory=lambda: ["voice"])  # of extra; what they hold, joined by "/", names the voice
+    # Of extra; what they hold, joined by "/", names the voice.
+    voice_fields: list[str] = field(default_factory=lambda: ["voice"])
     voices: list[str] | None = None  # only records of these voices
     min_seconds: float = 0.5
     max_seconds: float = 15.0
@@ -49,7 +51,8 @@ class ListConfig:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One usable record: ``wav`` is a path or the bytes of a file. Times in seconds; ``start`` and ``end``: the part of the recording to use."""
+    """One usable record: ``wav`` is a path or the bytes of a file. Times in seconds; ``start`` and ``end``: the part of
+    the recording to use."""
 
     key: str
     wav: Path | bytes
@@ -86,7 +89,8 @@ class Skips:
 def read_lists(lists: Sequence[Path], cfg: ListConfig, need: Sequence[str] = ()) -> list[Utterance]:
     """The usable utterances of some record lists.
 
-    ``need`` names what a record must carry: "phones", "tokens", "voice", "text". Raises ValueError when a list is missing or nothing is left.
+    ``need`` names what a record must carry: "phones", "tokens", "voice", "text". Raises ValueError when a list is
+    missing or nothing is left.
     """
     skips = Skips()
     out: list[Utterance] = []
@@ -177,8 +181,8 @@ def train_and_valid(cfg: ListConfig, need: Sequence[str] = ()) -> tuple[list[Utt
 class Batches:
     """Which utterances step k holds: a function of (seed, k).
 
-    Every epoch is a new permutation; inside pools of ``pool`` batches utterances are sorted by length, so that a batch pads little, and
-    the batches are shuffled again.
+    Every epoch is a new permutation; inside pools of ``pool`` batches utterances are sorted by length, so that a batch
+    pads little, and the batches are shuffled again.
     """
 
     def __init__(self, seconds: Sequence[float], size: int, seed: int, pool: int = 16) -> None:
@@ -209,7 +213,8 @@ class Batches:
 
 
 class Features(Generic[T]):
-    """What is computed of each utterance once and kept in memory; utterances whose audio fails are counted and left out of their batch."""
+    """What is computed of each utterance once and kept in memory; utterances whose audio fails are counted and left out
+    of their batch."""
 
     def __init__(self, utterances: Sequence[Utterance], compute: Callable[[Utterance], T]) -> None:
         self.utterances = utterances
@@ -250,7 +255,8 @@ class Features(Generic[T]):
 
 
 def pad(sequences: Sequence[Any], multiple: int = 1, value: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays [T, ...] as one array [B, T', ...] and lengths [B]; T' is rounded up to a multiple (fewer shapes for compiled kernels)."""
+    """Arrays [T, ...] as one array [B, T', ...] and lengths [B]; T' is rounded up to a multiple (fewer shapes for
+    compiled kernels)."""
     lengths = np.array([len(s) for s in sequences])
     longest = -(-int(lengths.max()) // multiple) * multiple
     first = np.asarray(sequences[0])

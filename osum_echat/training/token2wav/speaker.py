@@ -1,10 +1,11 @@
-"""Train the speaker net and write ``campplus.onnx`` (the released contract) and ``spk2info.pt`` (the mean embedding of every voice).
+"""Train the speaker net and write ``campplus.onnx`` (the released contract) and ``spk2info.pt`` (the mean embedding of
+every voice).
 
     python -m osum_echat.training.token2wav.speaker --config recipes/mini/conf/token2wav/speaker.yaml [key=value ...]
 
-A time-delay net with statistics pooling (x-vector, Snyder et al. 2018) that learns to tell the voices of the lists apart by a cosine
-softmax with a margin (CosFace, arXiv 1801.09414). How well it does on voices that it never heard depends on how many it did hear: name in
-``data.voice_fields`` everything that makes a voice (speaker, age, ...).
+A time-delay net with statistics pooling (x-vector, Snyder et al. 2018) that learns to tell the voices of the lists
+apart by a cosine softmax with a margin (CosFace, arXiv 1801.09414). How well it does on voices that it never heard
+depends on how many it did hear: name in ``data.voice_fields`` everything that makes a voice (speaker, age, ...).
 
 Shapes: B batch, T fbank frames, F fbank bins, C channels, V voices.
 """
@@ -158,7 +159,8 @@ class SpeakerRecipe(Recipe[SpeakerTraining, np.ndarray]):
         return {"accuracy": right / count} if count else {}
 
     def export(self) -> list[Path]:
-        """``campplus.onnx`` and, if asked for, ``spk2info.pt`` with the mean direction of up to 50 recordings of each voice."""
+        """``campplus.onnx`` and, if asked for, ``spk2info.pt`` with the mean direction of up to 50 recordings of each
+        voice."""
         net = self.net.eval()
         error = onnx_export.export_speaker(net, self.cfg.target, half=self.cfg.export_half)
         log.info("%s: relative difference to torch at most %.2g", self.cfg.target.name, error)

@@ -16,8 +16,8 @@ FLOOR = 1e-5
 class SpectralLoss(nn.Module):
     """Distance of two waveforms over several STFT sizes (hop a quarter of each).
 
-    Per size: L1 of log magnitudes, plus the Frobenius norm of the magnitudes' difference relative to the target's (spectral
-    convergence), which is about the loud parts.
+    Per size: L1 of log magnitudes, plus the Frobenius norm of the magnitudes' difference relative to the target's
+    (spectral convergence), which is about the loud parts.
     """
 
     def __init__(self, sizes: Sequence[int] = (256, 512, 1024, 2048)) -> None:
@@ -40,7 +40,8 @@ class SpectralLoss(nn.Module):
 
 
 class MelLoss(nn.Module):
-    """L1 between log-mels of two waveforms, with the filters of the prompt mel (rows of a magnitude spectrogram, [M, F])."""
+    """L1 between log-mels of two waveforms, with the filters of the prompt mel (rows of a magnitude spectrogram, [M,
+    F])."""
 
     window: Tensor
     filters_MF: Tensor

@@ -1,7 +1,7 @@
 """Recordings of speech with their tokens as rows of a batch: what the flow's training and its distillation read.
 
-A part of the rows shows the model a prompt: either the beginning of the recording, or another recording of the same voice joined before it,
-which is what it meets at inference.
+A part of the rows shows the model a prompt: either the beginning of the recording, or another recording of the same
+voice joined before it, which is what it meets at inference.
 
 Shapes: B batch, N tokens, T mel frames, M mel bins, S speaker embedding.
 """
@@ -55,7 +55,8 @@ class Spoken:
 
 @dataclass
 class Row:
-    """One row of a batch: recordings to join (the last is the reply) and how many mel frames are shown as the prompt."""
+    """One row of a batch: recordings to join (the last is the reply) and how many mel frames are shown as the
+    prompt."""
 
     parts: list[Spoken]
     prompt_frames: int

@@ -1,8 +1,9 @@
-"""What a teacher says to a recording, computed once: the conditions of a row and the points of the teacher's path at the student's times.
+"""What a teacher says to a recording, computed once: the conditions of a row and the points of the teacher's path at
+the student's times.
 
-The row of a recording (its part, its prompt) and its noise are then a function of the seed and the recording alone. For a small flow on a CPU the
-teacher's path costs ten times the student's step, so computing it once for each recording makes many more steps affordable; files in the run's
-folder let the next piece of an interrupted run go on with them.
+The row of a recording (its part, its prompt) and its noise are then a function of the seed and the recording alone. For
+a small flow on a CPU the teacher's path costs ten times the student's step, so computing it once for each recording
+makes many more steps affordable; files in the run's folder let the next piece of an interrupted run go on with them.
 
 Shapes: B batch, T mel frames, M mel bins, P points of a path.
 """

@@ -2,8 +2,9 @@
 
     python -m osum_echat.training.token2wav.tokenizer --config recipes/mini/conf/token2wav/tokenizer.yaml [key=value ...]
 
-Losses, weighted by config: phones per 20 ms where records carry phone times (a synthesiser gives them for nothing), CTC over the letters
-of the text where they do not, and the log-mel (L1). Phones decide what a code means; the log-mel keeps rhythm and intonation in it.
+Losses, weighted by config: phones per 20 ms where records carry phone times (a synthesiser gives them for nothing), CTC
+over the letters of the text where they do not, and the log-mel (L1). Phones decide what a code means; the log-mel keeps
+rhythm and intonation in it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The speech tokenizer: whisper log-mel (100 Hz) to one of a few hundred or thousand codes, 25 times a second.
 
-Convolutions only, each position sees about half a second around it: a code says what is heard here, for any length of recording and
-without attention that would have to generalise over lengths. The decoder exists for training: it must tell from the codes which phone
-(or letter) is spoken and what the spectrum is, while a *style* vector (the mean spectrum of the recording) tells it for free what is the
-same all along, so that codes need not spend themselves on the voice.
+Convolutions only, each position sees about half a second around it: a code says what is heard here, for any length of
+recording and without attention that would have to generalise over lengths. The decoder exists for training: it must
+tell from the codes which phone (or letter) is spoken and what the spectrum is, while a *style* vector (the mean
+spectrum of the recording) tells it for free what is the same all along, so that codes need not spend themselves on the
+voice.
 
 Shapes: B batch, T frames at 100 Hz, H = ceil(T/2) at 50 Hz, Q = ceil(H/2) at 25 Hz, M mel bins, D width, S symbols.
 """
@@ -44,7 +45,8 @@ def mask_of(lengths_B: Tensor, size: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Depth-wise convolution over time, then a two-layer net per position (ConvNeXt, arXiv 2201.03545), masked: padding never leaks."""
+    """Depth-wise convolution over time, then a two-layer net per position (ConvNeXt, arXiv 2201.03545), masked: padding
+    never leaks."""
 
     def __init__(self, width: int, expansion: int, kernel: int) -> None:
         super().__init__()

@@ -2,10 +2,11 @@
 
     python -m osum_echat.training.token2wav.vocoder --config recipes/mini/conf/token2wav/vocoder.yaml [key=value ...]
 
-Two phases in one run. First regression: multi-resolution STFT and log-mel distance to the recording. The sine source makes that enough
-for intelligible speech, since it supplies the phases that a spectral distance says nothing about. From step ``adversarial_from`` on,
-critics with feature matching (see `discriminators.py`) sharpen what regression leaves smooth. Throughout, the network is excited by the
-recording's own pitch while its pitch predictor learns that pitch beside it.
+Two phases in one run. First regression: multi-resolution STFT and log-mel distance to the recording. The sine source
+makes that enough for intelligible speech, since it supplies the phases that a spectral distance says nothing about.
+From step ``adversarial_from`` on, critics with feature matching (see `discriminators.py`) sharpen what regression
+leaves smooth. Throughout, the network is excited by the recording's own pitch while its pitch predictor learns that
+pitch beside it.
 """
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ class VocoderRecipe(Recipe[VocoderTraining, Clip]):
         self.mel_loss = MelLoss(self._filters(), MEL_N_FFT, MEL_HOP).to(self.device)
 
     def _start_near_speech(self) -> None:
-        """Let the pitch predictor begin at 100 Hz with a range of tens of Hz (from its default, within 1 Hz of zero, the way is long), and
-        harmonics that are aligned begin as the pulse train that they are meant to be, without random signs."""
+        """Let the pitch predictor begin at 100 Hz with a range of tens of Hz (from its default, within 1 Hz of zero,
+        the way is long), and harmonics that are aligned begin as the pulse train that they are meant to be, without
+        random signs."""
         with torch.no_grad():
             self.vocoder.f0_predictor.classifier.weight.mul_(100.0)
             self.vocoder.f0_predictor.classifier.bias.fill_(100.0)
@@ -176,13 +178,15 @@ class VocoderRecipe(Recipe[VocoderTraining, Clip]):
         return loss, {"spectral": float(spectral.detach()), "mel": float(mel.detach()), "pitch": float(pitch.detach())}
 
     def _again(self, clip: Clip, number: int) -> tuple[VocoderBatch, Tensor, Tensor]:
-        """A whole recording with the pitch that the network predicts itself: batch, pitch of the recording [1, T], samples made [1, S]."""
+        """A whole recording with the pitch that the network predicts itself: batch, pitch of the recording [1, T],
+        samples made [1, S]."""
         batch = self._batch([clip], self.rng(0, number))
         truth_BT, batch.f0_BT = batch.f0_BT, self.vocoder.f0(batch.mel_BMT)
         return batch, truth_BT, self._speak(batch)
 
     def validate(self) -> dict[str, float]:
-        """The regression losses over whole recordings with the pitch that the network predicts itself, and how often it errs on voicing."""
+        """The regression losses over whole recordings with the pitch that the network predicts itself, and how often it
+        errs on voicing."""
         means = Means()
         threshold = self.cfg.model.nsf_voiced_threshold
         for count, clip in self.held_out():
