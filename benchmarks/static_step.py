@@ -98,13 +98,13 @@ def compiled_kernels(model: EChatModel) -> int:
     from torch._inductor.utils import run_and_get_code
 
     step = build_step(model)
-    cache, turns = step.cache(2, 256), step.turns(256)
+    cache, cos_sin = step.cache(2, 256), step.cos_sin(256)
     with torch.inference_mode():
         at = step.at(torch.tensor([3, 5]), 1, 256, 256, masked=True)
-        turn = (turns[0][at.column_Bn], turns[1][at.column_Bn])
+        cos_sin_Bn = (cos_sin[0][at.column_Bn], cos_sin[1][at.column_Bn])
         x = torch.randn(2, 1, _SHAPE["hidden_size"])
         compiled = torch.compile(_Layer.__call__, dynamic=False)
-        _, codes = run_and_get_code(compiled, step.layers[0], x, at, turn, cache.keys[0], cache.values[0])
+        _, codes = run_and_get_code(compiled, step.layers[0], x, at, cos_sin_Bn, cache.keys[0], cache.values[0])
     assert len(codes) == 1, f"a layer became {len(codes)} graphs"
     return len(_CALL.findall(codes[0]))
 

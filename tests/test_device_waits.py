@@ -102,7 +102,7 @@ def test_a_token_of_the_static_step_takes_few_kernels() -> None:
 
 def test_a_layer_of_the_static_step_is_sixteen_kernels() -> None:
     step = build_step(tiny()[0])
-    cache, turns, device = step.cache(2, 64), step.turns(64), step.device
+    cache, cos_sin, device = step.cache(2, 64), step.cos_sin(64), step.device
     counts = []
     with torch.inference_mode():
         for layers in (1, len(step.layers)):
@@ -112,7 +112,7 @@ def test_a_layer_of_the_static_step_is_sixteen_kernels() -> None:
             few_cache.keys, few_cache.values = cache.keys[:layers], cache.values[:layers]
             with Waits() as waits:
                 at = few.at(torch.tensor([3, 5]), 1, 64, 64, masked=True)
-                few(torch.zeros(2, 1, tiny()[0].lm.width, device=device), at, few_cache, turns)
+                few(torch.zeros(2, 1, tiny()[0].lm.width, device=device), at, few_cache, cos_sin)
             counts.append(waits.kernels.total())
     assert (counts[1] - counts[0]) / (len(step.layers) - 1) <= 16, counts
 

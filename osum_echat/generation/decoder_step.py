@@ -143,15 +143,15 @@ class _Layer:
         self.act = mlp.act_fn
         self.down = AddingProduct(mlp.down_proj)
 
-    def __call__(self, x_BnD: Tensor, at: At, turn: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
-        """``turn``: see `DecoderStep.turns`; ``keys``, ``values``: this layer's cache, written to."""
+    def __call__(self, x_BnD: Tensor, at: At, cos_sin: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> Tensor:
+        """``cos_sin``: see `DecoderStep.cos_sin`; ``keys``, ``values``: this layer's cache, written to."""
         batch, count, _ = x_BnD.shape
         qkv = self.qkv(self.norm(x_BnD)).view(batch, count, -1, self.width)
         turned, value = qkv.split((self.heads + self.key_heads, self.key_heads), dim=2)
         if self.head_norms:
             parts = turned.split((self.heads, self.key_heads), dim=2)
             turned = torch.cat([norm(part) for norm, part in zip(self.head_norms, parts, strict=True)], dim=2)
-        cos, sin = turn
+        cos, sin = cos_sin
         half = self.width // 2
         turned = turned * cos + torch.cat((turned[..., half:], turned[..., :half]), dim=-1) * sin
         query, key = turned.split((self.heads, self.key_heads), dim=2)
@@ -203,7 +203,7 @@ class DecoderStep:
     def cache(self, slots: int, columns: int) -> Cache:
         return Cache(len(self.layers), slots, columns, self.key_heads, self.width, self.dtype, self.device)
 
-    def turns(self, columns: int) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, columns: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of each column's rotation, [C, 1, d]; the sine has the sign of its half, so that turning needs no negation."""
         example = torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device)
         cos, sin = self._rotary(example, torch.arange(columns, device=self.device)[None])
@@ -229,11 +229,11 @@ class DecoderStep:
             bias = torch.zeros(hidden.shape, dtype=self.dtype, device=device).masked_fill_(hidden, lowest)[:, None]
         return At(column_Bn, (column_Bn + first_B[:, None]).flatten(), bias, columns)
 
-    def __call__(self, x_BnD: Tensor, at: At, cache: Cache, turns: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, x_BnD: Tensor, at: At, cache: Cache, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
         """Hidden states [B, n, D] after the final norm; the cache has the new positions then."""
-        turn = (turns[0][at.column_Bn], turns[1][at.column_Bn])
+        cos_sin_Bn = (cos_sin[0][at.column_Bn], cos_sin[1][at.column_Bn])
         for layer, keys, values in zip(self._call_layer, cache.keys, cache.values, strict=True):
-            x_BnD = layer(x_BnD, at, turn, keys, values)
+            x_BnD = layer(x_BnD, at, cos_sin_Bn, keys, values)
         return self.norm(x_BnD)
 
     def compile(self, **options: Any) -> None:
@@ -301,10 +301,10 @@ def differs(model: EChatModel, step: DecoderStep, positions: int = 3) -> float:
     ids_1n = torch.randint(model.vocabulary.text_size, (1, positions), generator=generator).to(step.device)
     embeds = model.embed(ids_1n)
     expected = model.hidden(embeds, torch.arange(positions, device=step.device)[None]).float()
-    cache, turns = step.cache(1, positions), step.turns(positions)
+    cache, cos_sin = step.cache(1, positions), step.cos_sin(positions)
     found = []
     for position in range(positions):
         length_B = torch.full((1,), position, device=step.device)
         at = step.at(length_B, 1, positions, positions, masked=True)
-        found.append(step(embeds[:, position : position + 1], at, cache, turns).float())
+        found.append(step(embeds[:, position : position + 1], at, cache, cos_sin).float())
     return float((torch.cat(found, dim=1) - expected).abs().max() / expected.abs().max().clamp(min=1e-6))

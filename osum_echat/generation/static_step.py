@@ -117,7 +117,7 @@ class StaticStep:
         vocab, device = model.vocabulary, decoder.device
         self.names = (AgeChoice.name, "think", *(guard.name for guard in choice.speech_guards))
         self.cache: Cache = decoder.cache(slots, columns)
-        self.turns = decoder.turns(columns)
+        self.cos_sin = decoder.cos_sin(columns)
         self.length_B = torch.zeros(slots, dtype=torch.long, device=device)
         self.chosen_B = torch.zeros(slots, dtype=torch.long, device=device)
         self.hidden_BD = torch.zeros(slots, model.lm.width, dtype=decoder.dtype, device=device)
@@ -166,7 +166,7 @@ class StaticStep:
         new.__dict__.update(self.__dict__)
         new.slots, new.columns = slots, columns
         new.cache = self.cache.resized(rows, slots, columns, used)
-        new.turns = self.turns if columns == self.columns else self.decoder.turns(columns)
+        new.cos_sin = self.cos_sin if columns == self.columns else self.decoder.cos_sin(columns)
         index = devices.send(list(rows) + [0] * (slots - len(rows)), self.device, torch.long)
         for name in ("length_B", "chosen_B", "hidden_BD", "recent_BW", "seen_text", "seen_speech", "result_BG"):
             setattr(new, name, getattr(self, name)[index])
@@ -207,7 +207,7 @@ class StaticStep:
         count = shape.fed
         ids_Bn = torch.where(given_Bn >= 0, given_Bn, self.chosen_B[:, None])
         at = self.decoder.at(self.length_B, count, shape.columns, self.columns, shape.masked)
-        hidden_BnD = self.decoder(self.model.embed(ids_Bn), at, self.cache, self.turns)
+        hidden_BnD = self.decoder(self.model.embed(ids_Bn), at, self.cache, self.cos_sin)
         feed_B1 = feed_B[:, None]
         self.hidden_BD.copy_(torch.where(feed_B1, hidden_BnD[:, -1], self.hidden_BD))
         self.length_B.add_(feed_B.long(), alpha=count)
