@@ -99,8 +99,8 @@ STEPS = (
     Step(
         "export",
         "one folder, 8-bit",
-        module("recipes.mini.export", "--run", OUT / "empathy", "--token2wav", SOUND, "--voice", DATA / "heldout/reply/reply_003.wav", "--out", OUT / "export"),
-        ("empathy", "flow", "vocoder"),
+        module("recipes.mini.export", "--run", OUT / "empathy", "--token2wav", TOKEN2WAV / "distilled", "--voice", DATA / "heldout/reply/reply_003.wav", "--out", OUT / "export"),
+        ("empathy", "distill"),
     ),
     Step("evaluate", "every number of the model card", module("recipes.mini.evaluation", "--checkpoint", OUT / "export", "--out", OUT / "evaluation"), ("export",)),
 )  # fmt: skip
