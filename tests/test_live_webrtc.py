@@ -7,8 +7,10 @@ import base64
 import contextlib
 import json
 import logging
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -604,3 +606,9 @@ def test_formats_are_left_out_and_all_else_stays() -> None:
             if text != '{"format"'
             else event_without_formats(text) == text
         )
+
+
+def test_the_extra_installs_what_is_tested() -> None:
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.findall(r'"(aiortc[^"]*)"', text)
+    assert len(found) == 2 and len(set(found)) == 1, "the extra and the environment of developers name one floor and one marker"
