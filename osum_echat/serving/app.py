@@ -22,6 +22,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 
 from osum_echat.serving import calls, rest
 from osum_echat.serving.backend import Backend
+from osum_echat.serving.memory import Trimmer
 from osum_echat.serving.metrics import Metrics
 from osum_echat.serving.realtime.events import build_error
 from osum_echat.serving.realtime.gpt_live import AHEAD_S, LiveSession
@@ -73,6 +74,7 @@ class Server:
         self.metrics = Metrics()
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="osum-echat-turns")
         self.connections: set[Connection] = set()
+        self._trimmer = Trimmer()
         self.draining = False
         load = getattr(backend, "load", None)
         if load is not None:
@@ -156,6 +158,7 @@ class Server:
         finally:
             self.connections.discard(connection)
             self.metrics.sessions.set(len(self.connections))
+            self._trimmer.session_ended()
 
     def new_session(
         self, emit: Any, model: str | None, session: Mapping[str, Any], limits: SessionLimits | None = None
