@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -18,8 +19,10 @@ from typing import Any
 import psutil
 
 from osum_echat.batch.local import LocalEngine
+from osum_echat.batch.work import Outcome, Unit
 from osum_echat.cli import main as command
 from osum_echat.cli.batch_answers import AnswerWorker
+from osum_echat.cli.common import load_echat
 from osum_echat.pipeline import EChat
 from osum_echat.pipeline.ask import MODES, find_mode
 from tests.cluster.case import DEMO, ROOT, Bench, Question, busy, differences, done, ready, rows_of, write_forms, write_list
@@ -168,22 +171,35 @@ def cpu_of_others(workers: Collection[int]) -> float:
     return seconds
 
 
-@dataclass
-class Loaded:
-    """A question's work with a model that is there already."""
+@dataclass(frozen=True)
+class Many:
+    """Several questions, answered by one model. A unit's payload: which question, and the record's place; a block has units of one question."""
 
-    echat: EChat
-    question: Question
+    questions: tuple[Question, ...]
 
-    def open(self, device: str) -> AnswerWorker:
-        return AnswerWorker(self.echat, self.question.args, find_mode(self.question.task))
+    def open(self, device: str) -> ManyWorker:
+        args = argparse.Namespace(**{**vars(self.questions[0].args), "device": device})
+        return ManyWorker(load_echat(args, speech=True), self.questions)
+
+    def units(self) -> list[Unit]:
+        found = [(which, unit) for which, question in enumerate(self.questions) for unit in question.units()]
+        return [Unit(number, unit.key, (which, unit.payload)) for number, (which, unit) in enumerate(found)]
 
 
-def tasks(bench: Bench) -> None:
-    """Eight records of every other task that the checkpoint has learnt: text, tags, speech tokens and the bytes of the wav files."""
+class ManyWorker:
+    def __init__(self, echat: EChat, questions: Sequence[Question]) -> None:
+        self.inner = [AnswerWorker(echat, question.args, find_mode(question.task)) for question in questions]
+
+    def run(self, units: Sequence[Unit]) -> Iterator[Outcome]:
+        [which] = {unit.payload[0] for unit in units}
+        yield from self.inner[which].run([Unit(unit.number, unit.key, unit.payload[1]) for unit in units])
+
+
+def tasks(bench: Bench, count: int = 8) -> None:
+    """So many records of every other task that the checkpoint has learnt: text, tags, speech tokens and the bytes of the wav files."""
     folder = bench.folder / "tasks"
     folder.mkdir()
-    path = write_list(folder, 8)
+    path = write_list(folder, count)
     echat = EChat.load("mini", device="cpu")
     learnt = [
         (name, think)
@@ -191,20 +207,22 @@ def tasks(bench: Bench) -> None:
         for think in (("tag", "language") if mode.thinks else ("tag",))
         if name != "asr" and echat.refusal(mode.ask(b"", "a", think=think)) is None
     ]
+    work = Many(tuple(Question(str(path), name, ("--think", think, "--batch-size", "4")) for name, think in learnt))
+    local = rows_of(LocalEngine("cpu", 4).run(work, work.units()))
     bench.start()
+    rows = rows_of(bench.engine(block_size=4).run(work, work.units()))
     bench.found["tasks"] = [f"{name} {think}" if MODES[name].thinks else name for name, think in learnt]
-    for name, think in learnt:
-        question = Question(str(path), name, ("--think", think, "--batch-size", "4"))
-        local = rows_of(LocalEngine("cpu", 4).run(Loaded(echat, question), question.units()))
-        rows = rows_of(bench.engine(block_size=4).run(question.work(folder / "r"), question.units()))
-        sounds = sum(len(files) for _, files, _ in rows.values())
+    for number, (name, think) in enumerate(learnt):
+        numbers = range(count * number, count * number + count)
+        ours, theirs = ({n: found[n] for n in numbers if n in found} for found in (local, rows))
+        sounds = sum(len(files) for _, files, _ in theirs.values())
         bench.check(
-            f"{name} ({think}): 8 records equal, {sounds} wav files byte for byte",
-            not differences(rows, local)
-            and len(rows) == 8
-            and (sounds == 8) == MODES[name].speaks
-            and not any(r[2] for r in rows.values()),
-            differences(rows, local),
+            f"{name} ({think}): {count} records equal, {sounds} wav files byte for byte",
+            not differences(theirs, ours)
+            and len(ours) == count
+            and (sounds == count) == MODES[name].speaks
+            and not any(r[2] for r in theirs.values()),
+            differences(theirs, ours),
         )
 
 

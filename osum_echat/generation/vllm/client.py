@@ -82,6 +82,7 @@ class VllmDecoder:
     ) -> None:
         os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one takes no embeddings on CPUs
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for what was asked for
         if _on_cpu():
             # Eager as all else there: the one function that vLLM would compile needs a C++ compiler and most of a minute.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
