@@ -86,7 +86,7 @@ def overhead(bench: Bench) -> None:
 
     A machine's own speed may change by half within a minute, so the engines take turns of some seconds: both are there all the time, and gates let the
     workers of one pass while those of the other wait. Counted are seconds and CPU seconds of the blocks (other programs disturb the second less), the seconds
-    that a worker has no block, and the CPU seconds of the command, the raylets and all else of Ray's in all the turns.
+    that a worker has no block, and the share of a core that the command (with this measuring), the raylets and all else of Ray's take all the time.
     """
     folder = bench.folder / "overhead"
     folder.mkdir()
@@ -94,12 +94,12 @@ def overhead(bench: Bench) -> None:
     logs = {name: folder / name / "log" for name in ("local", "ray")}
     gates = {name: folder / f"{name}.gate" for name in logs}
     turns: dict[str, list[tuple[float, float]]] = {name: [] for name in logs}
-    others: list[float] = []
+    others: list[tuple[float, float]] = []
 
     def take_turns() -> None:
         until(lambda: all(len(ready(log)) == PROCESSES for log in logs.values()))
         workers = {pid for log in logs.values() for pid in ready(log)}
-        others.append(cpu_of_others(workers))
+        others.append((time.monotonic(), cpu_of_others(workers)))
         total = -(-bench.records // size)
         while any(blocks_done(log) < total for log in logs.values()):
             for name, log in logs.items():
@@ -109,7 +109,7 @@ def overhead(bench: Bench) -> None:
                 gates[name].unlink()
                 until(lambda: not busy(log))  # noqa: B023
                 turns[name].append((began, time.time()))
-        others.append(cpu_of_others(workers))
+        others.append((time.monotonic(), cpu_of_others(workers)))
 
     bench.start()
     with local_rows(folder / "local", question, size, gates["local"]) as local:
@@ -123,14 +123,14 @@ def overhead(bench: Bench) -> None:
     seconds = {name: sum(block.ended - block.began for some in blocks[name] for block in some) for name in logs}
     cpu = {name: sum(block.cpu for some in blocks[name] for block in some) for name in logs}
     between = {name: sum(b.came - a.ended for some in blocks[name] for a, b in itertools.pairwise(some)) for name in logs}
-    cpu_others = others[1] - others[0]
+    elapsed, cpu_others = (after - before for before, after in zip(*others, strict=True))
     bench.found["overhead"] = {
         "clock_over_local": round((seconds["ray"] + between["ray"]) / (seconds["local"] + between["local"]), 3),
         "clock_over_local_by_turn": [
             round(b / a, 3) for a, b in zip(*(seconds_each(logs[name], turns[name]) for name in logs), strict=False)
         ],
         "cpu_over_local_workers": round(cpu["ray"] / cpu["local"], 3),
-        "cpu_over_local_with_all_else_of_ray": round((cpu["ray"] + cpu_others) / cpu["local"], 3),
+        "all_else_of_ray_cores": round(cpu_others / elapsed, 3),
         "without_a_block_share": round(between["ray"] / (seconds["ray"] + between["ray"]), 4),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "cpu": {**{name: round(value, 2) for name, value in cpu.items()}, "all_else_of_ray": round(cpu_others, 2)},
