@@ -7,7 +7,7 @@ import sys
 
 from osum_echat import EChat
 
-wav = sys.argv[1] if len(sys.argv) > 1 else "assets/demo/1_adult_male_happy.ogg"
+wav = sys.argv[1] if len(sys.argv) > 1 else "assets/demo/8_adult_male_happy_applause.ogg"
 echat = EChat.load("checkpoints/mini")
 reply = echat.chat(wav, think="tag")
 print("heard:  ", reply.think.transcript)
