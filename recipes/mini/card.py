@@ -24,7 +24,7 @@ how they are said, thinks, and answers in text and speech. It runs through the c
 
 ## What it cannot do
 
-- **Every word.** Of what people read aloud it mishears more than half (`people_read_wer` below; worst in long sentences), of short orders a fifth; a good recogniser mishears one word in
+- **Every word.** Of what people read aloud it mishears nearly every second word (`people_read_wer` below; worst in long sentences), of short orders one in eight; a good recogniser mishears one word in
   twenty. Say it again in fewer words.
 - **Open conversation.** It knows {topics} everyday topics; its answers follow a rule of ours (topic, age, gender, emotion, event). Of another sentence it takes up a
   thing that was named. It knows nothing about the world, and remembers no earlier turn.
