@@ -207,7 +207,7 @@ def test_a_quantized_checkpoint_is_the_rounded_one_on_disk(
 @needs_nbits
 @needs_mini
 def test_mini_in_8_bits_says_what_it_says_in_float32(tmp_path: Path, root_dir: Path) -> None:
-    recording = root_dir / "assets" / "demo" / "5_adult_female_neutral.ogg"
+    recording = root_dir / "assets" / "demo" / "8_adult_male_happy_applause.ogg"
     model_io.save_quantized(MINI, tmp_path / "int8", "int8")
     replies = [EChat.load(path, device="cpu").chat(recording, think="tag", greedy=True) for path in (MINI, tmp_path / "int8")]
     assert replies[0].text == replies[1].text != ""

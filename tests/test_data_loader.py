@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
 import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -155,6 +161,36 @@ def test_restore_with_a_worker_process_and_a_large_shuffle_buffer(tmp_path: Path
         second.load_state_dict(state)
         restored = iter(second)
         assert all(same(next(running), next(restored)) for _ in range(5))
+
+
+KILLED = """
+import json, multiprocessing, os, signal, sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tests.test_data_loader import loader
+
+def killed(*_):
+    Path(sys.argv[2]).write_text(json.dumps([child.pid for child in multiprocessing.active_children()]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Connection.send = killed
+next(iter(loader({"raw": json.loads(sys.argv[1])}, workers=1)))
+"""
+
+
+def test_a_worker_ends_where_its_parent_is_killed_before_it_gave_orders(tmp_path: Path):
+    raw = write_raw(tmp_path, [{**record(n, "<TEXT2TEXT>"), "question": "why", "wav": None} for n in range(8)])
+    pids = tmp_path / "pids.json"
+    command = [sys.executable, "-c", KILLED, json.dumps(raw, default=str), str(pids)]
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")])}
+    done = subprocess.run(command, env=environment, cwd=root, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    [worker] = json.loads(pids.read_text())
+    deadline = time.monotonic() + 60
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker waits for orders that nobody will give"
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import multiprocessing
-import multiprocessing.queues
+import multiprocessing.connection
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import fsspec.asyn
@@ -136,7 +137,7 @@ class Loader:
         """One worker process a reader. They are kept for the next epoch: starting them takes a second, opening lists
         included."""
         if self._workers is None or len(todo) > self._workers.num_workers:
-            self._shares.orders = [multiprocessing.SimpleQueue() for _ in todo]
+            self._shares.orders = [multiprocessing.Pipe(duplex=False) for _ in todo]
             self._workers = DataLoader(
                 self._shares,
                 batch_size=None,
@@ -148,11 +149,11 @@ class Loader:
                 # Of its own: the seed that torch draws for workers must not move the training's random state.
                 generator=torch.Generator(),
             )
-        # Workers first: a restored reader's state is larger than what a pipe holds, so `put` waits until a worker
+        # Workers first: a restored reader's state is larger than what a pipe holds, so `send` waits until a worker
         # reads.
         running = iter(self._workers)
-        for at, orders in enumerate(self._shares.orders):
-            orders.put((epoch, [(at, todo[at])] if at < len(todo) else [], self._num_readers))
+        for at, (_, orders) in enumerate(self._shares.orders):
+            orders.send((epoch, [(at, todo[at])] if at < len(todo) else [], self._num_readers))
         return running
 
     def _next_batch(self, outputs: Iterator[tuple[int, ReaderStep]]) -> Batch | None:
@@ -281,17 +282,22 @@ class _ReaderState:
 class _Shares(IterableDataset[tuple[int, ReaderStep]]):
     """Readers of a rank: each in a worker process of its own, or all in this process, taking turns.
 
-    ``orders``: a queue for each worker; each epoch it is told there which readers to run.
+    ``orders``: the two ends of a pipe for each worker; each epoch it is told there which readers to run.
     """
 
     def __init__(self, streams: Sequence[Stream], builder: Builder, config: DataConfig) -> None:
         self._args = (streams, builder, config)
-        self.orders: list[multiprocessing.queues.SimpleQueue[Any]] = []
+        self.orders: list[tuple[Connection, Connection]] = []
 
     def __iter__(self) -> Iterator[tuple[int, ReaderStep]]:
         info = get_worker_info()
-        assert info is not None, "in this process, call run"
-        return self.run(*self.orders[info.id].get())
+        parent = multiprocessing.parent_process()
+        assert info is not None and parent is not None, "in this process, call run"
+        orders, _ = self.orders[info.id]
+        multiprocessing.connection.wait([orders, parent.sentinel])
+        if not orders.poll():
+            raise SystemExit(0)  # who gives orders was killed; a worker that waited on would stay for ever
+        return self.run(*orders.recv())
 
     def run(self, epoch: int, readers: Sequence[tuple[int, _ReaderState]], num_readers: int) -> Iterator[tuple[int, ReaderStep]]:
         """(place in ``readers``, output) of an epoch, in turns."""
