@@ -82,6 +82,7 @@ def compare(
                 side: [resample(model.synthesize(list(u.tokens), voice)[0], SAMPLE_RATE, RATE) for u in group]
                 for side, model in models.items()
             }
+            mos = {side: round(dnsmos.overall(waves[side][0]), 4) for side in SIDES}
             row: dict[str, Any] = {"keys": [u.key for u in group], "text": text, "recogniser": recogniser.name}
             for apart in (False, True):
                 row["apart"] = apart
@@ -89,8 +90,7 @@ def compare(
                     together = [np.concatenate([part for wave in waves[side] for part in (wave, pause)])]
                     heard = [recogniser.transcribe(sound) for sound in (waves[side] if apart else together)]
                     errors = total_errors([u.text for u in group] if apart else [text], heard)
-                    mos = round(dnsmos.overall(waves[side][0]), 4)
-                    row[side] = {"heard": " ".join(heard), "errors": errors.errors, "words": errors.units, "dnsmos": mos}
+                    row[side] = {"heard": " ".join(heard), "errors": errors.errors, "words": errors.units, "dnsmos": mos[side]}
                 if len(group) == 1 or not passed_over(row):
                     break
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

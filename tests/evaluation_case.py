@@ -17,6 +17,7 @@ from osum_echat.evaluation.results import Result
 from osum_echat.evaluation.scorers import Score, Tools, make
 from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.pipeline import Ask, Reply
+from osum_echat.pipeline.parts import NotLearnt
 
 SAID = {"gender": "male", "age": "adult", "emotion": "sad", "event": "none"}
 TEXT = "my dog ran away"
@@ -89,9 +90,6 @@ class Parrot:
             self.asked.append(ask)
         return out
 
-    def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
-        return None
-
 
 class Talker(Parrot):
     """The same with sessions: ``past_turns`` before a turn at most, more are refused."""
@@ -106,14 +104,10 @@ class Talker(Parrot):
 
     def chat(self, **options: Any) -> Reply:
         past = self.sessions[-1]
-        why = self.refusal(Ask(**options), len(past))
-        if why is not None:
-            raise ValueError(why)
+        if len(past) > self.past_turns:
+            raise NotLearnt(f"this checkpoint has not learnt dialogues with {len(past)} past turns")
         past.append(Ask(**options))
         return self.batch([past[-1]])[0]
-
-    def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
-        return f"this checkpoint has not learnt dialogues with {past_turns} past turns" if past_turns > self.past_turns else None
 
 
 class Listener:

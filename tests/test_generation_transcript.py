@@ -160,12 +160,14 @@ def test_a_plan_for_vllm_carries_place_and_probabilities(echat: EChat) -> None:
     request = echat.request(Ask(wav=DEMO[0], think="tag"), echat.hear([DEMO[0]]))
     plan = RowPlan.of(request)
     read = RowPlan.from_plain(plan.to_plain(), echat.model.vocabulary)
-    assert read.place == request.place is not None
-    assert read.ctc_PC is not None and torch.equal(read.ctc_PC, request.ctc())  # type: ignore[arg-type]
-    assert replace(read, ctc_PC=None) == replace(plan, ctc_PC=None)
-    assert RowPlan.of(request, joint=False).ctc_PC is None, "without a share of the CTC head nothing is sent of it"
+    assert read.transcribed is not None and request.transcribed is not None
+    assert read.transcribed.place == request.place is not None
+    assert torch.equal(read.transcribed.log_probs_PC, request.transcribed.log_probs_PC)
+    assert replace(read, transcribed=None) == replace(plan, transcribed=None)
+    assert RowPlan.of(request, joint=False).transcribed is None, "without a share of the CTC head nothing is sent of it"
     broken = plan.to_plain()
-    broken["ctc_PC"] = [*broken["ctc_PC"][:2], broken["ctc_PC"][2][:400]]
+    heard = broken["transcribed"]
+    heard["ctc_PC"] = [*heard["ctc_PC"][:2], heard["ctc_PC"][2][:400]]
     with pytest.raises(ValueError, match="probabilities"):
         RowPlan.from_plain(broken, echat.model.vocabulary)
-    assert RowPlan.from_plain(RowPlan.of(echat.request(Ask(text="hello"))).to_plain(), echat.model.vocabulary).ctc_PC is None
+    assert RowPlan.from_plain(RowPlan.of(echat.request(Ask(text="hello"))).to_plain(), echat.model.vocabulary).transcribed is None

@@ -22,6 +22,7 @@ from osum_echat.evaluation.results import FILE, Lines, Result
 from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.generation.events import Done, SpeechToken, TextDelta
 from osum_echat.pipeline import Ask, AudioChunk, EChat, Reply
+from osum_echat.pipeline.parts import NotLearnt
 
 Progress = Callable[[str], None]
 
@@ -113,7 +114,8 @@ class _Writer:
         self.out, self.suite, self.part = out, suite, part
 
     def failed(self, item: Item, error: Exception, refused: bool = False) -> Result:
-        return Result(item.id, self.part, self.suite, error=str(error), refused=refused)
+        """``refused``: whatever the error is, the item counts as one that the checkpoint refused."""
+        return Result(item.id, self.part, self.suite, error=str(error), refused=refused or _is_refusal(error))
 
     def result(self, item: Item, reply: Reply, seconds: float) -> Result:
         wav = None
@@ -164,9 +166,9 @@ def _batch(
         replies = [_alone(echat, ask) for _, ask in asks]
     each = (time.perf_counter() - began) / max(len(asks), 1)
     answered: dict[str, Reply] = {}
-    for (item, ask), reply in zip(asks, replies, strict=True):
+    for (item, _), reply in zip(asks, replies, strict=True):
         if isinstance(reply, ValueError):
-            failed[item.id] = writer.failed(item, reply, _refused(echat, ask, reply))
+            failed[item.id] = writer.failed(item, reply)
         else:
             answered[item.id] = reply
     for item in items:
@@ -176,12 +178,9 @@ def _batch(
             yield writer.result(item, answered[item.id], each), answered[item.id]
 
 
-def _refused(echat: EChat, ask: Ask, error: ValueError, turns: int = 1) -> bool:
-    """Whether the error is that the checkpoint has not learnt what is asked, up to so many turns into a conversation,
-    or not at this length."""
-    if isinstance(error, AudioError):
-        return error.reason == "too_long"
-    return any(echat.refusal(ask, past) == str(error) for past in range(turns))
+def _is_refusal(error: Exception) -> bool:
+    """Whether the error is that the checkpoint has not learnt what is asked, or not at this length."""
+    return isinstance(error, NotLearnt) or (isinstance(error, AudioError) and error.reason == "too_long")
 
 
 def _alone(echat: EChat, ask: Ask) -> Reply | ValueError:
@@ -217,7 +216,7 @@ def _conversations(
             continue
         session, broken, refused = echat.session(), "", False
         for place, item in enumerate(some, start=1):
-            began, ask = time.perf_counter(), None
+            began = time.perf_counter()
             try:
                 if broken or item.turn != place:
                     raise ValueError(broken or f"turn {place} of conversation {item.dialogue_id!r} is not among the items")
@@ -225,7 +224,7 @@ def _conversations(
                 reply = session.chat(**{field.name: getattr(ask, field.name) for field in fields(ask) if field.init})
             except ValueError as error:
                 broken = broken or f"turn {item.turn} of conversation {item.dialogue_id!r} was not answered: {error}"
-                refused = refused or (ask is not None and _refused(echat, ask, error, place))
+                refused = refused or _is_refusal(error)
                 result = writer.failed(item, error, refused)
             else:
                 if item.id not in wanted:
@@ -256,7 +255,6 @@ def _one_by_one(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], w
     is made on first use."""
     warm = False
     for item in items:
-        ask = None
         try:
             ask = ask_of(item, part, suite)
             if not warm:
@@ -264,7 +262,7 @@ def _one_by_one(echat: EChat, suite: Suite, part: Part, items: Sequence[Item], w
                 warm = True
             reply, times = _timed(echat, ask)
         except ValueError as error:
-            yield writer.failed(item, error, ask is not None and _refused(echat, ask, error))
+            yield writer.failed(item, error)
             continue
         result = writer.result(item, reply, times["total"])
         result.timings |= times

@@ -21,7 +21,7 @@ from osum_echat.generation.config import GenerationConfig, Mode, Sampling
 from osum_echat.generation.guards import AgeChoice, Repetition, Silence, ban_id
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.sampling import Dice, SamplingRows, choose, penalise, sampling_rows
-from osum_echat.generation.transcript import Place, TranscriptRow, ending_ids
+from osum_echat.generation.transcript import Transcribed, TranscriptRow, ending_ids
 
 
 class ChoosingRow:
@@ -98,13 +98,14 @@ class Choice:
         guard = self.config.guards.age
         return guard is None or not guard.spoken_only or state.form != "none"
 
-    def transcript(self, place: Place | None, log_probs_PC: Tensor | None) -> TranscriptRow | None:
+    def transcript(self, transcribed: Transcribed | None) -> TranscriptRow | None:
         """For a row that begins: its transcript, where there is one and the CTC head has a share in it."""
-        if place is None or log_probs_PC is None or not self.config.ctc_weight:
+        if transcribed is None or not self.config.ctc_weight:
             return None
+        place = transcribed.place
         if place.end not in self._ends:
             self._ends[place.end] = ending_ids(self._tokenizer, self.vocab, place.end)
-        return TranscriptRow(place, log_probs_PC, self._ends[place.end])
+        return TranscriptRow(*transcribed, self._ends[place.end])
 
     def age_acts(self, row: ChoosingRow) -> bool:
         """Whether the age guard acts on the id that the row chooses now. It depends on ids alone, so it can be asked again later."""

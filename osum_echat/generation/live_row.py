@@ -15,7 +15,7 @@ class LiveRow(ChoosingRow):
     """A row in work: its request, its state, its random numbers and its clock."""
 
     def __init__(self, index: int, request: Request, state: RowState, started: float, choice: Choice) -> None:
-        transcript = choice.transcript(request.place, request.ctc())
+        transcript = choice.transcript(request.transcribed)
         super().__init__(state, request.mode, request.seed, choice.age_armed(state), transcript)
         self.index, self.request, self.started = index, request, started
         self.prefill = 0.0

@@ -19,7 +19,7 @@ from osum_echat.dialogue.vocabulary import Vocabulary
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.config import GenerationConfig, Mode
 from osum_echat.generation.phases import RowState
-from osum_echat.generation.transcript import Place
+from osum_echat.generation.transcript import Place, Transcribed
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
 
@@ -30,8 +30,7 @@ class Request:
     Attributes:
         output_type: kind of sequence, a key of `OUTPUTS`.
         prompt: the flat prompt, up to where the assistant begins.
-        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots; empty where they are handed to the
-            generator joined with those of other requests.
+        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots; the current one is the last.
         mode: sampling settings and the limit on generated ids.
         seed: of this row's random numbers.
         text_ids: for text to speech: the text to say, without its end.
@@ -41,7 +40,6 @@ class Request:
         keep_cache: hand the cache back in `cache` when the row is done.
         think: form of the think that the prompt asks for (see `build_request`).
         place: where the transcript of the current recording stands in the row's text.
-        ctc_PC: what the CTC head heard in the current recording, where ``heard`` does not say it.
         cancelled: set it to stop the row within one step.
     """
 
@@ -59,13 +57,13 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
     cache: KeptCache | None = None
     place: Place | None = None
-    ctc_PC: Tensor | None = None
 
-    def ctc(self) -> Tensor | None:
-        """Log-probabilities [P, C] of the CTC head for the current recording, None where there is none."""
-        if self.ctc_PC is None and self.heard and self.heard[-1].ctc_log_probs_NPC is not None:
-            return self.heard[-1].ctc_log_probs_NPC[0]
-        return self.ctc_PC
+    @property
+    def transcribed(self) -> Transcribed | None:
+        """Where the current recording is transcribed, and what the CTC head heard of it; None without a transcript or such a head."""
+        if self.place is None or not self.heard or self.heard[-1].ctc_log_probs_NPC is None:
+            return None
+        return Transcribed(self.place, self.heard[-1].ctc_log_probs_NPC[0])
 
     def cancel(self) -> None:
         self.cancelled.set()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,6 +55,13 @@ class Place:
         return cls(tuple(begin), template.parts[1][0].lstrip()[:1])
 
 
+class Transcribed(NamedTuple):
+    """Where a row writes its transcript, and what the CTC head heard of the recording (log-probabilities)."""
+
+    place: Place
+    log_probs_PC: Tensor
+
+
 class CtcPrefix:
     """Probabilities of what may follow the ids that were taken so far.
 
@@ -64,7 +72,7 @@ class CtcPrefix:
         self._x_PC = log_probs_PC.double().cpu()
         self._blank = self._x_PC.shape[1] - 1
         self._ends_in_label_P = torch.full((len(self._x_PC),), _NEVER, dtype=torch.float64)
-        self._ends_in_blank_P = self._x_PC[:, self._blank].cumsum(0)
+        self._blanks_P = self._ends_in_blank_P = self._x_PC[:, self._blank].cumsum(0)
         self._last: int | None = None
         self._so_far = 0.0  # log-probability that the recording begins with the ids taken
         self._following_V = self._follow()
@@ -77,7 +85,7 @@ class CtcPrefix:
     def take(self, token: int) -> None:
         """Put an id behind the others."""
         new_P = self._before(token == self._last)  # paths that say the ids before, up to the position where this one begins
-        x_P, blank_P = self._x_PC[:, token].cumsum(0), self._x_PC[:, self._blank].cumsum(0)
+        x_P, blank_P = self._x_PC[:, token].cumsum(0), self._blanks_P
         # r[t] = (r[t-1] + new[t]) x[t] and b[t] = (b[t-1] + r[t-1]) blank[t], in logarithms and without a loop.
         label_P = torch.logcumsumexp(new_P - _shifted(x_P, 0.0), 0) + x_P
         blank_ends_P = torch.logcumsumexp(_shifted(label_P, _NEVER) - _shifted(blank_P, 0.0), 0) + blank_P
@@ -102,7 +110,7 @@ class TranscriptRow:
     """The transcript of one row: it reads the row's ids as they come."""
 
     def __init__(self, place: Place, log_probs_PC: Tensor, ends_V: Tensor) -> None:
-        """``log_probs_PC``: of the recording that is transcribed. ``ends_V``: which ids end a transcript (see `ending_ids`)."""
+        """See `Transcribed`. ``ends_V``: which ids end a transcript (see `ending_ids`)."""
         self._place, self._log_probs_PC, self._ends_V = place, log_probs_PC, ends_V
         self._prefix: CtcPrefix | None = None
         self._read = 0

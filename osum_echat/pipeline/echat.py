@@ -198,9 +198,7 @@ class EChat:
                 ``size`` at a time).
         """
         for ask in asks:
-            why = self.refusal(ask)
-            if why is not None:
-                raise ValueError(why)
+            parts.check(ask, self.dialect)
         replies: list[Reply] = []
         for found in self.answers((asks[start : start + size] for start in range(0, len(asks), size)), size):
             if isinstance(found, ValueError):
@@ -231,9 +229,7 @@ class EChat:
         found = _Decoded(asks, time.perf_counter())
         try:
             for ask in asks:
-                why = self.refusal(ask)
-                if why is not None:
-                    return ValueError(why)
+                parts.check(ask, self.dialect)
             split = [self.parts(ask) for ask in asks]
             found.counts = [len(some) for some in split]
             flat = [part for some in split for part in some]
@@ -309,12 +305,11 @@ class EChat:
     def _generate(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Event]]:
         wavs = [ask.wav for ask in asks if ask.wav is not None]
         audio = encode_recordings(self.model, self._features(wavs))
+        heard = iter([] if audio is None else split_audio(audio))
         lengths = iter([] if audio is None else audio.lengths_N.tolist())
-        requests = [self._request(ask, [next(lengths)] if ask.wav is not None else []) for ask in asks]
-        if audio is not None and audio.ctc_log_probs_NPC is not None:
-            hearing = [request for request, ask in zip(requests, asks, strict=True) if ask.wav is not None]
-            for request, log_probs_PC, length in zip(hearing, audio.ctc_log_probs_NPC, audio.lengths_N.tolist(), strict=True):
-                request.ctc_PC = log_probs_PC[:length]
+        requests = [
+            self._request(ask, [next(heard)], [next(lengths)]) if ask.wav is not None else self._request(ask) for ask in asks
+        ]
         return self.generator.generate(requests, audio=audio)
 
     def hear(self, wavs: Sequence[Source]) -> list[AudioFeatures]:
@@ -327,15 +322,11 @@ class EChat:
 
     def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
         """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording, from `hear`."""
-        why = self.refusal(ask)
-        if why is not None:
-            raise ValueError(why)
-        request = self._request(ask, [int(recording.lengths_N[0]) for recording in heard])
-        request.heard = tuple(heard)
-        return request
+        parts.check(ask, self.dialect)
+        return self._request(ask, heard)
 
-    def _request(self, ask: Ask, lengths: Sequence[int]) -> Request:
-        """The request of an ask whose recording has ``lengths`` positions in the LLM."""
+    def _request(self, ask: Ask, heard: Sequence[AudioFeatures] = (), lengths: Sequence[int] | None = None) -> Request:
+        """The request of an ask. ``lengths``: positions of its recording in the LLM, where the host knows them already."""
         prompt = ask.text or "" if ask.kind == "chat" else ""
         if ask.kind == "understand":
             prompt = ask.prompt or self.dialect.instruction(ask.task)
@@ -346,6 +337,7 @@ class EChat:
             self.model.vocabulary,
             prompt_text=prompt,
             say=ask.text or "" if ask.kind == "speak" else "",
+            heard=heard,
             lengths=lengths,
             seed=ask.seed,
             dialect=self.dialect,
@@ -400,10 +392,8 @@ class Dialogue:
         return tuned(self.memory.request(ask.mode.output_type, heard, ask.text or "", ask.seed, think=ask.think), ask)
 
     def _check(self, ask: Ask) -> None:
-        """Raises ValueError for what the checkpoint has not learnt."""
-        why = self.echat.refusal(ask, min(len(self.memory), self.memory.max_turns))
-        if why is not None:
-            raise ValueError(why)
+        """Raises NotLearnt for what the checkpoint has not learnt."""
+        parts.check(ask, self.echat.dialect, min(len(self.memory), self.memory.max_turns))
 
     def _turn(self, ask: Ask) -> _Turn | None:
         """The turn to be made; None when nothing is heard, which leaves no trace in the dialogue."""

@@ -38,6 +38,17 @@ _NAMES = {"en": "English", "zh": "Chinese", "CJK": "Chinese characters", "LATIN"
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
+class NotLearnt(ValueError):
+    """The checkpoint has not learnt what is asked; the message says what, and what it has."""
+
+
+def check(ask: Ask, dialect: Dialect, past_turns: int = 0) -> None:
+    """Raises NotLearnt for what `refusal` refuses."""
+    why = refusal(ask, dialect, past_turns)
+    if why is not None:
+        raise NotLearnt(why)
+
+
 def refusal(ask: Ask, dialect: Dialect, past_turns: int = 0) -> str | None:
     """Why this checkpoint cannot do what is asked, in a sentence; None when it can."""
     if ask.kind == "understand":
@@ -83,11 +94,9 @@ def parts(ask: Ask, dialect: Dialect, max_seconds: float) -> list[Ask]:
         max_seconds: the longest recording that the model has room for.
 
     Raises:
-        ValueError: what the checkpoint has not learnt. AudioError: a recording that cannot be used.
+        NotLearnt: what the checkpoint has not learnt. AudioError: a recording that cannot be used.
     """
-    why = refusal(ask, dialect)
-    if why is not None:
-        raise ValueError(why)
+    check(ask, dialect)
     if ask.kind == "speak":
         return [replace(ask, text=text) for text in split_text(ask.text or "", dialect.learnt.say_words or SAY_UNITS)]
     if ask.wav is None:

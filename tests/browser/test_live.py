@@ -22,7 +22,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-SPEECH = DEMO / "1_adult_male_happy.ogg"
+SPEECH = DEMO / "2_old_male_sad.ogg"
 MAKE_WAV = """
 import sys, numpy as np, soundfile
 speech, rate = soundfile.read(sys.argv[1])
@@ -134,17 +134,17 @@ def test_somebody_speaks_and_is_answered_aloud_with_tags_and_thought(
         page.save_screenshot(str(pictures / "live-start.png"))
         page.find_element(By.ID, "connect").click()
         heard = wait_for(lambda: texts(page, "#captions .user .text"), "what was said")
-        assert "birthday party" in heard[0]
+        assert "corner store" in heard[0]
         answer = wait_for(lambda: texts(page, "#captions .reply .text"), "the answer")
         assert answer[0].strip()
-        wait_for(lambda: any("male" in chip for chip in texts(page, "#tags li")), "the gender as a chip")
+        wait_for(lambda: any("sad" in chip for chip in texts(page, "#tags li")), "the emotion as a chip")
         wait_for(lambda: re.search(r"[1-9]\d* turns", page.find_element(By.ID, "latency-text").text), "the time of the turn")
         played = "return document.body.dataset.state"
         wait_for(lambda: page.execute_script(played) == "speaking", "sound")
         page.save_screenshot(str(pictures / "live-answer.png"))
         wait_for(lambda: page.execute_script(played) == "listening", "the end of the answer")
         thoughts = texts(page, "#captions .reply details p")
-        assert any("birthday party" in thought for thought in thoughts), f"thoughts are folded away, and there: {thoughts}"
+        assert any("sad" in thought for thought in thoughts), f"thoughts are folded away, and there: {thoughts}"
         page.find_element(By.ID, "connect").click()
         assert page.find_element(By.ID, "state").text == "Not connected"
         assert not faults(page)
@@ -205,7 +205,7 @@ def test_a_call_over_webrtc_by_the_browser_itself(live_url: str, recordings: dic
         finally:
             print(page.execute_script("return [window.peer.connectionState, window.loudest]"), page.execute_script(kinds))
         said = page.execute_script('return window.events.filter((e) => e.type.endsWith("transcription.completed"))[0].transcript')
-        assert "birthday party" in said and page.execute_script("return window.loudest") > 0.02
+        assert "corner store" in said and page.execute_script("return window.loudest") > 0.02
         assert "response.output_audio.delta" not in page.execute_script(kinds)
 
 

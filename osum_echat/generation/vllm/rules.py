@@ -33,7 +33,7 @@ from osum_echat.generation.config import GenerationConfig, Mode, Sampling
 from osum_echat.generation.guards import AgeChoice
 from osum_echat.generation.phases import RowState
 from osum_echat.generation.request import Request
-from osum_echat.generation.transcript import Place
+from osum_echat.generation.transcript import Place, Transcribed
 
 GUARDS = ("age", "think", "repetition", "silence")
 """Bit n of what is sent back: the guard acted on this id."""
@@ -65,21 +65,20 @@ class RowPlan:
     text_ids: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
     plan: tuple[tuple[int, int], ...] = ()
-    place: Place | None = None
-    ctc_PC: Tensor | None = None
+    transcribed: Transcribed | None = None
 
     @classmethod
     def of(cls, request: Request, joint: bool = True) -> RowPlan:
         """``joint``: the CTC head has a share in transcripts; else its probabilities (2 MB for 10 s of mini's) are not sent."""
         plan = tuple(sorted(request.plan.items()))
-        ctc_PC = request.ctc() if joint and request.place is not None else None
-        return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan, request.place, ctc_PC)
+        transcribed = request.transcribed if joint else None
+        return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan, transcribed)
 
     def to_plain(self) -> dict[str, Any]:
         """Only strings, numbers, lists and dicts."""
-        data = asdict(replace(self, place=None, ctc_PC=None))
+        data = asdict(replace(self, transcribed=None))
         lists = {name: [list(x) if isinstance(x, tuple) else x for x in data[name]] for name in ("text_ids", "words", "plan")}
-        return data | lists | {"place": None, "ctc_PC": None} | _transcript_to_plain(self.place, self.ctc_PC)
+        return data | lists | {"transcribed": None if self.transcribed is None else _to_plain(self.transcribed)}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any], vocab: Vocabulary) -> RowPlan:
@@ -93,7 +92,7 @@ class RowPlan:
                 tuple(int(i) for i in data["text_ids"]),
                 tuple(str(word) for word in data["words"]),
                 tuple((int(step), int(token)) for step, token in data["plan"]),
-                *_transcript_from_plain(data, vocab),
+                None if data["transcribed"] is None else _from_plain(data["transcribed"], vocab),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"this is no request of osum-echat: {error!r}") from error
@@ -105,23 +104,21 @@ class RowPlan:
         return read
 
 
-def _transcript_to_plain(place: Place | None, ctc_PC: Tensor | None) -> dict[str, Any]:
+def _to_plain(transcribed: Transcribed) -> dict[str, Any]:
     """Numbers as the bytes of float32 in base64: they are many, and must arrive as they are."""
-    if place is None or ctc_PC is None:
-        return {}
-    data = ctc_PC.float().cpu().contiguous().numpy().astype("<f4").tobytes()
-    return {"place": [list(place.begin), place.end], "ctc_PC": [*ctc_PC.shape, base64.b64encode(data).decode()]}
+    place, log_probs_PC = transcribed
+    data = log_probs_PC.float().cpu().contiguous().numpy().astype("<f4").tobytes()
+    return {"place": [list(place.begin), place.end], "ctc_PC": [*log_probs_PC.shape, base64.b64encode(data).decode()]}
 
 
-def _transcript_from_plain(data: Mapping[str, Any], vocab: Vocabulary) -> tuple[Place | None, Tensor | None]:
-    if data["place"] is None or data["ctc_PC"] is None:
-        return None, None
+def _from_plain(data: Mapping[str, Any], vocab: Vocabulary) -> Transcribed:
     begin, end = data["place"]
     positions, classes, coded = data["ctc_PC"]
     numbers = np.frombuffer(base64.b64decode(str(coded), validate=True), dtype="<f4")
     if classes != vocab.text_size + 1 or positions < 1 or len(numbers) != positions * classes:
         raise ValueError(f"{len(numbers)} probabilities for {positions} positions of {vocab.text_size + 1} classes")
-    return Place(tuple(int(i) for i in begin), str(end)), torch.from_numpy(numbers.reshape(positions, classes).astype(np.float32))
+    log_probs_PC = torch.from_numpy(numbers.reshape(positions, classes).astype(np.float32))
+    return Transcribed(Place(tuple(int(i) for i in begin), str(end)), log_probs_PC)
 
 
 class Row:
@@ -207,7 +204,7 @@ class BatchRules:
             plan.words,
             self.speech_form,
         )
-        transcript = self.choice.transcript(plan.place, plan.ctc_PC)
+        transcript = self.choice.transcript(plan.transcribed)
         row = ChoosingRow(state, plan.mode, plan.seed, self.choice.age_armed(state), transcript)
         self.rows[index] = Row(row, dict(plan.plan), output, self.choice)
 
