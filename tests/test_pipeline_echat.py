@@ -80,7 +80,7 @@ def test_a_think_is_parsed_by_the_form_that_was_asked_for(echat: EChat) -> None:
     written = "<think>用户说的话是:你好,年龄为:<CHILD>,性别为:<FEMALE>,情感为:<HAPPY>,声音事件为:<&&>,推测使用的回复情感为:<开心><think end>很好"
     ask = Ask(recording(), think="tag")
     heard = echat.hear([recording()])
-    request = replace(echat._request(ask, [int(heard[0].lengths_N[0])]), heard=tuple(heard))
+    request = echat.request(ask, heard)
     request.plan = dict(enumerate([*echat.tokenizer.encode(written), echat.model.vocabulary.eos_id]))
     request.mode = replace(request.mode, max_new=200)
     events = [event for _, event in echat.generator.generate([request])]
@@ -175,7 +175,8 @@ def test_sound_without_a_voice_is_refused(tmp_path: Path) -> None:
 def test_the_profile_of_the_released_code_can_be_chosen() -> None:
     echat = EChat.load(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", profile="as_released", device="cpu")
     assert echat.config.guards.repetition is None and not echat.config.force_speech_begin
-    assert "anaosum_echat2e" in echat.tokenizer.decode(echat._request(Ask(recording(), kind="understand"), [3]).prompt.ids_T)
+    request = echat.request(Ask(recording(), kind="understand"), echat.hear([recording()]))
+    assert "anaosum_echat2e" in echat.tokenizer.decode(request.prompt.ids_T)
 
 
 @pytest.mark.parametrize(
