@@ -21,6 +21,7 @@ from osum_echat.dialogue.dialect import Learnt
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.locations import find_recordings
 from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import MODES, Ask, EChat
 from osum_echat.serving.page import feedback, menu, picture
@@ -251,7 +252,7 @@ def test_silence_and_long_recordings_are_answered_in_the_visitors_language(share
 
 @pytest.fixture(scope="module")
 def url(shared: SharedEChat, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    page = Page({"tiny": shared}, PageOptions(tmp_path_factory.mktemp("feedback"), demo_examples(Path("assets/demo"))))
+    page = Page({"tiny": shared}, PageOptions(tmp_path_factory.mktemp("feedback"), demo_examples(find_recordings())))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -303,3 +304,17 @@ def test_the_page_names_no_other_computer(url):
     outside = set(re.findall(r'(?:src|href)="(https?://[^"]+)"', served)) - {url}
     assert not {link for link in outside if not link.startswith(url)}, outside
     assert "window.osumLanguage" in served and "fonts.googleapis" not in served
+
+
+def test_examples_are_named_without_the_places_of_their_files(url):
+    served = httpx.get(f"{url}/config").text
+    listed = find_recordings()
+    assert listed is not None and str(listed.parent) not in served
+    assert demo_examples(listed)[0][0] == "adult male happy" and "adult male happy" in served
+
+
+def test_without_ratings_nobody_is_asked_for_one(shared):
+    with_ratings, without = (Page({"tiny": shared}, PageOptions(folder)) for folder in (Path("somewhere"), None))
+    for page, asks in ((with_ratings, True), (without, False)):
+        assert page.parts.consent.visible is asks and page.parts.consent_about.visible is asks
+        assert any("like" in str(target) for function in page.blocks.fns.values() for target in function.targets) is asks

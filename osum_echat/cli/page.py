@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from osum_echat.cli.common import UserError, add_model_arguments, load_echat, run
+from osum_echat.locations import find_recordings
 
 EXAMPLES = """examples:
   osum-echat page
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         feedback = None if args.no_feedback else args.feedback
         page = Page(
             {name: SharedEChat(echat).start() for name, echat in loaded.items()},
-            PageOptions(feedback, demo_examples(Path("assets/demo"))),
+            PageOptions(feedback, demo_examples(find_recordings())),
         )
         print(f"http://{args.host}:{args.port}   (stop with Ctrl-C)", flush=True)
         serve(page, args.host, args.port)

@@ -31,13 +31,14 @@ def pictures() -> Path:
 
 @contextlib.contextmanager
 def page_started(folder: Path, *arguments: str) -> Iterator[str]:
-    """The page with mini, started as a user starts it; ``folder`` takes the ratings."""
+    """The page with mini, started as a user starts it, from another folder; ``folder`` takes the ratings."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     python = os.environ.get("OSUM_ECHAT_PYTHON", sys.executable)
     command = [python, str(ROOT / "infer_gradio.py"), "--port", str(port), "--feedback", str(folder), "--device", "cpu"]
-    server = subprocess.Popen([*command, *arguments], cwd=ROOT)
+    folder.mkdir(exist_ok=True)
+    server = subprocess.Popen([*command, *arguments], cwd=folder)
     url = f"http://127.0.0.1:{port}/"
     try:
         for _ in range(300):

@@ -144,6 +144,15 @@ def test_every_entry_of_the_menu_works(browser, page_url, title, needs, shown):
     wait_for(lambda: shown in chat(browser), what=shown)
 
 
+def test_an_example_is_put_where_a_recording_goes_and_is_answered(browser, page_url):
+    opened(browser, page_url)
+    choose(browser, "osum-example", "old male angry cough")
+    wait_for(lambda: "0:0" in browser.find_element(By.ID, "osum-wav").text, what="the example")
+    choose(browser, "osum-mode", "Write down what I say")
+    press(browser, "osum-send")
+    wait_for(lambda: WORDS in chat(browser), what=WORDS)
+
+
 def test_an_error_is_a_sentence_without_paths(browser, page_url, pictures, tmp_path):
     opened(browser, page_url)
     press(browser, "osum-send")

@@ -121,7 +121,7 @@ class Page:
                 stop = gr.Button(elem_id="osum-stop", size="sm")
                 clear = gr.Button(elem_id="osum-clear", size="sm")
                 example = gr.Dropdown(
-                    [(title, str(path)) for title, path in self.options.examples],
+                    [title for title, _ in self.options.examples],
                     value=None,
                     visible=bool(self.options.examples),
                     elem_id="osum-example",
@@ -165,7 +165,7 @@ class Page:
         p.more.input(self._menu, [p.language, p.more, p.mode], [p.mode], **quiet)
         p.mode.change(self._fields, [p.language, p.mode], [p.wav, p.text], **quiet)
         p.model.input(self._show_chats, [p.model], p.chats, **quiet)
-        p.example.input(lambda path: path, [p.example], [p.wav], **quiet)
+        p.example.input(dict(self.options.examples).get, [p.example], [p.wav], **quiet)
         asked = [p.mode, p.wav, p.text, p.think, p.model, p.voice, p.seed, p.play, p.language, p.conversation]
         shown = [*p.chats, p.sound, p.picture_panel, p.picture, p.details, p.conversation, p.send]
         sending: list[Any] = [
@@ -363,6 +363,7 @@ def make_app(page: Page) -> FastAPI:
         footer_links=["api"],
         show_error=True,
         max_file_size="64mb",
+        allowed_paths=[str(path) for _, path in page.options.examples],
         ssr_mode=False,
     )
 
@@ -374,10 +375,10 @@ def serve(page: Page, host: str, port: int) -> None:
     uvicorn.run(make_app(page), host=host, port=port, log_level="warning", timeout_graceful_shutdown=3)
 
 
-def demo_examples(folder: Path) -> tuple[tuple[str, Path], ...]:
-    """The recordings of ``folder``/demo.jsonl with their labels as titles; none where there is no such file."""
-    listed = folder / "demo.jsonl"
-    if not listed.is_file():
+def demo_examples(listed: Path | None) -> tuple[tuple[str, Path], ...]:
+    """The recordings of the demo's list, which lie beside it, with their labels as titles; none without a list."""
+    if listed is None:
         return ()
     rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
-    return tuple((Path(row["wav"]).stem.replace("_", " ").lstrip("0123456789 "), folder / Path(row["wav"]).name) for row in rows)
+    names = [Path(row["wav"]) for row in rows]
+    return tuple((name.stem.replace("_", " ").lstrip("0123456789 "), listed.parent / name.name) for name in names)
