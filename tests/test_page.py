@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -297,6 +298,18 @@ def test_a_sound_can_be_fetched_once_and_only_by_its_name(url, shared):
     assert np.frombuffer(b"".join(sounds.chunks(name)), "<i2").tolist() == [16383, -32767]
     with pytest.raises(KeyError):
         next(sounds.chunks(name))
+
+
+def test_sounds_that_nobody_fetches_are_forgotten(monkeypatch):
+    """A visitor with "play at once" switched off asks for none."""
+    sounds, now = LiveSound(), [0.0]
+    monkeypatch.setattr("osum_echat.serving.page.live_sound.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for _ in range(20):
+        name = sounds.new()
+        sounds.push(name, np.zeros(9, np.float32))
+        sounds.end(name)
+        now[0] += 30
+    assert len(sounds._open) <= 4 and next(sounds.chunks(name)), "the last ones are there"
 
 
 def test_the_page_names_no_other_computer(url):

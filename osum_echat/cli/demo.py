@@ -42,8 +42,9 @@ OTHERS: tuple[tuple[str, ThinkForm], ...] = (
     ("t2t", None),
 )
 TEXTS = {"tts": "I am so glad to hear that.", "t2t": "I passed my exam today."}
-ONLY_SYNTHETIC = (
-    "note: mini has heard synthetic English voices only; a person's recording is beyond it (checkpoints/mini/MODEL_CARD.md)"
+SMALL = (
+    "note: mini is small and knows English only; of people it understands short orders better than long sentences "
+    "(checkpoints/mini/MODEL_CARD.md)"
 )
 
 
@@ -203,7 +204,7 @@ def demo(args: argparse.Namespace) -> int:
     print(in_short(Summary.of(results)))
     print("modes: " + ", ".join([MODE.name, *(each.mode.name for each in shown)]))
     if args.wav and args.checkpoint == "mini":
-        print(ONLY_SYNTHETIC)
+        print(SMALL)
     sounds = len(list(args.out.glob("*.wav")))
     print(f"look and listen: {page} ({sounds} replies spoken, {page.stat().st_size / 1e6:.1f} MB); talk to it: make page")
     return 0

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO, start_browser
+from conftest import DEMO, ROOT, start_browser
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -142,6 +146,75 @@ def test_every_entry_of_the_menu_works(browser, page_url, title, needs, shown):
         box.send_keys("I am glad to hear that.")
     press(browser, "osum-send")
     wait_for(lambda: shown in chat(browser), what=shown)
+
+
+# The library's own stream, once for each line of standard input.
+STREAM = """
+import json, sys, time
+from osum_echat import EChat
+echat = EChat.load("checkpoints/mini", device="cpu")
+for line in iter(sys.stdin.readline, ""):
+    began, first = time.perf_counter(), {}
+    for event in echat.stream(sys.argv[1], think="tag", speak=True, seed=0):
+        first.setdefault(type(event).__name__, time.perf_counter() - began)
+    print(json.dumps(first | {"whole": time.perf_counter() - began}), flush=True)
+"""
+# Notes when the page first shows the reply's first word, and the press of the button.
+WATCH = """
+window.osumSeen = {pressed: performance.now()};
+const chat = document.getElementById("osum-chat-0");
+const look = () => {
+  if (!window.osumSeen.text && chat.textContent.includes(arguments[0])) window.osumSeen.text = performance.now();
+};
+new MutationObserver(look).observe(chat, {subtree: true, childList: true, characterData: true});
+document.getElementById("osum-send").click();
+"""
+
+
+def test_first_text_and_first_sound_beside_those_of_the_library(browser, page_url):
+    """Turn about, so that both meet the same load; what the page adds is gradio, HTTP and drawing."""
+    python = os.environ.get("OSUM_ECHAT_PYTHON", sys.executable)
+    library = subprocess.Popen(
+        [python, "-c", STREAM, str(ANGRY)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+    )
+    assert library.stdin and library.stdout
+    rows: list[dict[str, float]] = []
+    try:
+        opened(browser, page_url)
+        for number in range(6):
+            print("go", file=library.stdin, flush=True)
+            own = json.loads(library.stdout.readline())
+            if number:
+                press(browser, "osum-clear")
+                wait_for(lambda: "total" not in chat(browser), what="an empty conversation")
+            else:
+                upload(browser, ANGRY)
+            before = len(sounds(browser))
+            wait_for(lambda: _enabled(browser.find_element(By.ID, "osum-send")), what="the button")
+            browser.execute_script(WATCH, "That ")
+            wait_for(lambda before=before: len(sounds(browser)) > before and sounds(browser)[-1].get("done"), what="the sound")
+            wait_for(lambda: "total" in chat(browser), what="the end of the reply")
+            seen, sound = browser.execute_script("return [window.osumSeen, window.osumSounds.at(-1)]")
+            rows.append(
+                {
+                    "library text": own["TextDelta"],
+                    "page text": (seen["text"] - seen["pressed"]) / 1000,
+                    "library sound": own["AudioChunk"],
+                    "page sound": (sound["first"] - seen["pressed"]) / 1000,
+                    "library whole": own["whole"],
+                    "page sound whole": (sound["done"] - seen["pressed"]) / 1000,
+                }
+            )
+    finally:
+        library.stdin.close()
+        library.wait(timeout=60)
+    rows = rows[1:]  # the first warms both up
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    print("seconds, medians of 5:", ", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
+    for row in rows:
+        print({name: round(value, 2) for name, value in row.items()})
+    assert medians["page text"] < medians["page sound"] < medians["page sound whole"]
+    assert medians["page sound"] < 3 * medians["library sound"] + 1
 
 
 def test_an_example_is_put_where_a_recording_goes_and_is_answered(browser, page_url):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import secrets
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastapi.responses import StreamingResponse
 
 ROUTE = "/osum/sound"
 _WAIT_SECONDS = 120.0
+_KEPT_SECONDS = 60.0  # whole sounds that nobody has asked for: the visitor has "play at once" switched off
 
 
 class LiveSound:
@@ -24,9 +26,13 @@ class LiveSound:
     def __init__(self) -> None:
         self._open: dict[str, queue.SimpleQueue[bytes | None]] = {}
         self._fetched: set[str] = set()
+        self._ended: dict[str, float] = {}
 
     def new(self) -> str:
-        """A new sound; returns its name."""
+        """A new sound; returns its name. Forgets those that ended a while ago and that nobody asked for."""
+        before = time.monotonic() - _KEPT_SECONDS
+        for old in [old for old, ended in list(self._ended.items()) if ended < before and old not in self._fetched]:
+            self.drop(old)
         name = secrets.token_urlsafe(16)
         self._open[name] = queue.SimpleQueue()
         return name
@@ -40,10 +46,12 @@ class LiveSound:
         """No more samples will come."""
         if name in self._open:
             self._open[name].put(None)
+            self._ended[name] = time.monotonic()
 
     def drop(self, name: str) -> None:
         """Forget a sound."""
         self._open.pop(name, None)
+        self._ended.pop(name, None)
         self._fetched.discard(name)
 
     def chunks(self, name: str) -> Iterator[bytes]:
