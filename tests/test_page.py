@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import socket
@@ -188,7 +189,8 @@ def answered(shared: SharedEChat, form: Form, talk: Conversation, sounds: LiveSo
 
 @pytest.mark.parametrize("name", ["s2s_think", "s2t_chat", "emotion", menu.OWN, "tts", "t2t", "t2s"])
 def test_every_kind_of_entry_is_answered(shared, wav, name):
-    turn, _ = answered(shared, Form(name, wav, "what is said?"), Conversation())
+    talk = Conversation()
+    turn, _ = answered(shared, Form(name, wav, "what is said?"), talk)
     assert turn.done and not turn.error and turn.text and turn.details["finish_reason"] in ("stop", "length")
     assert turn.messages("en")[-1]["role"] == "assistant"
     if name == "tts":
@@ -196,12 +198,25 @@ def test_every_kind_of_entry_is_answered(shared, wav, name):
 
 
 def test_the_sound_comes_while_it_is_made_and_is_that_of_the_file(shared):
-    sounds = LiveSound()
-    turn, seen = answered(shared, Form("tts", None, "hello there"), Conversation(), sounds)
+    sounds, talk = LiveSound(), Conversation()
+    turn, seen = answered(shared, Form("tts", None, "hello there"), talk, sounds)
     assert seen[0] == "" and seen[-1] and len(set(seen)) == 2 and turn.reply_wav
     sent = b"".join(sounds.chunks(seen[-1]))
     samples, rate = soundfile.read(turn.reply_wav, dtype="int16")
     assert rate == 22050 and len(sent) == 2 * len(samples)
+
+
+def test_a_reply_to_download_says_that_it_is_synthetic_and_goes_with_its_conversation(shared):
+    talk = Conversation()
+    turn, _ = answered(shared, Form("tts", None, "hello there"), talk)
+    assert turn.reply_wav is not None
+    with soundfile.SoundFile(turn.reply_wav) as file:
+        assert "synthetic" in file.comment
+    folder = Path(talk.files.name)
+    assert folder in turn.reply_wav.parents
+    del talk
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_a_conversation_remembers_its_turns(shared, wav):

@@ -129,15 +129,15 @@ def write(path: str | os.PathLike[str], samples: npt.ArrayLike, rate: int, comme
         raise
 
 
-def encode(samples: npt.ArrayLike, rate: int, kind: str = "WAV", comment: str = "") -> bytes:
-    """The bytes of what `write` writes; ``kind`` is a format of libsndfile."""
+def encode(samples: npt.ArrayLike, rate: int, kind: str = "WAV", comment: str = "", subtype: str | None = None) -> bytes:
+    """The bytes of what `write` writes; ``kind`` and ``subtype`` are formats of libsndfile (None: the usual one)."""
     data = np.atleast_2d(np.asarray(samples, dtype=np.float32))
     if data.ndim != 2:
         raise AudioError("bad_input", f"samples must be [n] or [channels, n], found shape {np.shape(samples)}")
     import soundfile
 
     buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", rate, len(data), format=kind) as sound:
+    with soundfile.SoundFile(buffer, "w", rate, len(data), subtype, format=kind) as sound:
         if comment:
             sound.comment, sound.software = comment, "OSUM-EChat"
         sound.write(np.clip(data, -1.0, 1.0).T)

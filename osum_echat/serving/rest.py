@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import io
 import json
 import secrets
 import struct
@@ -17,7 +16,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, Protocol
 
 import numpy as np
-import soundfile
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from openai.types import Model
@@ -26,7 +24,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from osum_echat.audio.io import to_mono_16k
+from osum_echat.audio.io import encode, to_mono_16k
+from osum_echat.pipeline.ask import SYNTHETIC
 from osum_echat.serving.backend import Backend, Ended, Exchange, Heard, Job, Refused, Samples, Sound, Text, ThoughtDone, Turn
 from osum_echat.serving.realtime.audio import Resampler, to_pcm16
 
@@ -139,23 +138,17 @@ def encode_sound(samples: Samples, form: str) -> bytes:
     if form in ("pcm", "pcm16"):
         return to_pcm16(samples)
     kind, subtype = _FILES[form]
-    out = io.BytesIO()
-    soundfile.write(out, np.clip(samples, -1.0, 1.0), RATE, format=kind, subtype=subtype)
-    return out.getvalue()
+    return encode(samples, RATE, kind, SYNTHETIC, subtype)
 
 
 def wav_header(seconds: float | None = None) -> bytes:
-    """Of 16-bit mono sound whose length is not known yet: sizes are the largest there are, which players take for a stream."""
+    """Of 16-bit mono sound whose length is not known yet: sizes are the largest there are, which players take for a stream.
+    Its comment says that the sound is synthetic."""
     size = 0xFFFFFFFF if seconds is None else round(seconds * RATE) * 2
-    riff = min(size + 36, 0xFFFFFFFF)
-    return (
-        b"RIFF"
-        + struct.pack("<I", riff)
-        + b"WAVEfmt "
-        + struct.pack("<IHHIIHH", 16, 1, 1, RATE, RATE * 2, 2, 16)
-        + b"data"
-        + struct.pack("<I", size)
-    )
+    comment = SYNTHETIC.encode() + b"\0" * (2 - len(SYNTHETIC) % 2)  # ends with a zero, in whole words
+    info = b"INFOICMT" + struct.pack("<I", len(comment)) + comment
+    head = b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, RATE, RATE * 2, 2, 16) + b"LIST" + struct.pack("<I", len(info)) + info
+    return b"RIFF" + struct.pack("<I", min(size + len(head) + 8, 0xFFFFFFFF)) + head + b"data" + struct.pack("<I", size)
 
 
 def _form(given: Any, default: str, param: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -83,6 +84,7 @@ class Page:
     def __init__(self, models: Mapping[str, SharedEChat], options: PageOptions | None = None) -> None:
         assert models, "the page needs a model"
         self.models, self.options, self.sounds = dict(models), options or PageOptions(), LiveSound()
+        self._of_programs: deque[Conversation] = deque(maxlen=4 * _VISITORS)  # their files are copied by gradio after the answer
         self.dialects = [shared.echat.dialect for shared in models.values()]
         self.thinks = [
             f for f in ("tag", "language") if any(d.learnt.think is None or f in d.learnt.think for d in self.dialects)
@@ -339,6 +341,7 @@ class Page:
             known = ", ".join(menu.offered(self.dialects, more=True))
             raise gr.Error(f"{sentence(error, form, shared)} (modes: {known})", print_exception=False) from None
         conversation = Conversation()
+        self._of_programs.append(conversation)
         for _ in conversation.answer({name: shared}, form, self.sounds):
             pass
         [turn] = conversation.turns[name]

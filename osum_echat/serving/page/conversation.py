@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from osum_echat.audio.io import AudioError, write
+from osum_echat.audio.io import AudioError
 from osum_echat.generation.engine import EngineFull
 from osum_echat.generation.events import Done, TextDelta, ThinkDelta
 from osum_echat.pipeline.ask import Ask, AudioChunk, StreamEvent, ThinkForm
@@ -48,11 +48,14 @@ class Form:
 
 @dataclass
 class Conversation:
-    """Turns of one visitor by model, and what the models remember of them."""
+    """Turns of one visitor by model, and what the models remember of them. The sounds of its replies are files that go with it."""
 
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     dialogues: dict[str, Dialogue] = field(default_factory=dict)
     number: int = 0
+    files: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="osum-echat-page-", ignore_cleanup_errors=True), repr=False
+    )
 
     def answer(self, models: Mapping[str, SharedEChat], form: Form, sounds: LiveSound) -> Iterator[str]:
         """Let each of ``models`` answer; yields whenever the view has changed, with the name of the reply's sound once it has begun
@@ -115,7 +118,8 @@ class Conversation:
                     first.setdefault(type(event).__name__, time.perf_counter() - began)
                     _add(turn, shared, ask, event)
                     came.put((name, event))
-            _finish(turn, shared, ask, events, first, time.perf_counter() - began, form.language)
+            target = Path(self.files.name) / f"{turn.number}-{list(self.turns).index(name)}" / "reply.wav"
+            _finish(turn, shared, ask, events, first, time.perf_counter() - began, form.language, target)
         except (ValueError, EngineFull) as error:
             turn.error = sentence(error, form, shared)
         except Exception:
@@ -180,7 +184,14 @@ def _add(turn: Turn, shared: SharedEChat, ask: Ask, event: StreamEvent) -> None:
 
 
 def _finish(
-    turn: Turn, shared: SharedEChat, ask: Ask, events: list[StreamEvent], first: Mapping[str, float], total: float, language: str
+    turn: Turn,
+    shared: SharedEChat,
+    ask: Ask,
+    events: list[StreamEvent],
+    first: Mapping[str, float],
+    total: float,
+    language: str,
+    target: Path,
 ) -> None:
     reply = shared.echat.reply(events, ask)
     turn.text, turn.think = reply.text, reply.think
@@ -189,9 +200,8 @@ def _finish(
     turn.details = {**reply.as_json(), "speech_tokens": len(reply.speech_tokens)}
     times = {"first_text": f"{first.get('TextDelta', total):.1f}", "total": f"{total:.1f}"}
     if reply.audio is not None:
-        folder = Path(tempfile.mkdtemp(prefix="osum-echat-page-"))
-        write(folder / "reply.wav", reply.audio, reply.sample_rate)
-        turn.reply_wav = folder / "reply.wav"
+        reply.save(target)
+        turn.reply_wav = target
         turn.note = text(language, "timing", first_sound=f"{first.get('AudioChunk', total):.1f}", **times)
     else:
         turn.note = text(language, "timing_text", **times)
