@@ -95,7 +95,7 @@ $(VENV)-vllm/.installed: pyproject.toml | $(BIN)/python
 test-vllm: $(VENV)-vllm/.installed  ## vLLM as the decoder against our own engine, in an environment of its own (4 GB)
 	$(VENV)-vllm/bin/python -m pytest -q -rP -c /dev/null --rootdir tests/vllm --confcutdir tests/vllm -p no:cacheprovider tests/vllm
 
-test-browser: $(VENV)/.installed-ui $(VENV)/.installed-webrtc $(VENV)-browser/.installed  ## the web pages in Chromium (Debian: apt-get install chromium-driver); pictures in out/browser
+test-browser: $(VENV)/.installed-ui $(VENV)/.installed-webrtc $(VENV)-browser/.installed  ## the web pages in Chromium (Debian: apt-get install chromium-driver fonts-wqy-microhei); pictures in out/browser
 	OSUM_ECHAT_PYTHON=$(CURDIR)/$(BIN)/python $(VENV)-browser/bin/python -m pytest -q -c /dev/null --rootdir tests/browser --confcutdir tests/browser tests/browser
 
 clean:  ## remove what runs left behind (not .venv, not checkpoints)
