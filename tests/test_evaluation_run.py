@@ -26,9 +26,11 @@ from osum_echat.evaluation.score import Row, join, score
 from osum_echat.evaluation.scorers import Tools
 from osum_echat.evaluation.suite import Bar, Part, Suite, known_suites, load_suite
 from osum_echat.evaluation.summary import Summary, find, summarise
-from osum_echat.pipeline import Ask, Reply
+from osum_echat.model.checkpoint import load_model
+from osum_echat.pipeline import Ask, EChat, Reply
 from recipes.mini.evaluation import SUITE as MINI
 from tests.evaluation_case import Listener, Parrot, Talker, item, result, think, thinking, write_list, write_wav
+from tests.generation_case import DATA
 
 
 def summaries(suite: Suite, out: Path, pairs: list[tuple[Item, Result]]) -> list[Summary]:
@@ -176,6 +178,20 @@ def test_count_refusals_as_answers_without_words_where_a_part_says_so(tmp_path: 
     assert report.reached == 2 and {hole["reason"] for hole in holes} == {"refused"} and len(holes) == 4
     messages = {hole["id"]: hole["message"] for hole in holes}
     assert "counts as an answer without words: this checkpoint has not learnt dialogues" in messages["d0/2"]
+
+
+def test_a_turn_that_is_too_long_for_its_session_is_refused(tmp_path: Path):
+    wav = str(write_wav(tmp_path / "a.wav"))
+    rows = [{"id": f"d/{n}", "wav": wav, "text": "x", "answer": "1", "dialogue_id": "d", "turn": n} for n in (1, 2)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    echat = Talker(lambda ask, n: Reply("1"))
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    echat.session = lambda: EChat(weights, tokenizer).session(max_tokens=20)  # type: ignore[assignment,return-value]
+    suite = plain("contains", count_refusals=True)
+    report = run_suite(Plan(suite, str(tmp_path / "d.jsonl"), tmp_path / "out"), echat)
+    assert report.headline["p.contains"].value == 0 and report.reached == 0
+    assert [hole["reason"] for hole in report.holes()] == ["refused"] * 2
+    assert "the session allows 20" in report.holes()[0]["message"]
 
 
 def test_a_fault_is_no_refusal(tmp_path: Path):

@@ -15,7 +15,7 @@ from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, speech_codes
-from osum_echat.generation.request import Request
+from osum_echat.generation.request import Request, TooLong
 from osum_echat.generation.rows import UsualRows
 from osum_echat.generation.session import Session
 from tests.generation_case import done, every_kind, generator, request, run, tiny
@@ -178,7 +178,7 @@ def test_a_full_queue_refuses_with_a_sentence() -> None:
 def test_what_can_never_fit_is_refused_at_once_and_what_does_not_fit_now_waits() -> None:
     size = len(request("text2token", say="你好").prompt)
     model = engine(positions=2 * (size + 10) - 1)
-    with pytest.raises(EngineFull, match="cached positions"):
+    with pytest.raises(TooLong, match="cached positions"):
         submit(model, request("text2token", say="你好", max_new=10 * size + 100))
     rows = [submit(model, request("text2token", say="你好", max_new=10))[1] for _ in range(3)]
     most = 0

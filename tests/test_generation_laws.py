@@ -17,7 +17,7 @@ from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta, speech_codes
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.request import build_request
+from osum_echat.generation.request import TooLong, build_request
 from osum_echat.generation.session import Session
 from recipes.mini.dialect import DIALECT
 from tests.generation_case import done, every_kind, generator, request, run, tiny
@@ -170,7 +170,7 @@ def test_a_session_drops_old_turns_to_fit_its_limit_and_refuses_what_never_fits(
         assert len(row.prompt) <= 190
         session.commit(row, run([row])[0], [heard[1]])
     assert 0 < len(session) < 4
-    with pytest.raises(ValueError, match="max_tokens"):
+    with pytest.raises(TooLong, match="max_tokens"):
         Session(generator(), max_tokens=20).request("speech2text_token", [heard[1]])
     with pytest.raises(ValueError, match="no past turns"):
         session.request("text", [heard[1]])

@@ -31,7 +31,7 @@ from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import EngineFull, EngineLimits
 from osum_echat.generation.events import Done, Event
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.request import Request
+from osum_echat.generation.request import Request, TooLong
 from osum_echat.generation.vllm import export
 from osum_echat.generation.vllm.engine import VllmEngine, VllmGenerator, drop_decoder, prompt_embeddings
 from osum_echat.generation.vllm.rules import GUARDS, RowPlan, end_id, guard_bits, guards_of, to_settings
@@ -275,7 +275,7 @@ def test_what_waits_is_counted_and_what_is_too_much_is_refused(tiny64: tuple[Any
     case.engine.tick()
     assert case.engine.load().rows <= 2 and case.engine.load().waiting == 1
     case.decoder.max_positions = 4
-    with pytest.raises(EngineFull, match="shorter recording"):
+    with pytest.raises(TooLong, match="shorter recording"):
         case.submit(every_kind_for(tiny64[0], greedy=True)[:1])
 
 

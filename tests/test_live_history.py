@@ -11,9 +11,10 @@ import pytest
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.engine import EngineLimits
 from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import EChat
-from osum_echat.serving.backend import Ended, Exchange, Heard, Text, Turn
+from osum_echat.serving.backend import Ended, Exchange, Heard, Refused, Text, Turn
 from osum_echat.serving.live import LiveMemory, LiveModel
 from osum_echat.serving.shared import SharedEChat
 from tests.generation_case import DATA
@@ -79,6 +80,20 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
     assert with_past[0] == without[0] and with_past[1].tokens["read"] == without[1].tokens["read"]
     model.remember(memory, turn.past, turn)
     assert model.load().kept == 0
+
+
+@live
+async def test_a_turn_that_can_never_fit_is_refused_as_too_long(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the limit of a dialogue, or by that of the engine: it is no use to come back later."""
+    model.start_threads()
+    turn = Turn(heard=await heard(model, 1), speak=False)
+    memory = model.open()
+    memory.session.max_tokens = 20
+    monkeypatch.setattr(model.engine, "limits", EngineLimits(positions=8))
+    for asked, limit in ((memory, "the session allows 20"), (None, "the server has 8")):
+        with pytest.raises(Refused, match=limit) as refused:
+            model.start(turn, asked)
+        assert refused.value.code == "too_long"
 
 
 @pytest.mark.parametrize("reads", [True, False])

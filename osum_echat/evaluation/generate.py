@@ -15,14 +15,13 @@ from typing import Any
 from urllib.parse import quote
 
 from osum_echat import device as devices
-from osum_echat.audio.io import AudioError
 from osum_echat.evaluation.items import Item
 from osum_echat.evaluation.labels import KINDS, canonical, read_label
 from osum_echat.evaluation.results import FILE, Lines, Result
 from osum_echat.evaluation.suite import Part, Suite
 from osum_echat.generation.events import Done, SpeechToken, TextDelta
 from osum_echat.pipeline import Ask, AudioChunk, EChat, Reply
-from osum_echat.pipeline.parts import NotLearnt
+from osum_echat.pipeline.parts import is_refusal
 
 Progress = Callable[[str], None]
 
@@ -115,7 +114,7 @@ class _Writer:
 
     def failed(self, item: Item, error: Exception, refused: bool = False) -> Result:
         """``refused``: whatever the error is, the item counts as one that the checkpoint refused."""
-        return Result(item.id, self.part, self.suite, error=str(error), refused=refused or _is_refusal(error))
+        return Result(item.id, self.part, self.suite, error=str(error), refused=refused or is_refusal(error))
 
     def result(self, item: Item, reply: Reply, seconds: float) -> Result:
         wav = None
@@ -178,11 +177,6 @@ def _batch(
             yield writer.result(item, answered[item.id], each), answered[item.id]
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the error is that the checkpoint has not learnt what is asked, or not at this length."""
-    return isinstance(error, NotLearnt) or (isinstance(error, AudioError) and error.reason == "too_long")
-
-
 def _alone(echat: EChat, ask: Ask) -> Reply | ValueError:
     try:
         return echat.batch([ask], size=1)[0]
@@ -224,7 +218,7 @@ def _conversations(
                 reply = session.chat(**{field.name: getattr(ask, field.name) for field in fields(ask) if field.init})
             except ValueError as error:
                 broken = broken or f"turn {item.turn} of conversation {item.dialogue_id!r} was not answered: {error}"
-                refused = refused or _is_refusal(error)
+                refused = refused or is_refusal(error)
                 result = writer.failed(item, error, refused)
             else:
                 if item.id not in wanted:

@@ -33,7 +33,7 @@ from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.events import Done, Event
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.live_row import LiveRow
-from osum_echat.generation.request import Request
+from osum_echat.generation.request import Request, TooLong
 from osum_echat.generation.rows import Rows
 from osum_echat.generation.session import Session
 
@@ -43,7 +43,7 @@ OnEvent = Callable[[Event], None]
 
 
 class EngineFull(RuntimeError):
-    """A request that cannot be taken; the message is a sentence for whoever asked."""
+    """A request that cannot be taken now; the message is a sentence for whoever asked."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Engine:
         """Take a request. ``on_event`` is called on the model's thread and must not block; `Done` is the last.
 
         Raises:
-            EngineFull: too many wait already, it can never fit, or the engine is closed.
+            EngineFull: too many wait already, or the engine is closed. TooLong: it can never fit.
         """
         with self._changed:
             if self._closed:
@@ -186,7 +186,7 @@ class Engine:
             self._numbers += 1
             ticket = Ticket(request, on_event, self._numbers, time.perf_counter(), read_only, _wake=self._wake)
             if self._need(ticket) > self.limits.positions:
-                raise EngineFull(
+                raise TooLong(
                     f"this request needs {self._need(ticket)} cached positions, the server has {self.limits.positions}; "
                     "ask with a shorter recording or history"
                 )

@@ -23,6 +23,10 @@ from osum_echat.generation.transcript import Place, Transcribed
 from osum_echat.model.echat import AudioFeatures, EChatModel
 
 
+class TooLong(ValueError):
+    """A request has more positions than there is room for, however long it waits; the message says how many."""
+
+
 @dataclass
 class Request:
     """One row to decode.

@@ -17,7 +17,7 @@ from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.events import Done, Event, speech_codes
 from osum_echat.generation.generator import Generator
-from osum_echat.generation.request import Request, build_request
+from osum_echat.generation.request import Request, TooLong, build_request
 from osum_echat.model.echat import AudioFeatures
 
 
@@ -57,7 +57,7 @@ class Session:
         """The request of the next turn, with the past in front.
 
         Raises:
-            ValueError: an output type that takes no history, or a turn that is longer than ``max_tokens`` by itself.
+            ValueError: an output type that takes no history. TooLong: the turn has more than ``max_tokens`` by itself.
         """
         if not OUTPUTS[output_type].history:
             raise ValueError(f"{output_type} takes no past turns, so it has no place in a session")
@@ -79,8 +79,9 @@ class Session:
             if len(request.prompt) <= self.max_tokens:
                 break
             if not self.turns:
-                raise ValueError(
-                    f"this turn alone has {len(request.prompt)} positions, the session allows {self.max_tokens}; raise max_tokens"
+                raise TooLong(
+                    f"this turn alone has {len(request.prompt)} positions, the session allows {self.max_tokens} (max_tokens); "
+                    "ask with a shorter recording or text"
                 )
             self._forget(1)
         request.past, request.keep_cache = self.kept, True

@@ -19,6 +19,7 @@ from osum_echat.audio.io import MAX_SECONDS, SAMPLE_RATE, AudioError, to_mono_16
 from osum_echat.audio.pauses import cut_at_pauses, is_silent
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.events import Done, TextDelta
+from osum_echat.generation.request import TooLong
 from osum_echat.pipeline.ask import MODES, Ask, AudioChunk, Reply, StreamEvent
 
 SAY_UNITS = 60
@@ -40,6 +41,11 @@ _NAMES = {"en": "English", "zh": "Chinese", "CJK": "Chinese characters", "LATIN"
 
 class NotLearnt(ValueError):
     """The checkpoint has not learnt what is asked; the message says what, and what it has."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error says that this checkpoint cannot do what is asked, or not at this length; others are faults."""
+    return isinstance(error, (NotLearnt, TooLong)) or (isinstance(error, AudioError) and error.reason == "too_long")
 
 
 def check(ask: Ask, dialect: Dialect, past_turns: int = 0) -> None:

@@ -21,7 +21,7 @@ from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.engine import EngineFull, Load
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta
 from osum_echat.generation.events import Event as RowEvent
-from osum_echat.generation.request import Request, build_request
+from osum_echat.generation.request import Request, TooLong, build_request
 from osum_echat.generation.session import Session
 from osum_echat.pipeline import Ask, parts
 from osum_echat.pipeline.ask import AudioChunk, StreamEvent
@@ -194,8 +194,8 @@ class LiveModel:
 
         try:
             self.engine.submit(reading, done, read_only=True)
-        except EngineFull:
-            log.info("the past of a dialogue is read with its next turn: the server is full")
+        except (EngineFull, TooLong) as error:
+            log.info("the past of a dialogue is read with its next turn: %s", error)
 
     # ---- requests -----------------------------------------------------------------------------------------------------------------
 
@@ -233,6 +233,8 @@ class LiveModel:
                 memory.session.replace_past(*self._past(turn.past))
                 request = memory.session.request(kind, heard, turn.text, turn.seed, think=turn.think)
                 memory.last = request
+        except TooLong as error:
+            raise Refused(str(error), "too_long") from error
         except ValueError as error:
             raise Refused(str(error), "invalid_input") from error
         limit = request.mode.max_new if turn.max_tokens is None else min(turn.max_tokens, request.mode.max_new)
@@ -309,6 +311,8 @@ class LiveJob:
             self._answer = model.shared.answer(request, self._on_event, voice, saying, self._on_decoded)
         except EngineFull as error:
             raise Refused(str(error)) from error
+        except TooLong as error:
+            raise Refused(str(error), "too_long") from error
 
     def tell(self, text: str) -> None:
         """A text that is known before anything is asked."""

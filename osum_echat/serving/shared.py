@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from osum_echat.generation.engine import EngineFull, EngineLimits, Load, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, TextDelta
-from osum_echat.generation.request import Request
+from osum_echat.generation.request import Request, TooLong
 from osum_echat.model.echat import AudioFeatures
 from osum_echat.pipeline import parts
 from osum_echat.pipeline.ask import MODES, Ask, AudioChunk, StreamEvent
@@ -91,10 +91,10 @@ class Answer:
         self.failed: BaseException | None = None
 
     def begin(self, request: Request) -> None:
-        """Raises EngineFull."""
+        """Raises EngineFull, TooLong."""
         try:
             self._submit(request)
-        except EngineFull:
+        except (EngineFull, TooLong):
             self._hush()
             raise
 
@@ -301,7 +301,7 @@ class SharedEChat:
             on_decoded: called on the model's thread when a request has been decoded, before its sound has ended.
 
         Raises:
-            EngineFull: too many people at once (its text is a sentence for them).
+            EngineFull: too many people at once. TooLong: it can never fit. Their texts are sentences for whoever asked.
         """
         made = Answer(self, on_event, voice, saying, on_decoded)
         made.begin(request)

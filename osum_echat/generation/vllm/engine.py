@@ -32,7 +32,7 @@ from osum_echat.generation.engine import EngineFull, EngineLimits, Load, OnEvent
 from osum_echat.generation.events import Done, Event
 from osum_echat.generation.generator import Generator
 from osum_echat.generation.live_row import LiveRow
-from osum_echat.generation.request import Request, join_audio
+from osum_echat.generation.request import Request, TooLong, join_audio
 from osum_echat.generation.rows import OnLogits
 from osum_echat.generation.session import Session
 from osum_echat.generation.vllm.client import Decoder, Step
@@ -221,7 +221,7 @@ class VllmEngine:
             wait: take it however many wait.
 
         Raises:
-            EngineFull: too many wait already, it can never fit, or the engine is closed.
+            EngineFull: too many wait already, or the engine is closed. TooLong: it can never fit.
         """
         with self._changed:
             if self._closed or self._dead is not None:
@@ -230,7 +230,7 @@ class VllmEngine:
             ticket = Ticket(request, on_event, self._numbers, time.perf_counter(), read_only, _wake=self._wake)
             longest = self._decoder.max_positions
             if len(request.prompt) + 1 > longest:
-                raise EngineFull(
+                raise TooLong(
                     f"this request has {len(request.prompt)} positions, the server has {longest}; "
                     "ask with a shorter recording or history"
                 )
