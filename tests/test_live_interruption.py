@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osum_echat.serving.backend import Text
+from osum_echat.serving.backend import Ended, Text, Turn
 from osum_echat.serving.realtime.conversation import said_until
 from tests.live_case import (
     CREATE,
@@ -95,6 +96,45 @@ async def test_speech_before_any_sound_of_the_answer_joins_the_turn() -> None:
     first, second = (turn.heard.seconds for turn in client.backend.turns if turn.heard)
     assert second == pytest.approx(first + first - 0.5, abs=0.1), "both recordings are one question"
     assert client.backend.turns[1].past == ()
+    await client.session.close()
+
+
+def four_words(turn: Turn) -> list[Any]:
+    """Four words in two seconds of sound, made in no time; the second answer is not complete when it is interrupted."""
+    end = [30.0] if turn.text == "second" else [Ended("stop", codes=tuple(range(50)))]
+    return [Text("one two three four"), tone(2.0), *end]
+
+
+@live
+async def test_who_interrupts_while_two_answers_wait_to_be_played_has_heard_the_first_one_only() -> None:
+    clock = Clock()
+    client = Client(FakeBackend(four_words), clock=clock)
+    await client.send(said("first"), CREATE)
+    await client.until("response.done")
+    clock.now = 1.0  # of two seconds
+    await client.send(said("second"), CREATE)
+    await client.until("response.output_audio.delta", 40)
+    clock.now = 1.5
+    await client.send(*append(speech_pcm(0.8, 0.9)))
+    assert [e["response"]["status"] for e in client.all("response.done")] == ["completed", "cancelled"]
+    first, second = (item for item in client.session.conversation.items if item.role == "assistant")
+    assert first.shown == "one two three" and second.shown == ""
+    assert client.session.metrics.barge_ins._value.get() == 1
+    await client.session.close()
+
+
+@live
+async def test_what_the_client_has_cut_is_not_cut_again_when_somebody_speaks() -> None:
+    clock = Clock()
+    client = Client(FakeBackend(four_words), clock=clock)
+    await client.send(said("talk"), CREATE)
+    item_id = (await client.until("response.done"))["response"]["output"][0]["id"]
+    clock.now = 1.8
+    await client.send(
+        {"type": "conversation.item.truncate", "item_id": item_id, "content_index": 0, "audio_end_ms": 600},
+        *append(speech_pcm(0.8, 0.9)),
+    )
+    assert client.session.conversation.find(item_id).shown == "one"  # type: ignore[union-attr]
     await client.session.close()
 
 

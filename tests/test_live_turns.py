@@ -216,3 +216,21 @@ def test_playback_follows_the_clock_and_notices_gaps() -> None:
     assert playback.gaps == [pytest.approx(1.0)] and playback.left == pytest.approx(1.0)
     now = 4.5
     assert playback.played == pytest.approx(3.5)
+
+
+def test_a_reply_that_is_sent_while_another_sounds_is_played_behind_it() -> None:
+    now = 10.0
+    first = Playback(lambda: now, ahead=2.0)
+    first.send(1.5)
+    between = Playback(lambda: now, 2.0, first)  # a reply without sound
+    second = Playback(lambda: now, 2.0, between)
+    second.send(1.0)
+    assert second.left == pytest.approx(2.5) and second.wait() == pytest.approx(0.5) and second.played == 0
+    now = 11.0
+    assert first.played == pytest.approx(1.0) and second.played == 0
+    now = 11.75
+    assert first.left == 0 and second.played == pytest.approx(0.25) and not second.gaps
+    second.stop()
+    third = Playback(lambda: now, 2.0, second)
+    third.send(1.0)
+    assert second.left == 0 and third.left == pytest.approx(1.0), "what was stopped is waited for by nobody"

@@ -88,32 +88,38 @@ class Answers:
         await self._cancel(self.active)
 
     async def cut_off(self, item: Item) -> None:
-        """Cancel the one that is making this item, if there is one."""
+        """The client plays no more of this item; the one that is making it, if there is one, is cancelled."""
         if self.active is not None and item is self.active.item:
             await self._cancel(self.active)
+        if self.last is not None and item is self.last.item:
+            self.last.playback.stop()
 
     async def hush(self) -> str | None:
         """The client plays nothing more: the one in progress ends. Returns the id of what was made or played last."""
-        response = self.active or self.last
+        response, playing = self.active or self.last, [r for r in (self.active, self.last) if r is not None]
         if self.active is not None:
             await self._cancel(self.active)
+        for each in playing:
+            each.playback.stop()
         return None if response is None else response.id
 
     async def interrupt(self) -> None:
-        """Somebody speaks: what is being said ends here, and the dialogue holds what was heard of it."""
+        """Somebody speaks: what is being said ends here, and the dialogue holds what was heard of it: of the answer in progress, and of the
+        one before it, where that is still being played."""
         now = self._clock()
-        active, last = self.active, self.last
+        active, last = self.active, self.last if self.last is not None and self.last.playback.left > 0 else None
+        if active is None and last is None:
+            return
+        heard = [(response, response.playback.played) for response in (last, active) if response is not None]
+        if last is not None:
+            self.last = None
         if active is not None:
-            played = active.playback.played
             await self._stop(active)
             active.item.status = "incomplete"
-            self._cut(active, played)
+        for response, played in heard:
+            self._cut(response, played)
+        if active is not None:
             self._close(active, "cancelled", {"type": "cancelled", "reason": "turn_detected"})
-        elif last is not None and last.playback.left > 0:
-            self._cut(last, last.playback.played)
-            self.last = None
-        else:
-            return
         self._metrics.barge_ins.inc()
         self._metrics.stop_seconds.observe(self._clock() - now)
 
@@ -139,8 +145,10 @@ class Answers:
         await tasks.end(response.task)
 
     def _cut(self, response: Response, played: float) -> None:
+        """The client has stopped playing it: the dialogue holds so many seconds of it."""
         if response.spoken:
             response.item.cut(played, self._backend.codes_per_second)
+        response.playback.stop()
 
     # ---- one response -------------------------------------------------------------------------------------------------------------------
 
@@ -196,7 +204,7 @@ class Answers:
         response = new_response(
             item,
             asked,
-            Playback(self._clock, self._limits.ahead_seconds),
+            Playback(self._clock, self._limits.ahead_seconds, None if self.last is None else self.last.playback),
             spoken=item.spoken,
             kind=(output.get("format") or {}).get("type") or "audio/pcm",
             voice=voice if isinstance(voice, str) else str((voice or {}).get("id", "default")),

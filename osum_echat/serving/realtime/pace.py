@@ -1,11 +1,13 @@
 """How far the sound that was sent is ahead of what can have been played.
 
-A client plays what it gets in real time, from the moment it gets it; when nothing is left it waits, and what comes later is played later. From that
-follows what has been played by now, without any word from the client. A server that stays close to it wastes little when it is interrupted.
+A client plays what it gets in real time, one reply behind the other, from the moment it gets it; when nothing is left it waits, and what comes later
+is played later. From that follows what has been played by now, without any word from the client. A server that stays close to it wastes little when
+it is interrupted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 _HEARD = 0.02
@@ -18,31 +20,41 @@ class Playback:
     Args:
         clock: seconds, rising.
         ahead: how far to be ahead at most; infinite: as fast as it comes.
+        before: of the reply in front, which is played to its end first.
     """
 
-    def __init__(self, clock: Callable[[], float], ahead: float) -> None:
+    def __init__(self, clock: Callable[[], float], ahead: float, before: Playback | None = None) -> None:
         self._clock, self._ahead = clock, ahead
-        self.sent = 0.0
+        self.sent: float = 0.0
+        self._before: Playback | None = (
+            before if before is None or before.sent else before._before
+        )  # so that no chain of them is kept
         self.gaps: list[float] = []
         """Lengths of the silences inside the reply: sound came later than it was needed."""
-        self._ends = 0.0  # when all that was sent will have been played
+        self._ends = -math.inf  # when all that was sent will have been played
 
     def send(self, seconds: float) -> None:
         """So much more sound goes out now."""
         now = self._clock()
         if self.sent and now - self._ends > _HEARD:
             self.gaps.append(now - self._ends)
-        self._ends = max(self._ends, now) + seconds if self.sent else now + seconds
+        if self._before is not None:
+            self._ends, self._before = self._before._ends, None
+        self._ends = max(self._ends, now) + seconds
         self.sent += seconds
+
+    def stop(self) -> None:
+        """The client plays no more of it; `played` has no meaning from here on."""
+        self._ends = min(self._ends, self._clock())
 
     @property
     def left(self) -> float:
-        """Seconds that are still to be played."""
+        """Seconds until its end; of the reply in front too, while that is being played."""
         return max(0.0, self._ends - self._clock()) if self.sent else 0.0
 
     @property
     def played(self) -> float:
-        return self.sent - self.left
+        return max(0.0, self.sent - self.left)
 
     def wait(self) -> float:
         """Seconds until more may be sent."""
