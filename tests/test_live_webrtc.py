@@ -504,6 +504,33 @@ class Inner:
         return sum(any(self.speaker._next()) for _ in range(frames))
 
 
+@live
+async def test_nothing_waits_for_a_caller_that_only_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    speakers: list[Loudspeaker] = []
+
+    class Kept(Loudspeaker):
+        def __init__(self) -> None:
+            super().__init__()
+            speakers.append(self)
+
+    async with serving(FakeBackend(lambda turn: [Text("Well"), tone(3.0)])) as running, running.openai("any") as client:
+        caller = Caller()
+        caller.peer.getTransceivers()[0].direction = "sendonly"
+        monkeypatch.setattr(webrtc, "Loudspeaker", Kept)
+        answer = await client.realtime.calls.create(sdp=await caller.offer(), session={"type": "realtime"})
+        await caller.answered(answer.text)
+        await caller.until("session.created")
+        for text in ("one", "two"):
+            seen = len(caller.events)
+            caller.send("conversation.item.create", item=item(text))
+            caller.send("response.create")
+            await caller.until("output_audio_buffer.stopped", seen)
+            assert not speakers[0]._queue
+        told = [event.type for event in caller.events if event.type.startswith(("output_audio_buffer.", "response.done"))]
+        assert told == ["output_audio_buffer.started", "response.done", "output_audio_buffer.stopped"] * 2
+        await caller.peer.close()
+
+
 def test_an_answer_begins_behind_the_one_before_it() -> None:
     inner = Inner()
     for response in ("a", "b"):

@@ -45,23 +45,37 @@ _BUFFERED_BYTES = 2**20
 
 
 class Loudspeaker(MediaStreamTrack):
-    """The track that the client plays: what `play` was given, in real time, and silence."""
+    """The track that the client plays: what `play` was given, in real time, and silence.
+
+    Attributes:
+        wanted: False where the client takes no sound. Nothing waits then: it counts as played as soon as it comes.
+    """
 
     kind = "audio"
 
     def __init__(self) -> None:
         super().__init__()
+        self.wanted = True
         self._queue: deque[bytes | Callable[[], None]] = deque()
         self._began: float | None = None
         self._frames = 0
 
     def play(self, pcm: bytes) -> None:
         """16 bit, 24 kHz."""
-        self._queue.append(pcm)
+        if self._taken:
+            self._queue.append(pcm)
 
     def when_played(self, then: Callable[[], None]) -> None:
         """Call it when what waits now has been played."""
-        self._queue.append(then)
+        if self._taken:
+            self._queue.append(then)
+        else:
+            then()
+
+    @property
+    def _taken(self) -> bool:
+        """Somebody takes frames (`recv`), so that what waits gets less."""
+        return self.wanted and self.readyState == "live"
 
     def clear(self, behind: Callable[[], None] | None = None) -> None:
         """Play nothing of what waits. ``behind``: only what stands behind this call of `when_played`, or all if it has been made."""
@@ -262,6 +276,8 @@ class CallSocket:
             self._has_channel = "m=application" in offer
             self._peer.addTrack(self.speaker)
             await self._peer.setLocalDescription(await self._peer.createAnswer())
+            taken = [t.currentDirection for t in self._peer.getTransceivers() if t.sender.track is self.speaker]
+            self.speaker.wanted = taken[0] in ("sendrecv", "sendonly")  # else nothing reads the track
         except Exception as error:  # aiortc raises what its parser meets
             raise ValueError(f"the SDP offer cannot be used: {error}") from error
         self._clock = asyncio.create_task(self._connected_in_time())
