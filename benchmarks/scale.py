@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -197,15 +196,15 @@ def _export() -> Path:
 
 def machine() -> dict[str, Any]:
     import torch
+    from common import commit
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "commit": commit.strip(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "load": round(os.getloadavg()[0], 1),
     }
