@@ -1,9 +1,10 @@
 """The engine of a cluster: blocks through Ray Data to actors that hold the worker, one a device or several.
 
-Ray Data schedules blocks, starts lost actors again, and holds actors back when results are not taken (https://docs.ray.io, "Ray Data"). What is
-added here is that the run outlives what is lost. A block whose actor or node dies is dropped by Ray Data (`max_errored_blocks`), not retried where it
-might wait for a node that never comes back; it is done again in the next round, when the others are through. In the last of ``tries`` rounds each unit
-goes alone, so that a record that kills its worker takes no other with it, and is counted as failed.
+Ray Data schedules blocks, starts lost actors again, and holds actors back when results are not taken
+(https://docs.ray.io, "Ray Data"). What is added here is that the run outlives what is lost. A block whose actor or node
+dies is dropped by Ray Data (`max_errored_blocks`), not retried where it might wait for a node that never comes back; it
+is done again in the next round, when the others are through. In the last of ``tries`` rounds each unit goes alone, so
+that a record that kills its worker takes no other with it, and is counted as failed.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def place(device: str, share: float, workers: int | None, nodes: Sequence[Mappin
     """Workers on the devices of a cluster.
 
     Args:
-        device: ``auto`` (GPUs, else NPUs, else CPUs), or a kind. share: devices for each worker; below 1 several share one.
+        device: ``auto`` (GPUs, else NPUs, else CPUs), or a kind. share: devices for each worker; below 1 several share
+            one.
         workers: how many, ``None`` for as many as there is room for; more than that wait for nodes to come.
         nodes: resources of each node (see `nodes`).
 
@@ -102,7 +104,8 @@ class RayEngine:
     """Works on a Ray cluster.
 
     Attributes:
-        address: of a running cluster (``auto`` finds the one of this machine), None: one is started on this machine for the run.
+        address: of a running cluster (``auto`` finds the one of this machine), None: one is started on this machine for
+            the run.
         device, share, workers: see `place`.
         block_size: range of numbers that makes a block. tries: of one unit, 2 or more.
         dashboard: whether a cluster that is started here has Ray's dashboard.
@@ -153,7 +156,8 @@ class RayEngine:
     def _round(
         self, work: Work, todo: Sequence[Sequence[Unit]], placement: Placement, left: dict[int, Unit], alone: bool
     ) -> Generator[Outcome, None, Exception | None]:
-        """Outcomes of one pass over the blocks, taken from ``left``. Returns why the pass ended early, None when it did not."""
+        """Outcomes of one pass over the blocks, taken from ``left``. Returns why the pass ended early, None when it did
+        not."""
         import ray
         from ray.data import ActorPoolStrategy
 
@@ -197,7 +201,8 @@ def nodes() -> list[Mapping[str, float]]:
 
 @contextlib.contextmanager
 def connected(address: str | None, dashboard: bool) -> Iterator[str]:
-    """A connection to a cluster, or a cluster of this machine that ends with it; a connection that there is already is used and kept.
+    """A connection to a cluster, or a cluster of this machine that ends with it; a connection that there is already is
+    used and kept.
 
     Yields:
         Where it can be watched, for a line of output.
@@ -218,7 +223,8 @@ def connected(address: str | None, dashboard: bool) -> Iterator[str]:
 
 
 def _start(ray: Any, address: str | None, dashboard: bool, tries: int = 3) -> Any:
-    """Connect, or start a cluster; Ray gives a node 30 s to come up, which a busy machine may not have, so it is tried again."""
+    """Connect, or start a cluster; Ray gives a node 30 s to come up, which a busy machine may not have, so it is tried
+    again."""
     where: dict[str, Any] = {"address": "local", "include_dashboard": dashboard} if address is None else {"address": address}
     try:
         return ray.init(logging_level=logging.ERROR, log_to_driver=False, **where)
@@ -250,7 +256,8 @@ def _settings() -> Iterator[None]:
     for name, value in ours.items():
         setattr(context, name, value)
     for name in loggers:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # each lost block with its trace; `RayEngine.say` has one line
+        # Each lost block with its trace; `RayEngine.say` has one line.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """Talk to a Realtime server with recordings, at the speed of life, and measure how it takes turns.
 
-For each ID/input.wav in a folder (or each wav file) the system's side becomes OUT/ID/output.wav, time-synchronous, with OUT/ID/events.jsonl; the report is
-that of the suite "live": delay, interruption, rejection. A conversation that was held before is not held again.
+For each ID/input.wav in a folder (or each wav file) the system's side becomes OUT/ID/output.wav, time-synchronous, with
+OUT/ID/events.jsonl; the report is that of the suite "live": delay, interruption, rejection. A conversation that was
+held before is not held again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from osum_echat.cli.common import run
 
 EXAMPLES = """examples:
   osum-echat duplex --url ws://localhost:8000/v1/realtime --in recordings --out out/live
-  osum-echat duplex --url wss://api.example.com/v1/realtime?model=m --in full-duplex-bench/user_interruption --out out/their
+  osum-echat duplex --url wss://example.com/v1/realtime?model=m --in full-duplex-bench/user_interruption --out out/their
 """
 
 

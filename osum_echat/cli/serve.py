@@ -3,7 +3,8 @@
     osum-echat serve                                  http://127.0.0.1:8000/ on this machine
     osum-echat serve --host 0.0.0.0 --api-key KEY --ssl-certfile cert.pem --ssl-keyfile key.pem
 
-A browser gives its microphone to pages of this machine and to HTTPS only. The first SIGTERM or Ctrl+C lets answers in progress end, the second does not.
+A browser gives its microphone to pages of this machine and to HTTPS only. The first SIGTERM or Ctrl+C lets answers in
+progress end, the second does not.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ def listen(server: Server, args: argparse.Namespace) -> int:
         timeout_graceful_shutdown=int(args.drain_seconds) + 5,
     )
     gc.collect()
-    gc.freeze()  # what was loaded stays: Python then looks at what came since, and often enough to give back what sessions held
+    # What was loaded stays: Python then looks at what came since, and often enough to give back what sessions held.
+    gc.freeze()
     running = _Draining(config, server)
     running.run()
     return 0 if running.started else 1
@@ -181,7 +183,8 @@ def _Draining(config: Any, server: Server) -> Any:
 
 
 def application(options: Mapping[str, str]) -> Any:
-    """For config files of Ray Serve (``import_path: osum_echat.cli.serve:application``): ``options`` are those of `osum-echat serve` without the
-    dashes: ``{checkpoint: /models/echat, host: 0.0.0.0, replicas: "4"}``; a flag is ``"true"``."""
+    """For config files of Ray Serve (``import_path: osum_echat.cli.serve:application``): ``options`` are those of
+    `osum-echat serve` without the dashes: ``{checkpoint: /models/echat, host: 0.0.0.0, replicas: "4"}``; a flag is
+    ``"true"``."""
     words = [word for name, value in options.items() for word in (f"--{name}", *([] if value == "true" else [str(value)]))]
     return make_application(parser("osum-echat serve").parse_args(words), build_server)

@@ -34,7 +34,8 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def serve_on_ray(args: argparse.Namespace, build_server: BuildServer) -> int:
-    """Serve until told to stop. The service ends with this command; ``build_server`` makes the server of a replica, in its process."""
+    """Serve until told to stop. The service ends with this command; ``build_server`` makes the server of a replica, in
+    its process."""
     os.environ.setdefault(PROXY_CALLBACK, CALLBACK)  # for the nodes that are started here
     if args.ssl_certfile:
         raise UserError("on Ray Serve the load balancer in front has the certificate; leave --ssl-certfile out")
@@ -59,7 +60,8 @@ def serve_on_ray(args: argparse.Namespace, build_server: BuildServer) -> int:
 
 
 def make_application(args: argparse.Namespace, build_server: BuildServer) -> Any:
-    """The application of a parsed command line; a connection to the cluster must be there, whose devices decide where replicas are placed."""
+    """The application of a parsed command line; a connection to the cluster must be there, whose devices decide where
+    replicas are placed."""
     placement = place(args.device, args.share, args.replicas, nodes())
     checkpoint = (
         args.checkpoint if "/" in args.checkpoint and not os.path.exists(args.checkpoint) else find_checkpoint(args.checkpoint)

@@ -1,8 +1,8 @@
 """Keys and values of a batch, in transformers' public cache interface, that can grow.
 
-transformers' own dynamic cache copies everything at every step. Here a layer owns a buffer with spare columns: a step writes its columns in
-place and returns a view, and the buffer grows by half when it is full. Rows of different lengths end at the same column (the padding is on
-the left), so a step writes one column for all rows.
+transformers' own dynamic cache copies everything at every step. Here a layer owns a buffer with spare columns: a step
+writes its columns in place and returns a view, and the buffer grows by half when it is full. Rows of different lengths
+end at the same column (the padding is on the left), so a step writes one column for all rows.
 
 B rows, H key-value heads, C columns of the buffer, K columns in use, d head width.
 """
@@ -52,7 +52,8 @@ class GrowingLayer(CacheLayerMixin):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def reserve(self, count: int) -> tuple[Tensor, Tensor]:
-        """Buffers [B, H, C, d] with room for so many columns behind those in use; whoever fills them says so (`wrote`)."""
+        """Buffers [B, H, C, d] with room for so many columns behind those in use; whoever fills them says so
+        (`wrote`)."""
         assert self.keys is not None and self.values is not None
         if self.length + count > self.keys.shape[2]:
             self._grow(self.length + count)
@@ -85,7 +86,8 @@ class GrowingLayer(CacheLayerMixin):
         self.length -= first
 
     def join(self, other: GrowingLayer) -> None:
-        """Put the rows of ``other`` below these; both end at the same column, and the shorter is filled up at its left."""
+        """Put the rows of ``other`` below these; both end at the same column, and the shorter is filled up at its
+        left."""
         assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
         length = max(self.length, other.length)
         rows, joined = self.keys.shape[0], []

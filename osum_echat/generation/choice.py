@@ -1,7 +1,7 @@
 """Penalty, guards and sampling: from the logits of one head to an id for every row that chooses from it.
 
-These are the rules of every way of decoding: the generator applies them to the logits of our own model, `vllm.rules` to those that vLLM
-computed. A row's choice depends on its own ids, settings and seed alone, never on the rows beside it.
+These are the rules of every way of decoding: the generator applies them to the logits of our own model, `vllm.rules` to
+those that vLLM computed. A row's choice depends on its own ids, settings and seed alone, never on the rows beside it.
 
 R rows, V classes of the head (text or speech), W last ids, G generated ids.
 """
@@ -44,7 +44,8 @@ class ChoosingRow:
         return self.mode.speech if self.state.in_speech else self.mode.text
 
     def uniform(self) -> float:
-        """The random number of this step, the same however often it is asked for; 0 where the most likely id is taken."""
+        """The random number of this step, the same however often it is asked for; 0 where the most likely id is
+        taken."""
         if self.sampling.greedy:
             return 0.0
         step = len(self.state.generated)
@@ -108,13 +109,15 @@ class Choice:
         return TranscriptRow(*transcribed, self._ends[place.end])
 
     def age_acts(self, row: ChoosingRow) -> bool:
-        """Whether the age guard acts on the id that the row chooses now. It depends on ids alone, so it can be asked again later."""
+        """Whether the age guard acts on the id that the row chooses now. It depends on ids alone, so it can be asked
+        again later."""
         if self.age is None or not row.age_armed or row.state.in_speech:
             return False
         return tuple(row.state.generated[-self.age.memory :]) == self.age.trigger_ids
 
     def pick(self, rows: Sequence[ChoosingRow], logits_RV: Tensor, in_speech: bool) -> list[Picked]:
-        """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one. The rows are not changed; see `ChoosingRow.acted`."""
+        """A choice for every row. Everything that the host knows goes to the device in one copy, and comes back in one.
+        The rows are not changed; see `ChoosingRow.acted`."""
         settings = sampling_rows(tuple(row.sampling for row in rows), logits_RV.device)
         known = self._known(rows, in_speech, settings, logits_RV.device)
         if settings.any_penalty:
@@ -196,8 +199,10 @@ class Known(NamedTuple):
     """What the host knows of the rows that choose.
 
     Attributes:
-        recent_RW: the last ids of each row as classes of a head, oldest first; -1 or less where there is none of that head's ids.
-        generated_RG: all text ids, or all codes, that each row has generated, -1 padded; [R, 0] where nobody needs them.
+        recent_RW: the last ids of each row as classes of a head, oldest first; -1 or less where there is none of that
+            head's ids.
+        generated_RG: all text ids, or all codes, that each row has generated, -1 padded; [R, 0] where nobody needs
+            them.
         armed_R, thinking_R, unfinished_R: the age guard may still act; the row thinks; its speech may not end yet.
         uniform_R: a random number in [0, 1), 0 for rows that take the most likely id.
     """

@@ -1,6 +1,7 @@
 """Decoding settings as data: sampling per kind of sequence, guards, limits. The written form is `conf/generation.yaml`.
 
-The numbers are those of the published inference code where it has any. A checkpoint folder may bring its own `generation.yaml`.
+The numbers are those of the published inference code where it has any. A checkpoint folder may bring its own
+`generation.yaml`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ class Sampling:
         temperature: logits are divided by it.
         top_k: only the k most likely ids (0: all).
         top_p: only the smallest set of most likely ids whose probability reaches p (1: all).
-        repetition_penalty: logits of ids that this reply already holds are divided (multiplied if negative) by it. Text and speech ids
-            are kept apart; the prompt never counts.
+        repetition_penalty: logits of ids that this reply already holds are divided (multiplied if negative) by it. Text
+            and speech ids are kept apart; the prompt never counts.
     """
 
     greedy: bool = False
@@ -45,7 +46,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Mode:
-    """Settings of one kind of sequence (a key of `dialogue.tasks.OUTPUTS`). ``max_new``: ids generated at most, text and speech together."""
+    """Settings of one kind of sequence (a key of `dialogue.tasks.OUTPUTS`). ``max_new``: ids generated at most, text
+    and speech together."""
 
     text: Sampling = field(default_factory=Sampling)
     speech: Sampling = field(default_factory=Sampling)
@@ -60,7 +62,8 @@ class Mode:
         return replace(self, text=replace(self.text, greedy=True), speech=replace(self.speech, greedy=True))
 
     def tuned(self, greedy: bool = False, temperature: float | None = None, max_new: int | None = None) -> Mode:
-        """The same with what a request wants otherwise. ``temperature`` is that of text and speech; 0 is greedy. Raises ValueError."""
+        """The same with what a request wants otherwise. ``temperature`` is that of text and speech; 0 is greedy. Raises
+        ValueError."""
         mode = self if max_new is None else replace(self, max_new=max_new)
         if greedy or temperature == 0:
             return mode.greedy()
@@ -95,7 +98,8 @@ class RepetitionGuard:
 class AgeGuard:
     """When a text has come to ``trigger``, the next id must begin one of ``choices``; once per reply.
 
-    ``&&`` (not known) is one of them, as in the training data; the published code leaves it out, and guards spoken replies only.
+    ``&&`` (not known) is one of them, as in the training data; the published code leaves it out, and guards spoken
+    replies only.
     """
 
     trigger: str = "年龄为:<"
@@ -113,7 +117,8 @@ class SilenceGuard:
 
 @dataclass(frozen=True)
 class LengthGuard:
-    """Speech ends after ``base + per_text_id * (text ids of the reply)`` codes. Human speech needs 3 to 12 codes for a text id."""
+    """Speech ends after ``base + per_text_id * (text ids of the reply)`` codes. Human speech needs 3 to 12 codes for a
+    text id."""
 
     base: int = 50
     per_text_id: int = 25
@@ -171,13 +176,15 @@ class GenerationConfig:
     Args:
         modes: settings by output type; types that are not named keep the published settings.
         guards: see `Guards`.
-        force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there; otherwise the model
-            must choose it itself.
+        force_speech_begin: the delimiter that begins speech is given after the text, as training always had it there;
+            otherwise the model must choose it itself.
         max_codes_per_word: for the word form: a word's speech ends after this many codes.
-        ctc_weight: share of the CTC head in choosing the words of a transcript, from 0 (the LLM alone) to below 1; see `generation.transcript`. For models
-            with a CTC head; they are decoded in the usual way then, not by the static step.
-        static_step: decode by a step of fixed shape that stays on the device (`generation.static_rows`): auto (on accelerators), always, never. It gives
-            the same ids. A model that it does not take is decoded in the usual way, which is said once.
+        ctc_weight: share of the CTC head in choosing the words of a transcript, from 0 (the LLM alone) to below 1; see
+            `generation.transcript`. For models with a CTC head; they are decoded in the usual way then, not by the
+            static step.
+        static_step: decode by a step of fixed shape that stays on the device (`generation.static_rows`): auto (on
+            accelerators), always, never. It gives the same ids. A model that it does not take is decoded in the usual
+            way, which is said once.
     """
 
     modes: dict[str, Mode] = field(default_factory=_default_modes)
@@ -205,7 +212,8 @@ class GenerationConfig:
         raise ValueError(f"unknown output type {output_type!r}; use {', '.join(OUTPUTS)}")
 
     def as_released(self) -> GenerationConfig:
-        """The same with what the published code did about guards and begin of speech, for the dialect ``as_released``."""
+        """The same with what the published code did about guards and begin of speech, for the dialect
+        ``as_released``."""
         return replace(self, guards=Guards.as_released(), force_speech_begin=False)
 
 
@@ -218,7 +226,8 @@ _OLDER_KEYS = {
 
 
 def older_dialect_keys(data: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take out of generation settings what older files said there of the dialect, which the checkpoint's config.yaml says now.
+    """Take out of generation settings what older files said there of the dialect, which the checkpoint's config.yaml
+    says now.
 
     Returns:
         The settings without those keys, and the changes of the dialect that they come to.

@@ -1,7 +1,8 @@
 """The LLM side of a batch: read the prompts once, feed ids, forget rows that are done.
 
-Rows are aligned at the right: prompts end in the same column, whatever their lengths, so a step appends the same columns for all. What is
-padding or masked is hidden by an additive mask, which is left out altogether when there is nothing to hide.
+Rows are aligned at the right: prompts end in the same column, whatever their lengths, so a step appends the same
+columns for all. What is padding or masked is hidden by an additive mask, which is left out altogether when there is
+nothing to hide.
 
 B rows, T new prompt positions, n positions of a step, K cache columns, D width.
 """
@@ -29,7 +30,8 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 class Slots(Protocol):
     """What `rows.UsualRows` needs of the rows that are decoded together.
 
-    ``hidden_BD`` is the hidden state of the last position of each row; rows are numbered in the order they joined, and `select` closes gaps.
+    ``hidden_BD`` is the hidden state of the last position of each row; rows are numbered in the order they joined, and
+    `select` closes gaps.
     """
 
     hidden_BD: Tensor
@@ -88,8 +90,8 @@ class DecoderState:
         read: bool = True,
         audio: AudioFeatures | None = None,
     ) -> None:
-        """``spare``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`. ``audio``: the recordings of
-        all requests, joined; None: each request has its own in `Request.heard`."""
+        """``spare``: columns to come that the cache makes place for. ``read=False`` leaves the prompts to `read`.
+        ``audio``: the recordings of all requests, joined; None: each request has its own in `Request.heard`."""
         self.model = model
         packed = pack([request.prompt for request in requests]).to(model.device)
         if audio is None:
@@ -124,7 +126,7 @@ class DecoderState:
         if read:
             self.read(width)
 
-    # ---- steps --------------------------------------------------------------------------------------------------------------------
+    # ---- steps -------------------------------------------------------------------------------------------------------
 
     @property
     def unread(self) -> int:
@@ -194,8 +196,8 @@ class DecoderState:
         return self._cache.keep(b, columns.to(self.hidden_BD.device), flat, heard, visible_T)
 
     def copy_row(self, b: int, keys: Sequence[Tensor], values: Sequence[Tensor], slot: int) -> int:
-        """Copy what row b may attend to into a slot of other caches (per layer [slots, columns, H, d]), from their first column on. Returns how many
-        columns that is."""
+        """Copy what row b may attend to into a slot of other caches (per layer [slots, columns, H, d]), from their
+        first column on. Returns how many columns that is."""
         row = self.rows[b]
         assert not row.fed and not self.unread, f"{len(row.fed)} ids were fed, {self.unread} columns of the prompts are unread"
         columns_T = (row.columns[row.visible_T.cpu()] - self._dropped).to(self.hidden_BD.device)
@@ -205,7 +207,7 @@ class DecoderState:
             value[slot, : len(columns_T)] = layer.values[b].index_select(1, columns_T).transpose(0, 1)
         return len(columns_T)
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _advance(self, embeds_BnD: Tensor, positions_Bn: Tensor, visible_Bn: Tensor) -> None:
         before, count = self._cache.length, embeds_BnD.shape[1]
@@ -219,7 +221,8 @@ class DecoderState:
         self.hidden_BD = hidden_BnD[:, -1]
 
     def _block_mask(self, before: int, visible_Bn: Tensor) -> Tensor | None:
-        """Mask [B, 1, n, K] of several new positions: visible columns up to their own. None: plain causal attention from the start."""
+        """Mask [B, 1, n, K] of several new positions: visible columns up to their own. None: plain causal attention
+        from the start."""
         if before == 0 and self._plain:
             return None
         count = visible_Bn.shape[1]

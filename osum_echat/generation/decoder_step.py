@@ -1,12 +1,16 @@
-"""One step of a transformers decoder, written out over its own weights: shapes that never change, a cache that is written in place, few kernels.
+"""One step of a transformers decoder, written out over its own weights: shapes that never change, a cache that is
+written in place, few kernels.
 
-transformers' decoder cannot be recorded as a graph: its cache grows, its mask and positions come from the host. Here each row owns a slot of the cache,
-its columns are its positions, and how many it has is a number on the device. A layer is 15 kernels (36 to 40 there): products that read the same input
-are one, a residual is added by the product before it, queries and keys are turned together.
+transformers' decoder cannot be recorded as a graph: its cache grows, its mask and positions come from the host. Here
+each row owns a slot of the cache, its columns are its positions, and how many it has is a number on the device. A layer
+is 15 kernels (36 to 40 there): products that read the same input are one, a residual is added by the product before it,
+queries and keys are turned together.
 
-What is taken: decoders of the Llama and Qwen family as they are (`refusal` says what is not), with plain, packed or rounded linear layers.
+What is taken: decoders of the Llama and Qwen family as they are (`refusal` says what is not), with plain, packed or
+rounded linear layers.
 
-B slots, n positions of a step (1 but on a CPU), D width, H query heads, G key heads, d width of a head, C columns of the cache, K columns that are looked at.
+B slots, n positions of a step (1 but on a CPU), D width, H query heads, G key heads, d width of a head, C columns of
+the cache, K columns that are looked at.
 """
 
 from __future__ import annotations
@@ -35,7 +39,8 @@ _SHAPES = 64
 
 
 class Joint:
-    """Linear layers with the same input as one product. Plain ones become views of the joint weight, so nothing is held twice."""
+    """Linear layers with the same input as one product. Plain ones become views of the joint weight, so nothing is held
+    twice."""
 
     def __init__(self, linears: Sequence[nn.Module]) -> None:
         self._weight_OI: Tensor | None = None
@@ -93,7 +98,8 @@ class Cache:
     def __init__(
         self, layers: int, slots: int, columns: int, heads: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        # Zeros, not empty: a column that is not looked at is multiplied by weight 0, and 0 times a stray NaN would be NaN.
+        # Zeros, not empty: a column that is not looked at is multiplied by weight 0, and 0 times a stray NaN would be
+        # NaN.
         shape = (slots, columns, heads, width)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -162,7 +168,8 @@ class _Layer:
         return self.down(self.act(gate) * up, x_BnD)
 
     def _attend(self, query_BnHd: Tensor, at: At, keys: Tensor, values: Tensor) -> Tensor:
-        """The heads that share a key head are given as positions of it, so that its keys are read once. Returns [B, n, H * d]."""
+        """The heads that share a key head are given as positions of it, so that its keys are read once. Returns [B, n,
+        H * d]."""
         batch, count = query_BnHd.shape[:2]
         group = self.heads // self.key_heads
         grouped = query_BnHd.view(batch, count, self.key_heads, group, self.width).permute(0, 2, 3, 1, 4)
@@ -204,7 +211,8 @@ class DecoderStep:
         return Cache(len(self.layers), slots, columns, self.key_heads, self.width, self.dtype, self.device)
 
     def cos_sin(self, columns: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of each column's rotation, [C, 1, d]; the sine has the sign of its half, so that turning needs no negation."""
+        """Cosine and sine of each column's rotation, [C, 1, d]; the sine has the sign of its half, so that turning
+        needs no negation."""
         example = torch.zeros(1, 1, 1, dtype=self.dtype, device=self.device)
         cos, sin = self._rotary(example, torch.arange(columns, device=self.device)[None])
         half = self.width // 2
@@ -296,7 +304,8 @@ def build_step(model: EChatModel) -> DecoderStep:
 
 @torch.inference_mode()
 def differs(model: EChatModel, step: DecoderStep, positions: int = 3) -> float:
-    """How far hidden states of the step are from transformers' own, over their largest value: layers of the same names may compute something else."""
+    """How far hidden states of the step are from transformers' own, over their largest value: layers of the same names
+    may compute something else."""
     generator = torch.Generator().manual_seed(0)
     ids_1n = torch.randint(model.vocabulary.text_size, (1, positions), generator=generator).to(step.device)
     embeds = model.embed(ids_1n)

@@ -2,17 +2,20 @@
 
     engine = Engine(generator)
     engine.start()
-    ticket = engine.submit(request, on_event)     # from any thread; on_event(event) is called on the model's thread, `Done` last
+    ticket = engine.submit(request, on_event)     # from any thread
     ticket.cancel()                               # no further step is made for it
     engine.run(lambda: listen(model, feats))      # anything else that needs the model, between two steps; a Future
 
-One turn of the thread is: what others asked for, one piece of a prompt, one step of the batch. So a long recording delays the others by one
-piece at a time. A reply depends on its request alone, never on its company: pieces are cut by the request's own length, and rows never see each
-other (`tests/test_generation_engine.py`).
+``on_event(event)`` is called on the model's thread, with `Done` as the last event.
 
-Memory is counted in cached positions: a request holds its prompt and all it may generate from the moment it is taken in, a session between its
-turns holds what it has read. When a request does not fit, caches of sessions are dropped, the one that was used longest ago first (what is
-dropped is read again when its session goes on); if it still does not fit it waits its turn, and when too many wait it is refused (`EngineFull`).
+One turn of the thread is: what others asked for, one piece of a prompt, one step of the batch. So a long recording
+delays the others by one piece at a time. A reply depends on its request alone, never on its company: pieces are cut by
+the request's own length, and rows never see each other (`tests/test_generation_engine.py`).
+
+Memory is counted in cached positions: a request holds its prompt and all it may generate from the moment it is taken
+in, a session between its turns holds what it has read. When a request does not fit, caches of sessions are dropped, the
+one that was used longest ago first (what is dropped is read again when its session goes on); if it still does not fit
+it waits its turn, and when too many wait it is refused (`EngineFull`).
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ class EngineLimits:
         positions: cached positions at most, those of requests and those that sessions keep.
         queue: requests that may wait.
         piece: positions of a prompt that are read at once.
-        reserve: positions that a request is counted with for what it generates, at most (its mode's limit, if that is lower).
+        reserve: positions that a request is counted with for what it generates, at most (its mode's limit, if that is
+            lower).
     """
 
     rows: int = 16
@@ -139,7 +143,8 @@ class LlmEngine(Protocol):
 
 
 class Engine:
-    """See the module. `start` runs a thread; without it `tick` does one turn, for tests and for those who have a loop of their own."""
+    """See the module. `start` runs a thread; without it `tick` does one turn, for tests and for those who have a loop
+    of their own."""
 
     def __init__(self, generator: Generator, limits: EngineLimits | None = None) -> None:
         self.generator, self.limits = generator, limits or EngineLimits()
@@ -155,7 +160,7 @@ class Engine:
         self._awake = False
         self._thread: threading.Thread | None = None
 
-    # ---- from any thread ----------------------------------------------------------------------------------------------------------
+    # ---- from any thread ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Run the model's thread."""
@@ -216,7 +221,8 @@ class Engine:
         return future
 
     def remember(self, session: Session) -> None:
-        """The session holds a cache now, which may be dropped to make place. Call it on the model's thread, after each turn."""
+        """The session holds a cache now, which may be dropped to make place. Call it on the model's thread, after each
+        turn."""
         self._sessions.pop(id(session), None)
         if session.kept is not None:
             self._sessions[id(session)] = session
@@ -245,7 +251,7 @@ class Engine:
             kept=kept,
         )
 
-    # ---- the model's thread -------------------------------------------------------------------------------------------------------
+    # ---- the model's thread ------------------------------------------------------------------------------------------
 
     def tick(self) -> bool:
         """One turn: calls, one piece of a prompt, one step. Returns whether there is more to do now."""
@@ -300,7 +306,7 @@ class Engine:
             log.exception("a listener of request %d failed; the request is cancelled", ticket.number)
             ticket.request.cancel()
 
-    # ---- joining ------------------------------------------------------------------------------------------------------------------
+    # ---- joining -----------------------------------------------------------------------------------------------------
 
     def _need(self, ticket: Ticket) -> int:
         generated = 0 if ticket.read_only else min(ticket.request.mode.max_new, self.limits.reserve)
@@ -375,7 +381,7 @@ class Engine:
                 self._tell(ticket, event)
             self._rows.join([row], batch)
 
-    # ---- steps --------------------------------------------------------------------------------------------------------------------
+    # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _reading_tickets(self) -> list[Ticket]:
         return [self._reading[0][0]] if self._reading else []

@@ -58,11 +58,12 @@ class Done:
     """The last event of a row.
 
     Attributes:
-        reason: ``stop`` the model ended it, ``length`` a limit did, ``cancelled`` the caller did, ``silence`` the recording
-            has nothing in it, so the model was not asked.
+        reason: ``stop`` the model ended it, ``length`` a limit did, ``cancelled`` the caller did, ``silence`` the
+            recording has nothing in it, so the model was not asked.
         text_ids: all text ids, think and its marks included, without the end.
         generated: every id in order, all kinds.
-        guards: how often each guard acted (names of `Guards`, and ``word`` for the cap on the codes of a word); those that never did are left out.
+        guards: how often each guard acted (names of `Guards`, and ``word`` for the cap on the codes of a word); those
+            that never did are left out.
     """
 
     reason: Reason

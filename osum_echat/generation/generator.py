@@ -1,12 +1,14 @@
 """Decoding of many rows at once: prefill once, then a step at a time, each row in its own phase.
 
-A step feeds every live row the ids it has accepted (usually one), asks the text head for the rows in text and the speech head for the rows in
-speech, lets `choice` apply penalty, guards and sampling to each group, and lets `phases.RowState` say what the ids mean. Rows that end leave the batch.
-`rows.UsualRows` does it where it runs everywhere, `static_rows.StaticRows` on accelerators without waiting for them.
+A step feeds every live row the ids it has accepted (usually one), asks the text head for the rows in text and the
+speech head for the rows in speech, lets `choice` apply penalty, guards and sampling to each group, and lets
+`phases.RowState` say what the ids mean. Rows that end leave the batch. `rows.UsualRows` does it where it runs
+everywhere, `static_rows.StaticRows` on accelerators without waiting for them.
 
-Speed: at batch 1 the weights have to be read once per id, so everything else is kept small. Masks are left out when nothing is hidden, the
-cache is written in place, logits exist for the rows that choose and their last position only, and ids that are given (spelled words, the begin of
-speech) go through the LLM several at a time. See `packed.pack_linears` for the weights and `benchmarks/decode.py` for numbers.
+Speed: at batch 1 the weights have to be read once per id, so everything else is kept small. Masks are left out when
+nothing is hidden, the cache is written in place, logits exist for the rows that choose and their last position only,
+and ids that are given (spelled words, the begin of speech) go through the LLM several at a time. See
+`cpu_linear.pack_linears` for the weights and `benchmarks/decode.py` for numbers.
 
 B live rows, D width, R rows that choose from one head, V classes of that head.
 """
@@ -40,7 +42,8 @@ _ON_HOST = "ctc_weight > 0: the words of transcripts are chosen with the CTC hea
 
 
 class Generator:
-    """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same moment).
+    """Runs requests on one model. It holds no state between calls, so it can be shared (but not by threads at the same
+    moment).
 
     Args:
         dialect: how the model is spoken to, when not as its config says.
@@ -63,10 +66,11 @@ class Generator:
         self._looked = False
 
     def compile(self, backend: str = "inductor") -> None:
-        """Compile the LLM's decoder with `torch.compile`, in place; meant for accelerators. Of the static step one layer is compiled, for all of them.
+        """Compile the LLM's decoder with `torch.compile`, in place; meant for accelerators. Of the static step one
+        layer is compiled, for all of them.
 
-        Else lengths are dynamic, so a few graphs serve all steps. The first steps wait for the compiler (minutes on a CPU, where
-        `packed.pack_linears` gives more).
+        Else lengths are dynamic, so a few graphs serve all steps. The first steps wait for the compiler (minutes on a
+        CPU, where `cpu_linear.pack_linears` gives more).
         """
         decoder = self._static_decoder()
         if decoder is not None:
@@ -82,7 +86,8 @@ class Generator:
         Stop iterating, or cancel a request, and no further step is made for it.
 
         Args:
-            audio: the recordings of all requests, in their order and joined as the encoder gave them; else each request has its own (`heard`).
+            audio: the recordings of all requests, in their order and joined as the encoder gave them; else each request
+                has its own (`heard`).
 
         Raises:
             ValueError: when prompts and recordings do not fit together.
@@ -106,7 +111,8 @@ class Generator:
                 rows.step()
 
     def rows(self, on_logits: OnLogits | None = None) -> Rows:
-        """Rows that are decoded together, in the way that fits device, model and settings. ``on_logits`` wants the usual way."""
+        """Rows that are decoded together, in the way that fits device, model and settings. ``on_logits`` wants the
+        usual way."""
         decoder = None if on_logits is not None else self._static_decoder()
         if decoder is None:
             return UsualRows(self.model, self.choice, on_logits)
@@ -117,7 +123,8 @@ class Generator:
         return 0 if self._static_decoder() is not None else min(max(r.mode.max_new for r in requests), 512)
 
     def use_static_step(self, sizes: Sizes | None = None) -> None:
-        """Decode by the static step whatever the settings say; ``sizes``: not those that fit the device, for tests and measurements.
+        """Decode by the static step whatever the settings say; ``sizes``: not those that fit the device, for tests and
+        measurements.
 
         Raises:
             ValueError: for a model that it does not take.
@@ -150,10 +157,11 @@ class Generator:
         with torch.inference_mode():
             return DecoderState(self.model, [request], spare=0).keep(0)
 
-    # ---- the parts of decoding, for those who mix rows themselves (`engine`) ---------------------------------------------------------
+    # ---- the parts of decoding, for those who mix rows themselves (`engine`) -----------------------------------------
 
     def begin(self, index: int, request: Request, started: float) -> LiveRow:
-        """A row in work. ``index``: what its events are marked with; ``started``: the second it counts its times from."""
+        """A row in work. ``index``: what its events are marked with; ``started``: the second it counts its times
+        from."""
         state = request.state(self.config, self.tokenizer, self.vocab, self.dialect)
         return LiveRow(index, request, state, started, self.choice)
 

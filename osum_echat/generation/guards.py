@@ -1,7 +1,8 @@
 """Guards against what small and sampled models do wrong: loops, silence without end, no age, thinks that never close.
 
-Each is a few tensor operations on the logits of all rows that choose now; none loops over ids. Limits that end something (speech longer than
-its text allows, a think that is too long) are counted per row and act by giving the next id; they live in `phases`.
+Each is a few tensor operations on the logits of all rows that choose now; none loops over ids. Limits that end
+something (speech longer than its text allows, a think that is too long) are counted per row and act by giving the next
+id; they live in `phases`.
 
 R rows, V classes of the head (text or speech), W last ids.
 """
@@ -26,7 +27,8 @@ def repetition_bans(recent_RW: Tensor, guard: RepetitionGuard) -> Tensor:
     """Which of the last ids may not come next.
 
     Args:
-        recent_RW: last ids as speech codes, oldest first (W >= ``guard.memory``); negative: no code (text, or nothing yet).
+        recent_RW: last ids as speech codes, oldest first (W >= ``guard.memory``); negative: no code (text, or nothing
+            yet).
 
     Returns:
         bool_RW: True where that id is banned. Nothing is banned after an id that is no speech code.
@@ -106,9 +108,11 @@ class AgeChoice:
 
     @classmethod
     def compile(cls, guard: AgeGuard, tokenizer: Tokenizer, vocab: Vocabulary) -> AgeChoice | None:
-        """Ids of the trigger and first ids of the choices; None when the tokenizer cannot tell them apart (the guard is off then).
+        """Ids of the trigger and first ids of the choices; None when the tokenizer cannot tell them apart (the guard is
+        off then).
 
-        The choices are encoded behind the trigger, as they stand in a think, because a tokenizer may join characters across the border.
+        The choices are encoded behind the trigger, as they stand in a think, because a tokenizer may join characters
+        across the border.
         """
         trigger = encode(tokenizer, guard.trigger)
         first = []

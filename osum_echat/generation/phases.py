@@ -1,12 +1,15 @@
 """One row of a batch: where it is in think, text and speech, and what every chosen id means there.
 
     text only      think? text eos
-    after          think? text eos, delimiter codes delimiter             (text to speech begins behind the first delimiter)
+    after          think? text eos, delimiter codes delimiter
     word           think? text eos, delimiter w1 w2 codes(w1) delimiter w3 codes(w2) delimiter ... codes(wn) delimiter
-    interleaved    think? (6 text ids, 18 speech ids) ... eos, the rest of the speech; the two delimiters count as speech
+    interleaved    think? (6 text ids, 18 speech ids) ... eos, the rest of the speech
 
-Ids that are not the model's to choose (the begin of speech, spelled words, the text of text to speech, what a limit ends) are *given*: they
-are fed like chosen ones, without asking the model. The machine sees ids only; logits and rows beside it are the generator's.
+Text to speech begins behind the first delimiter. In the interleaved form the two delimiters count as speech.
+
+Ids that are not the model's to choose (the begin of speech, spelled words, the text of text to speech, what a limit
+ends) are *given*: they are fed like chosen ones, without asking the model. The machine sees ids only; logits and rows
+beside it are the generator's.
 """
 
 from __future__ import annotations
@@ -88,7 +91,7 @@ class RowState:
         self._give_text()
         self.opening: list[Event] = self._take_given()
 
-    # ---- what the generator asks --------------------------------------------------------------------------------------------------
+    # ---- what the generator asks -------------------------------------------------------------------------------------
 
     @property
     def thinking(self) -> bool:
@@ -97,13 +100,15 @@ class RowState:
 
     @property
     def may_end_speech(self) -> bool:
-        """False where the layout has no delimiter: a word without a code, or interleaved speech before its text has ended."""
+        """False where the layout has no delimiter: a word without a code, or interleaved speech before its text has
+        ended."""
         if self._words is not None:
             return self._words.codes > 0
         return self.form != "interleaved" or self.text_done or self.delimiters == 0
 
     def expected(self) -> tuple[bool, bool, bool]:
-        """`in_speech`, `thinking` and `may_end_speech` after one more id, if that is an ordinary one: no end, no delimiter, no mark of a think."""
+        """`in_speech`, `thinking` and `may_end_speech` after one more id, if that is an ordinary one: no end, no
+        delimiter, no mark of a think."""
         in_speech, may_end = self.in_speech, self.may_end_speech
         if self.form == "interleaved" and not (in_speech and self.text_done):
             changes = self.chunk + 1 >= (SPEECH_CHUNK if in_speech else TEXT_CHUNK) and (in_speech or not self.thinking)
@@ -121,7 +126,7 @@ class RowState:
         self.finished = reason
         return [*self.text.finish()]
 
-    # ---- transitions --------------------------------------------------------------------------------------------------------------
+    # ---- transitions -------------------------------------------------------------------------------------------------
 
     def _take_given(self) -> list[Event]:
         events: list[Event] = []
@@ -210,7 +215,7 @@ class RowState:
         elif not self.text_done:
             self._enter_speech()
 
-    # ---- given ids ----------------------------------------------------------------------------------------------------------------
+    # ---- given ids ---------------------------------------------------------------------------------------------------
 
     def _give_text(self) -> None:
         """Streaming text to speech: the text is known, so it is not the model's to choose."""
@@ -227,7 +232,7 @@ class RowState:
         if index < len(self._words.words):
             self._given.extend(spell(self._words.words[index], self.tokenizer))
 
-    # ---- limits -------------------------------------------------------------------------------------------------------------------
+    # ---- limits ------------------------------------------------------------------------------------------------------
 
     def _limit_think(self) -> None:
         guard = self.config.guards.think

@@ -34,7 +34,8 @@ class Request:
     Attributes:
         output_type: kind of sequence, a key of `OUTPUTS`.
         prompt: the flat prompt, up to where the assistant begins.
-        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots; the current one is the last.
+        heard: the recordings of the prompt, one `AudioFeatures` each, in the order of its audio slots; the current one
+            is the last.
         mode: sampling settings and the limit on generated ids.
         seed: of this row's random numbers.
         text_ids: for text to speech: the text to say, without its end.
@@ -64,7 +65,8 @@ class Request:
 
     @property
     def transcribed(self) -> Transcribed | None:
-        """Where the current recording is transcribed, and what the CTC head heard of it; None without a transcript or such a head."""
+        """Where the current recording is transcribed, and what the CTC head heard of it; None without a transcript or
+        such a head."""
         if self.place is None or not self.heard or self.heard[-1].ctc_log_probs_NPC is None:
             return None
         return Transcribed(self.place, self.heard[-1].ctc_log_probs_NPC[0])
@@ -79,7 +81,8 @@ class Request:
 
 
 def listen(model: EChatModel, feats: Sequence[Tensor]) -> list[AudioFeatures]:
-    """Encode recordings (log-mel [T, F] each) in one batch, one `AudioFeatures` per recording; see `encode_recordings`."""
+    """Encode recordings (log-mel [T, F] each) in one batch, one `AudioFeatures` per recording; see
+    `encode_recordings`."""
     audio = encode_recordings(model, feats)
     return [] if audio is None else split_audio(audio)
 
@@ -153,7 +156,8 @@ def build_request(
         prompt_text: the instruction (understanding) or the question (text2text).
         say: the text to say (text to speech).
         heard: recordings of past turns first, the current one last.
-        lengths: positions of the recordings instead, where they are handed to the generator joined with those of other requests.
+        lengths: positions of the recordings instead, where they are handed to the generator joined with those of other
+            requests.
         history: past turns, oldest first.
         dialect: how the model is spoken to (its config's section); default: as the published ones.
         think: ask for a think of this form, where the dialect tells the two forms apart.

@@ -1,4 +1,5 @@
-"""Rows that are decoded together, a step at a time: what `Generator.generate` and the engine need of them, and the way that runs everywhere.
+"""Rows that are decoded together, a step at a time: what `Generator.generate` and the engine need of them, and the way
+that runs everywhere.
 
     rows.join([row], batch)             # its prompt was read
     events = rows.choose()              # ids that were chosen, ends
@@ -47,7 +48,8 @@ class Rows(Protocol):
         ...
 
     def choose(self) -> list[tuple[int, Event]]:
-        """All that happens between two steps: cancelled rows end, others take the id that was chosen, and rows that have ended leave."""
+        """All that happens between two steps: cancelled rows end, others take the id that was chosen, and rows that
+        have ended leave."""
         ...
 
     def step(self, held: Collection[int] = ()) -> None:

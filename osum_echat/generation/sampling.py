@@ -1,7 +1,8 @@
 """From logits to ids, for all rows at once with settings per row.
 
-The order of operations is that of transformers 4.44: repetition penalty and guards, then temperature, top_k, top_p. An id is drawn with one
-uniform number per row and step by inverting the distribution, so a row's reply depends on its own seed alone, never on its neighbours.
+The order of operations is that of transformers 4.44: repetition penalty and guards, then temperature, top_k, top_p. An
+id is drawn with one uniform number per row and step by inverting the distribution, so a row's reply depends on its own
+seed alone, never on its neighbours.
 
 R rows, V classes of the head, K candidates, G generated ids.
 """
@@ -69,7 +70,8 @@ def penalise(logits_RV: Tensor, ids_RG: Tensor, valid_RG: Tensor, penalty_R: Ten
     ids_RG = torch.where(valid_RG, ids_RG, 0)
     scores_RG = logits_RV.gather(1, ids_RG)
     scores_RG = torch.where(scores_RG > 0, scores_RG / penalty_R[:, None], scores_RG * penalty_R[:, None])
-    # A penalty never raises a logit, so the smallest of what is written for an id is the penalised one, and inf changes nothing.
+    # A penalty never raises a logit, so the smallest of what is written for an id is the penalised one, and inf changes
+    # nothing.
     return logits_RV.scatter_reduce(1, ids_RG, scores_RG.masked_fill(~valid_RG, float("inf")), "amin")
 
 
@@ -109,8 +111,8 @@ _BLOCKS = 32
 
 
 def most_likely(logits_RV: Tensor) -> Tensor:
-    """`argmax` over the classes, the first of equals. By blocks, because a maximum alone is vectorised and `argmax` is not (on a CPU, a
-    fifth of the time for one row of a text head, an eighth for 16)."""
+    """`argmax` over the classes, the first of equals. By blocks, because a maximum alone is vectorised and `argmax` is
+    not (on a CPU, a fifth of the time for one row of a text head, an eighth for 16)."""
     rows, vocabulary = logits_RV.shape
     if vocabulary % _BLOCKS:
         return logits_RV.argmax(dim=1)
@@ -121,7 +123,8 @@ def most_likely(logits_RV: Tensor) -> Tensor:
 
 
 class Dice:
-    """Uniform numbers of one row, from its own seed; drawn in blocks because a call per step costs more than the number."""
+    """Uniform numbers of one row, from its own seed; drawn in blocks because a call per step costs more than the
+    number."""
 
     BLOCK = 256
 

@@ -1,9 +1,10 @@
 """A dialogue of several turns that keeps what the LLM has read.
 
-The next prompt is laid out in full every time, and what it has in common with the kept cache is not read again; so a session answers exactly as
-if everything were encoded anew. A past turn stands in another form than the same turn when it was answered (in the trained layout its recording has
-no marks), so `commit` reads the history form while nobody waits, and the next answer reads its own turn only. When a limit drops old turns, all
-positions behind them change, and what is left is read again.
+The next prompt is laid out in full every time, and what it has in common with the kept cache is not read again; so a
+session answers exactly as if everything were encoded anew. A past turn stands in another form than the same turn when
+it was answered (in the trained layout its recording has no marks), so `commit` reads the history form while nobody
+waits, and the next answer reads its own turn only. When a limit drops old turns, all positions behind them change, and
+what is left is read again.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class Session:
     def record(
         self, request: Request, events: Sequence[Event], heard: Sequence[AudioFeatures] = (), text: str = ""
     ) -> Request | None:
-        """`commit` without work of the model: returns what is to be read, whose cache belongs in `kept`; None when there is nothing."""
+        """`commit` without work of the model: returns what is to be read, whose cache belongs in `kept`; None when
+        there is nothing."""
         done = events[-1]
         assert isinstance(done, Done), f"a turn's last event is Done, found {done}"
         reply_ids = done.text_ids[done.timings.think_tokens :]
@@ -120,12 +122,14 @@ class Session:
             del self.turns[:count], self.heard[:count]
 
     def replace_past(self, turns: Sequence[PastTurn], heard: Sequence[tuple[AudioFeatures, ...]]) -> None:
-        """Another past, for those who keep the dialogue themselves. What it has in common with the kept cache is not read again."""
+        """Another past, for those who keep the dialogue themselves. What it has in common with the kept cache is not
+        read again."""
         assert len(turns) == len(heard), f"{len(turns)} turns with the recordings of {len(heard)}"
         self.turns, self.heard = list(turns), list(heard)
 
     def past_request(self, last: Request) -> Request | None:
-        """What is to be read so that the past stands as the next turn will show it, if it is of the kind of the last one."""
+        """What is to be read so that the past stands as the next turn will show it, if it is of the kind of the last
+        one."""
         if not self.turns:
             return None
         generator = self.generator

@@ -1,15 +1,18 @@
-"""Rows in slots of the device, decoded without waiting for it: a step is under way while the ids of the one before are read.
+"""Rows in slots of the device, decoded without waiting for it: a step is under way while the ids of the one before are
+read.
 
-Every live row is fed one id a step (several given ones at once on a CPU). The host reads ids one step late, so it launches step k + 1 when it knows what
-step k was fed, and not what step k chose; what the choice in step k depends on (phase, think, ends that are not allowed, the random number) it told the
-device before it knew. It expected an ordinary id. Three cases:
+Every live row is fed one id a step (several given ones at once on a CPU). The host reads ids one step late, so it
+launches step k + 1 when it knows what step k was fed, and not what step k chose; what the choice in step k depends on
+(phase, think, ends that are not allowed, the random number) it told the device before it knew. It expected an ordinary
+id. Three cases:
 
     feed chosen   the expectation was right: the device feeds what it chose; the host reads it while the next step runs
     feed given    the id is not the model's to choose
-    again         the expectation was wrong (a think was closed, a text ended and nothing is given): the same hidden state chooses again
+    again         the expectation was wrong (a think was closed, a text ended and nothing is given): the same hidden
+                  state chooses again
 
-So a surprise costs its row one step, and the ids are those of `rows.UsualRows`, which the tests hold it to. With ``late=False`` (a CPU, where nothing
-runs beside the host) every id is read at once and nothing is ever chosen again.
+So a surprise costs its row one step, and the ids are those of `rows.UsualRows`, which the tests hold it to. With
+``late=False`` (a CPU, where nothing runs beside the host) every id is read at once and nothing is ever chosen again.
 """
 
 from __future__ import annotations
@@ -101,7 +104,8 @@ class Sizes:
     """How the numbers of slots and columns are rounded.
 
     Attributes:
-        exact: as many slots as rows and as many columns as there are positions (a CPU); else powers of two, so that few shapes are recorded.
+        exact: as many slots as rows and as many columns as there are positions (a CPU); else powers of two, so that few
+            shapes are recorded.
         late: read ids one step late.
         record: record steps as graphs, where the device can.
     """
@@ -150,7 +154,7 @@ class StaticRows:
     def held(self) -> Sequence[LiveRow]:
         return [row.live for number, row in list(self._rows.items()) if number in self._held]
 
-    # ---- joining and leaving ------------------------------------------------------------------------------------------------------
+    # ---- joining and leaving -----------------------------------------------------------------------------------------
 
     def join(self, rows: Sequence[LiveRow], batch: DecoderState) -> None:
         positions = [read.positions for read in batch.rows]
@@ -207,7 +211,8 @@ class StaticRows:
         return live.index, live.done(live.state.finished)
 
     def _keep(self, row: _Row) -> KeptCache:
-        """The cache of a row with what was fed so far. Positions that nobody may attend to have no column here and get one again."""
+        """The cache of a row with what was fed so far. Positions that nobody may attend to have no column here and get
+        one again."""
         assert self._device is not None
         visible_T = torch.cat([row.visible_T, row.visible_T.new_ones(row.fed)])
         columns_T = (visible_T.cumsum(0) - 1).clamp(min=0)
@@ -219,7 +224,7 @@ class StaticRows:
         flat = extended(request.prompt, row.live.state.generated[: row.fed], row.length - row.fed)
         return KeptCache(flat, request.heard, visible_T, tuple(keys), tuple(values))
 
-    # ---- between two steps --------------------------------------------------------------------------------------------------------
+    # ---- between two steps -------------------------------------------------------------------------------------------
 
     def choose(self) -> list[tuple[int, Event]]:
         events: list[tuple[int, Event]] = []
@@ -274,7 +279,7 @@ class StaticRows:
         elif not self.sizes.exact and 4 * len(self._rows) <= self._device.slots:
             self._resize(self.sizes.slots(len(self._rows)), self._device.columns)
 
-    # ---- a step -------------------------------------------------------------------------------------------------------------------
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self, held: Collection[int] = ()) -> None:
         self._held = [number for number in self._rows if number in held]

@@ -1,11 +1,13 @@
-"""A whole decoding step on the device: feed ids, choose the next ones, remember them. Shapes do not change, so it can be recorded as a graph.
+"""A whole decoding step on the device: feed ids, choose the next ones, remember them. Shapes do not change, so it can
+be recorded as a graph.
 
-Every slot holds a row. The host says for each slot what to feed, or that the id chosen by the step before is to be fed; it says what state the row is in
-and gives a random number, all in one small table that is copied without waiting. The device keeps what it needs of the past: how long the row is, its
-last ids (guards), the ids that it has had (penalty), its last hidden state. What comes back is one table: the chosen ids and which guards acted.
+Every slot holds a row. The host says for each slot what to feed, or that the id chosen by the step before is to be fed;
+it says what state the row is in and gives a random number, all in one small table that is copied without waiting. The
+device keeps what it needs of the past: how long the row is, its last ids (guards), the ids that it has had (penalty),
+its last hidden state. What comes back is one table: the chosen ids and which guards acted.
 
-A slot that feeds nothing chooses again from the hidden state that it has: how a new row begins, and how a choice that was made under a wrong expectation
-is repeated (`static_rows`).
+A slot that feeds nothing chooses again from the hidden state that it has: how a new row begins, and how a choice that
+was made under a wrong expectation is repeated (`static_rows`).
 
 B slots, n ids fed at once (1 but on a CPU), D width, V text ids, S speech classes, W last ids, G guards.
 """
@@ -132,11 +134,11 @@ class StaticStep:
         self._recorded: dict[Shape, Callable[[], None]] = {}
         self._pool: Any = None
 
-    # ---- what the host does -------------------------------------------------------------------------------------------------------
+    # ---- what the host does ------------------------------------------------------------------------------------------
 
     def run(self, told: Sequence[Told], shape: Shape, record: bool) -> Tensor:
-        """One step of all slots. Returns the table of chosen ids (unified) and flags of the guards `names`, [B, 1 + G]: it is written to by the next
-        step."""
+        """One step of all slots. Returns the table of chosen ids (unified) and flags of the guards `names`, [B, 1 + G]:
+        it is written to by the next step."""
         said = [(*t.ids, t.feed, t.in_speech, t.armed, t.thinking, t.unfinished, t.uniform) for t in told]
         table = devices.send(said, self.device, torch.float32)
         if not record:
@@ -161,7 +163,8 @@ class StaticStep:
         self.seen_speech[slot].fill_(False)
 
     def resized(self, rows: Sequence[int], slots: int, columns: int, used: int) -> StaticStep:
-        """Another size; its first slots are these ``rows``, with the first ``used`` columns of their cache. `settle` comes behind it."""
+        """Another size; its first slots are these ``rows``, with the first ``used`` columns of their cache. `settle`
+        comes behind it."""
         new = StaticStep.__new__(StaticStep)
         new.__dict__.update(self.__dict__)
         new.slots, new.columns = slots, columns
@@ -179,10 +182,11 @@ class StaticStep:
         self.draws_text.set([text for text, _ in settings])
         self.draws_speech.set([speech for _, speech in settings])
 
-    # ---- graphs -------------------------------------------------------------------------------------------------------------------
+    # ---- graphs ------------------------------------------------------------------------------------------------------
 
     def _record(self, shape: Shape) -> Callable[[], None]:
-        """Recording runs the step: what it changes is put back, and a table that feeds nothing makes sure that nothing is remembered."""
+        """Recording runs the step: what it changes is put back, and a table that feeds nothing makes sure that nothing
+        is remembered."""
         kept_B, table = self.chosen_B.clone(), self._tables[shape.fed + 6]
         table.zero_()
         table[:, : shape.fed].fill_(-1.0)
@@ -195,7 +199,7 @@ class StaticStep:
     def _write_result(self, table_BX: Tensor, shape: Shape) -> None:
         self.result_BG.copy_(self._compute(table_BX, shape))
 
-    # ---- what the device does -----------------------------------------------------------------------------------------------------
+    # ---- what the device does ----------------------------------------------------------------------------------------
 
     def _compute(self, table_BX: Tensor, shape: Shape) -> Tensor:
         count = shape.fed

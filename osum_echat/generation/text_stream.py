@@ -1,7 +1,8 @@
 """Ids to text as they come: whole characters only, and the think apart from the reply.
 
-A byte-level tokenizer cuts characters into several ids, so text is held back until it is whole; a mark of the think may be cut too, so text
-that could be the start of a mark is held back until it is decided. What is yielded, concatenated, is what decoding everything at once gives.
+A byte-level tokenizer cuts characters into several ids, so text is held back until it is whole; a mark of the think may
+be cut too, so text that could be the start of a mark is held back until it is decided. What is yielded, concatenated,
+is what decoding everything at once gives.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Detokenizer:
 
 
 class TextStream:
-    """Text of one row, divided into think and reply. ``think`` and ``reply`` hold everything so far; ``opened``: there is a think.
+    """Text of one row, divided into think and reply. ``think`` and ``reply`` hold everything so far; ``opened``: there
+    is a think.
 
     A text that does not begin with the opening mark is a reply.
     """

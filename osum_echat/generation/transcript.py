@@ -1,12 +1,13 @@
 """Joint CTC/attention decoding: the words of a transcript are chosen by the LLM and by the CTC head that heard them.
 
-A small LLM loses its place in a long sentence: it leaves words out or says some again. The CTC head cannot, because its score of the next id is
-the probability that the recording goes on with it behind what is written already. At every id of a transcript the row's scores are
+A small LLM loses its place in a long sentence: it leaves words out or says some again. The CTC head cannot, because its
+score of the next id is the probability that the recording goes on with it behind what is written already. At every id
+of a transcript the row's scores are
 
     (1 - w) log p_LLM(id | all before) + w log p_CTC(id | transcript so far)
 
-(Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition"). What ends the transcript has the probability that the
-recording ends here. The rest of the row (tags, reply, speech) is the LLM's alone.
+(Watanabe et al. 2017, "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition"). What ends the transcript
+has the probability that the recording ends here. The rest of the row (tags, reply, speech) is the LLM's alone.
 
 P positions of the recording (12.5/s), C classes of the CTC head: text ids and the blank, which is the last; V text ids.
 """
@@ -45,7 +46,8 @@ class Place:
 
     @classmethod
     def in_think(cls, template: ThinkTemplate, tokenizer: Tokenizer) -> Place | None:
-        """The transcript of a tag think. None for templates that do not begin with it, or whose ids are joined with those of the first word."""
+        """The transcript of a tag think. None for templates that do not begin with it, or whose ids are joined with
+        those of the first word."""
         if len(template.parts) < 2 or template.parts[0][1] != "transcript":
             return None
         opening = think.OPEN + template.parts[0][0].rstrip()
@@ -65,7 +67,8 @@ class Transcribed(NamedTuple):
 class CtcPrefix:
     """Probabilities of what may follow the ids that were taken so far.
 
-    For every position there is the probability of all paths up to it which say just these ids, those that end in a label and those that end in a blank.
+    For every position there is the probability of all paths up to it which say just these ids, those that end in a
+    label and those that end in a blank.
     """
 
     def __init__(self, log_probs_PC: Tensor) -> None:
@@ -84,7 +87,8 @@ class CtcPrefix:
 
     def take(self, token: int) -> None:
         """Put an id behind the others."""
-        new_P = self._before(token == self._last)  # paths that say the ids before, up to the position where this one begins
+        # Paths that say the ids before, up to the position where this one begins.
+        new_P = self._before(token == self._last)
         x_P, blank_P = self._x_PC[:, token].cumsum(0), self._blanks_P
         # r[t] = (r[t-1] + new[t]) x[t] and b[t] = (b[t-1] + r[t-1]) blank[t], in logarithms and without a loop.
         label_P = torch.logcumsumexp(new_P - _shifted(x_P, 0.0), 0) + x_P
@@ -94,7 +98,8 @@ class CtcPrefix:
         self._following_V = self._follow()
 
     def _before(self, repeated: bool) -> Tensor:
-        """[P]: paths that say the ids so far and have ended before position t; between two equal labels there must be a blank."""
+        """[P]: paths that say the ids so far and have ended before position t; between two equal labels there must be a
+        blank."""
         ended_P = self._ends_in_blank_P if repeated else torch.logaddexp(self._ends_in_label_P, self._ends_in_blank_P)
         return _shifted(ended_P, 0.0 if self._last is None else _NEVER)
 
@@ -117,7 +122,8 @@ class TranscriptRow:
         self._over = False
 
     def scores(self, text_ids: Sequence[int]) -> Tensor | None:
-        """CTC's score of every id [V] that may follow ``text_ids``, those of the row so far; None outside of the transcript."""
+        """CTC's score of every id [V] that may follow ``text_ids``, those of the row so far; None outside of the
+        transcript."""
         begin = self._place.begin
         while self._read < len(text_ids) and not self._over:
             token, at = text_ids[self._read], self._read
@@ -140,7 +146,8 @@ class TranscriptRow:
 
 
 def ending_ids(tokenizer: Tokenizer, vocab: Vocabulary, end: str) -> Tensor:
-    """bool [V]: ids that no transcript holds: the end of the text, and those whose text begins with ``end`` behind blanks."""
+    """bool [V]: ids that no transcript holds: the end of the text, and those whose text begins with ``end`` behind
+    blanks."""
     ids = range(vocab.text_size)
     return torch.tensor([i == vocab.eos_id or decode(tokenizer, [i]).lstrip().startswith(end) for i in ids])
 

@@ -1,4 +1,5 @@
-"""`EChat` and `Dialogue`: requests go in as `Ask`, events come out of the generator, sound is made of them, and they become a `Reply`."""
+"""`EChat` and `Dialogue`: requests go in as `Ask`, events come out of the generator, sound is made of them, and they
+become a `Reply`."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 
 class EChat:
-    """A loaded model with its voice. Not for several threads at the same moment; requests that come together belong in `batch`."""
+    """A loaded model with its voice. Not for several threads at the same moment; requests that come together belong in
+    `batch`."""
 
     def __init__(
         self,
@@ -82,20 +84,24 @@ class EChat:
         Args:
             checkpoint: a folder, a released ``.pt`` or ``.safetensors``, a hub name, or ``mini`` (see `locations`).
             config: model config; needed where the checkpoint does not bring its own.
-            token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else replies have speech tokens
-                and no sound).
+            token2wav: a folder of the CosyVoice-300M-25Hz shape (default: the checkpoint's own, if it has one; else
+                replies have speech tokens and no sound).
             dtype: ``auto``, float32, bfloat16 or float16: what to compute in.
-            weights: ``auto``, ``float32``, ``bf16``, ``int8`` or ``int4``: how to keep the weights. ``auto`` is bfloat16 on accelerators. On a CPU it is
-                what ``weights:`` of the model config says, else what the checkpoint holds if it is rounded already (`osum-echat quantize`), else float32; for a large one bfloat16 where the CPU does that
-                well, else int8. int8 and int4 are for CPUs: docs/speed.md has what they cost and gain.
-            profile: a published prompt profile, ``as_trained`` or ``as_released``, instead of the checkpoint's own strings.
-            speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt`` (default: the
-                checkpoint's ``token2wav/speaker.safetensors``, else the first name).
+            weights: ``auto``, ``float32``, ``bf16``, ``int8`` or ``int4``: how to keep the weights. ``auto`` is
+                bfloat16 on accelerators. On a CPU it is what ``weights:`` of the model config says, else what the
+                checkpoint holds if it is rounded already (`osum-echat quantize`), else float32; for a large one
+                bfloat16 where the CPU does that well, else int8. int8 and int4 are for CPUs: docs/speed.md has what
+                they cost and gain.
+            profile: a published prompt profile, ``as_trained`` or ``as_released``, instead of the checkpoint's own
+                strings.
+            speaker: the reply's voice: a `Speaker`, a saved one, a recording of 1 to 30 s, or a name of ``spk2info.pt``
+                (default: the checkpoint's ``token2wav/speaker.safetensors``, else the first name).
             generation: settings (default: the checkpoint's ``generation.yaml``, else `GenerationConfig`).
             pack: reorder the weights for decoding on a CPU (`cpu_linear`); the model cannot be trained or saved then.
             compile: `torch.compile` the LLM (see `Generator.compile`).
             voice_dtype: what token2wav computes in: ``float32``, ``tf32`` or ``bfloat16`` (see `Token2Wav.load`).
-            llm_engine: ``own``, or ``vllm``: the LLM runs in a process of vLLM's, which starts with the first request (docs/scale.md).
+            llm_engine: ``own``, or ``vllm``: the LLM runs in a process of vLLM's, which starts with the first request
+                (docs/scale.md).
             vllm_folder: what ``osum-echat export --for vllm`` wrote (default: it is written to a temporary folder now).
 
         Raises:
@@ -140,11 +146,12 @@ class EChat:
         return self.sound.speaker(voice)
 
     def engine(self, limits: EngineLimits | None = None) -> LlmEngine:
-        """What decodes the requests of several people together; `start` it. vLLM's exists once, with the limits of the first call."""
+        """What decodes the requests of several people together; `start` it. vLLM's exists once, with the limits of the
+        first call."""
         generator = self.generator
         return generator.engine(limits) if isinstance(generator, VllmGenerator) else Engine(generator, limits)
 
-    # ---- one request --------------------------------------------------------------------------------------------------------------
+    # ---- one request -------------------------------------------------------------------------------------------------
 
     def understand(
         self, wav: Source, task: str = "<TRANSCRIBE>", prompt: str | None = None, **options: Unpack[AskOptions]
@@ -161,7 +168,8 @@ class EChat:
         return self.batch([Ask(text=text, kind="speak", **options)])[0]
 
     def stream(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Iterator[StreamEvent]:
-        """The events of `chat` as they happen, with `AudioChunk` between them when there is sound; `Done` is the last. Close it to stop."""
+        """The events of `chat` as they happen, with `AudioChunk` between them when there is sound; `Done` is the last.
+        Close it to stop."""
         return self.stream_ask(Ask(wav, text, **options))
 
     def stream_ask(self, ask: Ask) -> Iterator[StreamEvent]:
@@ -173,7 +181,8 @@ class EChat:
         return next(streams) if len(asks) == 1 else parts.joined_stream(streams)
 
     def refusal(self, ask: Ask, past_turns: int = 0) -> str | None:
-        """Why this checkpoint cannot do what is asked behind so many past turns, in a sentence; None when it can. Nothing is computed."""
+        """Why this checkpoint cannot do what is asked behind so many past turns, in a sentence; None when it can.
+        Nothing is computed."""
         return parts.refusal(ask, self.dialect, past_turns)
 
     def parts(self, ask: Ask) -> list[Ask]:
@@ -181,21 +190,22 @@ class EChat:
         return parts.parts(ask, self.dialect, self.max_seconds)
 
     def session(self, max_turns: int = 5, max_tokens: int = 2000) -> Dialogue:
-        """A dialogue that remembers its past turns: ``max_turns`` of them, or as many as the checkpoint has learnt, where that is less. A
-        checkpoint that has learnt none refuses the second turn; with ``max_turns=0`` each turn stands by itself."""
+        """A dialogue that remembers its past turns: ``max_turns`` of them, or as many as the checkpoint has learnt,
+        where that is less. A checkpoint that has learnt none refuses the second turn; with ``max_turns=0`` each turn
+        stands by itself."""
         learnt = self.dialect.learnt.past_turns
         if learnt:
             max_turns = min(max_turns, learnt)
         return Dialogue(self, Session(self.generator, max_turns, max_tokens))
 
-    # ---- many requests ------------------------------------------------------------------------------------------------------------
+    # ---- many requests -----------------------------------------------------------------------------------------------
 
     def batch(self, asks: Sequence[Ask], size: int = 16) -> list[Reply]:
         """Answer many at once, of any kinds, ``size`` at a time. Each reply is what it would be alone.
 
         Raises:
-            ValueError: one of them has not been learnt (nothing is computed then), or its recording cannot be used (recordings are read
-                ``size`` at a time).
+            ValueError: one of them has not been learnt (nothing is computed then), or its recording cannot be used
+                (recordings are read ``size`` at a time).
         """
         for ask in asks:
             parts.check(ask, self.dialect)
@@ -207,8 +217,9 @@ class EChat:
         return replies
 
     def answers(self, groups: Iterable[Sequence[Ask]], size: int = 16) -> Iterator[list[Reply] | ValueError]:
-        """Replies to groups of asks, group by group, ``size`` asks at a time within each; why, in place of a group that holds an ask which
-        cannot be answered. Where the device does both at once, the next group is decoded while sound is made of the one before it."""
+        """Replies to groups of asks, group by group, ``size`` asks at a time within each; why, in place of a group that
+        holds an ask which cannot be answered. Where the device does both at once, the next group is decoded while sound
+        is made of the one before it."""
         decoded = (self._decoded(group, size) for group in groups)
         if not self.sound.overlap:
             yield from (found if isinstance(found, ValueError) else self._sounded(found) for found in decoded)
@@ -225,7 +236,8 @@ class EChat:
                 yield replies
 
     def _decoded(self, asks: Sequence[Ask], size: int) -> _Decoded | ValueError:
-        """A group with the events of its parts, without sound; ``size`` parts are decoded at a time. Why, if one cannot be answered."""
+        """A group with the events of its parts, without sound; ``size`` parts are decoded at a time. Why, if one cannot
+        be answered."""
         found = _Decoded(asks, time.perf_counter())
         try:
             for ask in asks:
@@ -278,11 +290,11 @@ class EChat:
             timings=done.timings,
         )
 
-    # ---- decoding -----------------------------------------------------------------------------------------------------------------
+    # ---- decoding ----------------------------------------------------------------------------------------------------
 
     def _events(self, asks: Sequence[Ask]) -> Iterator[tuple[int, Event]]:
-        """(row, event) of all asks as they happen, `Done` last for each. A text that is answered in speech is answered by one request and
-        said by another, after the others are through."""
+        """(row, event) of all asks as they happen, `Done` last for each. A text that is answered in speech is answered
+        by one request and said by another, after the others are through."""
         began = time.perf_counter()
         answers: dict[int, tuple[Done, str]] = {}
         parts: dict[int, list[str]] = {row: [] for row, ask in enumerate(asks) if ask.mode.then is not None}
@@ -321,12 +333,14 @@ class EChat:
         return [self._log_mel(to_mono_16k(wav, max_seconds=self.max_seconds)) for wav in wavs]
 
     def request(self, ask: Ask, heard: Sequence[AudioFeatures] = ()) -> Request:
-        """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording, from `hear`."""
+        """The request of an ask, for those who decode it themselves (`generation.engine`). ``heard``: its recording,
+        from `hear`."""
         parts.check(ask, self.dialect)
         return self._request(ask, heard)
 
     def _request(self, ask: Ask, heard: Sequence[AudioFeatures] = (), lengths: Sequence[int] | None = None) -> Request:
-        """The request of an ask. ``lengths``: positions of its recording in the LLM, where the host knows them already."""
+        """The request of an ask. ``lengths``: positions of its recording in the LLM, where the host knows them
+        already."""
         prompt = ask.text or "" if ask.kind == "chat" else ""
         if ask.kind == "understand":
             prompt = ask.prompt or self.dialect.instruction(ask.task)
@@ -377,7 +391,8 @@ class Dialogue:
         return self.echat.reply(row, ask)
 
     def stream(self, wav: Source | None = None, text: str | None = None, **options: Unpack[AskOptions]) -> Iterator[StreamEvent]:
-        """The events of the next turn as they happen. A stream that is closed before its end leaves no trace in the dialogue."""
+        """The events of the next turn as they happen. A stream that is closed before its end leaves no trace in the
+        dialogue."""
         ask = Ask(wav, text, **options)
         voice, turn = self.echat.sound.voice_of(ask), self._turn(ask)
         if turn is None:

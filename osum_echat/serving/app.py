@@ -1,7 +1,7 @@
 """The live server as one FastAPI application: protocol, REST, metrics, page.
 
-Everything is an attribute of one `Server`; `build_app` puts routes around it. It is run by `osum-echat serve` (`cli.serve`), and in tests by any
-ASGI server.
+Everything is an attribute of one `Server`; `build_app` puts routes around it. It is run by `osum-echat serve`
+(`cli.serve`), and in tests by any ASGI server.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class ServerSettings:
         host: where it listens; on loopback only names of this machine are served.
         origins: other pages that may use it (``*``: any).
         sessions: real-time sessions at once.
-        shared: what the replicas of one service have in common, for client secrets where there is no key; by itself each server has its own.
+        shared: what the replicas of one service have in common, for client secrets where there is no key; by itself
+            each server has its own.
         think: form of the thought of sessions that do not choose, where the checkpoint has learnt it.
         drain_seconds: how long answers in progress may take when the server is told to stop.
         body_bytes: of one REST request.
@@ -198,7 +199,8 @@ class Server:
 
 
 def build_app(server: Server, single: bool = True) -> FastAPI:
-    """All routes. The model's threads run as long as the application does. ``single``: no other replica answers under this address."""
+    """All routes. The model's threads run as long as the application does. ``single``: no other replica answers under
+    this address."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -257,7 +259,8 @@ def build_app(server: Server, single: bool = True) -> FastAPI:
     @app.get("/static/{name}")
     async def static(name: str) -> Response:
         path = STATIC / name
-        if path.parent != STATIC or not path.is_file():  # a name never holds a slash; what is not in the folder is not there
+        # A name never holds a slash; what is not in the folder is not there.
+        if path.parent != STATIC or not path.is_file():
             return JSONResponse({"error": {"message": "not found", "type": "invalid_request_error"}}, 404)
         return FileResponse(path, headers=PAGE_HEADERS)
 

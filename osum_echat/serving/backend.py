@@ -104,8 +104,10 @@ class Ended:
 
     Attributes:
         reason: ``stop``, ``length``, ``cancelled``, ``silence`` or ``failed`` (``message`` says why).
-        codes: speech codes of the answer, 25 a second. word_ends: number of codes after each word of the text, where that is known.
-        tokens: ids read, and ids generated as text and as speech. timings: seconds, by name. guards: how often each acted.
+        codes: speech codes of the answer, 25 a second. word_ends: number of codes after each word of the text, where
+            that is known.
+        tokens: ids read, and ids generated as text and as speech. timings: seconds, by name. guards: how often each
+            acted.
     """
 
     reason: Literal["stop", "length", "cancelled", "failed", "silence"]

@@ -45,7 +45,8 @@ def add_routes(app: FastAPI, server: Host, single: bool = True) -> None:
     """Without aiortc the routes answer 501 with what is to be installed.
 
     Args:
-        single: False where other replicas of the server answer requests too; a call is known to one process, so there are none then.
+        single: False where other replicas of the server answer requests too; a call is known to one process, so there
+            are none then.
     """
     running: dict[str, tuple[Any, asyncio.Task[None]]] = {}
 

@@ -1,6 +1,8 @@
-"""What the demo found, and the page that shows it: one HTML file with sounds and pictures inside, which asks the network for nothing.
+"""What the demo found, and the page that shows it: one HTML file with sounds and pictures inside, which asks the
+network for nothing.
 
-Sounds are MP3, because every browser plays it, on phones too (Ogg Opus is missing in iPhones before 2025); 40 kbit/s or so.
+Sounds are MP3, because every browser plays it, on phones too (Ogg Opus is missing in iPhones before 2025); 40 kbit/s or
+so.
 """
 
 from __future__ import annotations
@@ -84,7 +86,8 @@ class Result:
 
     @cached_property
     def words(self) -> list[tuple[str, Mark]]:
-        """The words that were heard; where the right ones are known each is marked, and those that are missing stand where they belong."""
+        """The words that were heard; where the right ones are known each is marked, and those that are missing stand
+        where they belong."""
         if not self.recording.words:
             return [(word, "") for word in self.heard.split()]
         said, heard = metrics.normalize(self.recording.words).split(), metrics.normalize(self.heard).split()

@@ -1,7 +1,8 @@
 """The model behind the live server: a `SharedEChat`, in the words of the session machine (`backend`).
 
-Three threads work: the event loop of the server, the engine's (the language model and the encoder) and the pool's (token2wav). Events cross to the
-loop by `call_soon_threadsafe`; nothing blocks it. No path and no URL of a client is opened here: voices are names that the server knows.
+Three threads work: the event loop of the server, the engine's (the language model and the encoder) and the pool's
+(token2wav). Events cross to the loop by `call_soon_threadsafe`; nothing blocks it. No path and no URL of a client is
+opened here: voices are names that the server knows.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class LiveMemory:
         self._closed = False
 
     def keep(self, cache: KeptCache | None) -> None:
-        """What has been read; on the model's thread. What ends after the dialogue did (an answer that was cut off, a past that was read) is not kept."""
+        """What has been read; on the model's thread. What ends after the dialogue did (an answer that was cut off, a
+        past that was read) is not kept."""
         if cache is not None and not self._closed:
             self.session.kept = cache
             self._model.engine.remember(self.session)
@@ -75,7 +77,8 @@ class LiveModel:
     """See `backend.Backend`.
 
     Args:
-        interleaved: text and speech in turns, where nothing says whether the checkpoint has learnt it. One that states it is always asked so.
+        interleaved: text and speech in turns, where nothing says whether the checkpoint has learnt it. One that states
+            it is always asked so.
     """
 
     codes_per_second = float(CODES_PER_SECOND)
@@ -104,7 +107,7 @@ class LiveModel:
             found["history"] = "this checkpoint has not learnt past turns: every turn is answered from itself alone"
         return found
 
-    # ---- life ---------------------------------------------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------------------------------
 
     def start_threads(self) -> None:
         """Call it on the running event loop, once."""
@@ -118,7 +121,7 @@ class LiveModel:
     def load(self) -> Load:
         return self.shared.load()
 
-    # ---- backend ------------------------------------------------------------------------------------------------------------------
+    # ---- backend -----------------------------------------------------------------------------------------------------
 
     @property
     def voices(self) -> list[str]:
@@ -197,7 +200,7 @@ class LiveModel:
         except (EngineFull, TooLong) as error:
             log.info("the past of a dialogue is read with its next turn: %s", error)
 
-    # ---- requests -----------------------------------------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------------------
 
     def _build(self, output_type: str, **options: Any) -> Request:
         echat = self.echat
@@ -337,7 +340,7 @@ class LiveJob:
             if isinstance(event, Ended):
                 return
 
-    # ---- the model's and the pool's thread ------------------------------------------------------------------------------------------
+    # ---- the model's and the pool's thread ---------------------------------------------------------------------------
 
     def _post(self, event: Event) -> None:
         try:

@@ -1,7 +1,8 @@
 """Memory that sessions have given back goes to the system.
 
-The C library (glibc) keeps what was freed between blocks that are in use. What the server itself uses stays the same (389 MiB of mini's after 54, 108 and 130 sessions, none open),
-but without this the process grew from 923 to 961 MiB meanwhile, of which a trim gave 153 back (benchmarks/results/2026-11-28-live-avx2.md).
+The C library (glibc) keeps what was freed between blocks that are in use. What the server itself uses stays the same
+(389 MiB of mini's after 54, 108 and 130 sessions, none open), but without this the process grew from 923 to 961 MiB
+meanwhile, of which a trim gave 153 back (benchmarks/results/2026-11-28-live-avx2.md).
 """
 
 from __future__ import annotations

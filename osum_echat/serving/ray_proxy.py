@@ -1,4 +1,5 @@
-"""What Ray Serve's proxies run of ours: a WebSocket whose replica died is closed with a code and a reason. Cheap to import: every node has a proxy."""
+"""What Ray Serve's proxies run of ours: a WebSocket whose replica died is closed with a code and a reason. Cheap to
+import: every node has a proxy."""
 
 from __future__ import annotations
 
@@ -6,13 +7,15 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""Environment variable by which Ray Serve's proxies find `proxy_callback`; set on every node before its Ray is started."""
+"""Environment variable by which Ray Serve's proxies find `proxy_callback`; set on every node before its Ray is
+started."""
 RESTART = 1012
 """Close code "service restart": connect again."""
 
 
 class CloseCleanly:
-    """In the proxy: a WebSocket whose replica went away without closing it is closed with a reason; without this the client sees a broken connection."""
+    """In the proxy: a WebSocket whose replica went away without closing it is closed with a reason; without this the
+    client sees a broken connection."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

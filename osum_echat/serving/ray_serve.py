@@ -1,8 +1,9 @@
 """The live server on Ray Serve: replicas of one server, each with a model and a device (or a share of one) of its own.
 
-A session is one WebSocket, and Ray Serve's proxy hands a WebSocket to one replica for its whole life, so a session stays where its caches are. What a
-client may ask of any replica (a client secret that another one made) needs no memory of its own (`safety.Keys`). A replica that dies ends its own
-sessions only: the proxy closes their sockets with code 1012 (`ray_proxy`), and Ray Serve starts the replica again.
+A session is one WebSocket, and Ray Serve's proxy hands a WebSocket to one replica for its whole life, so a session
+stays where its caches are. What a client may ask of any replica (a client secret that another one made) needs no memory
+of its own (`safety.Keys`). A replica that dies ends its own sessions only: the proxy closes their sockets with code
+1012 (`ray_proxy`), and Ray Serve starts the replica again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def build(
     from ray import serve
 
     def application() -> FastAPI:
-        """The application of a replica, made in its process. Ray Serve takes a function for a builder, and nothing else."""
+        """The application of a replica, made in its process. Ray Serve takes a function for a builder, and nothing
+        else."""
         return build_app(make_server(), single=False)
 
     class Live:

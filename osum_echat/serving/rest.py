@@ -1,6 +1,7 @@
 """REST beside the real-time protocol, in the forms of the OpenAI API: speech, transcriptions, chat completions, models.
 
-Any ``model`` and any ``voice`` is taken. Recordings come as bytes in the request, never as a path or a URL. What a client leaves early is cancelled.
+Any ``model`` and any ``voice`` is taken. Recordings come as bytes in the request, never as a path or a URL. What a
+client leaves early is cancelled.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def add_routes(app: FastAPI, server: Host) -> None:
     route("/v1/chat/completions", lambda request: chat(request, server))
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -130,7 +131,7 @@ async def _hear(backend: Backend, data: bytes, param: str) -> Heard:
         raise BadRequest(str(error), param, "invalid_audio") from error
 
 
-# ---- sound out -----------------------------------------------------------------------------------------------------------------------
+# ---- sound out -------------------------------------------------------------------------------------------------------
 
 
 def encode_sound(samples: Samples, form: str) -> bytes:
@@ -142,8 +143,8 @@ def encode_sound(samples: Samples, form: str) -> bytes:
 
 
 def wav_header(seconds: float | None = None) -> bytes:
-    """Of 16-bit mono sound whose length is not known yet: sizes are the largest there are, which players take for a stream.
-    Its comment says that the sound is synthetic."""
+    """Of 16-bit mono sound whose length is not known yet: sizes are the largest there are, which players take for a
+    stream. Its comment says that the sound is synthetic."""
     size = 0xFFFFFFFF if seconds is None else round(seconds * RATE) * 2
     comment = SYNTHETIC.encode() + b"\0" * (2 - len(SYNTHETIC) % 2)  # ends with a zero, in whole words
     info = b"INFOICMT" + struct.pack("<I", len(comment)) + comment
@@ -188,7 +189,7 @@ async def _pieces(job: Job, ended: list[Ended]) -> AsyncIterator[Samples]:
         job.cancel()
 
 
-# ---- speech --------------------------------------------------------------------------------------------------------------------------
+# ---- speech ----------------------------------------------------------------------------------------------------------
 
 
 async def speech(request: Request, backend: Backend) -> Response:
@@ -247,7 +248,7 @@ async def _speech_events(first: Samples, pieces: AsyncIterator[Samples], ended: 
     yield _sse({"type": "speech.audio.done", "usage": {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}})
 
 
-# ---- transcriptions ------------------------------------------------------------------------------------------------------------------
+# ---- transcriptions --------------------------------------------------------------------------------------------------
 
 
 async def transcriptions(request: Request, backend: Backend) -> Response:
@@ -279,7 +280,7 @@ async def transcriptions(request: Request, backend: Backend) -> Response:
     return JSONResponse(_plain(Transcription.model_validate({"text": text, "usage": usage})))
 
 
-# ---- chat completions ----------------------------------------------------------------------------------------------------------------
+# ---- chat completions ------------------------------------------------------------------------------------------------
 
 
 async def chat(request: Request, server: Host) -> Response:
@@ -449,7 +450,7 @@ async def _recording(content: Any, backend: Backend, where: str) -> Heard | None
     return found
 
 
-# ---- forms ---------------------------------------------------------------------------------------------------------------------------
+# ---- forms -----------------------------------------------------------------------------------------------------------
 
 
 def _plain(model: BaseModel) -> dict[str, Any]:

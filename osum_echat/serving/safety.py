@@ -43,8 +43,9 @@ def check_host(host: str, api_key: str | None) -> None:
 class Keys:
     """Who has the key. Without one everybody has it, whatever they send.
 
-    ``client_secrets`` are short-lived keys that a holder of the key makes for a browser; they work until they expire. Such a secret is signed with
-    the key and holds its end and its session, so that every server with the same key (`ray_serve`: every replica) knows it, and none keeps a list.
+    ``client_secrets`` are short-lived keys that a holder of the key makes for a browser; they work until they expire.
+    Such a secret is signed with the key and holds its end and its session, so that every server with the same key
+    (`ray_serve`: every replica) knows it, and none keeps a list.
 
     Attributes:
         shared: what servers that know each other's secrets have in common, where there is no key.
@@ -55,7 +56,8 @@ class Keys:
     shared: str = field(default_factory=lambda: secrets.token_hex(32))
 
     def make_secret(self, seconds: float = SECRET_SECONDS, session: Mapping[str, Any] | None = None) -> tuple[str, int]:
-        """A key that begins with ``ek_``, and when it expires (Unix time). Raises ValueError for a session that is too long for a key."""
+        """A key that begins with ``ek_``, and when it expires (Unix time). Raises ValueError for a session that is too
+        long for a key."""
         end = self.clock() + seconds
         content = {"end": end, "session": session or {}, "nonce": secrets.token_hex(12)}
         body = base64.urlsafe_b64encode(json.dumps(content, separators=(",", ":")).encode()).decode().rstrip("=")
@@ -97,7 +99,8 @@ def key_of(headers: Mapping[str, str], protocols: list[str] | None = None) -> st
 
 
 def origin_allowed(origin: str | None, host: str | None, allowed: tuple[str, ...]) -> bool:
-    """Whether a page of ``origin`` may talk to this server. Programs send none. Pages of the server itself may, and those of ``allowed`` (* for all).
+    """Whether a page of ``origin`` may talk to this server. Programs send none. Pages of the server itself may, and
+    those of ``allowed`` (* for all).
 
     A browser lets any page open a WebSocket to this machine, so it is the server that has to look.
     """
@@ -111,7 +114,8 @@ def origin_allowed(origin: str | None, host: str | None, allowed: tuple[str, ...
 
 
 def host_allowed(host: str | None, bound: str, allowed: tuple[str, ...]) -> bool:
-    """On loopback only the names of this machine: a page elsewhere could have its own name point here (DNS rebinding)."""
+    """On loopback only the names of this machine: a page elsewhere could have its own name point here (DNS
+    rebinding)."""
     if not is_loopback(bound) or "*" in allowed:
         return True
     name = (host or "").rsplit(":", 1)[0].strip("[]") if not (host or "").endswith("]") else (host or "").strip("[]")

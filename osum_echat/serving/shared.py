@@ -1,5 +1,5 @@
-"""One loaded model for several people at once: their requests run in one batch (`generation.engine`), their speech is made in one pool
-(`token2wav.pool`). The live server (`serving.live`) and the page (`serving.page`) both stand on it.
+"""One loaded model for several people at once: their requests run in one batch (`generation.engine`), their speech is
+made in one pool (`token2wav.pool`). The live server (`serving.live`) and the page (`serving.page`) both stand on it.
 
     shared = SharedEChat(echat).start()
     for event in shared.stream(Ask(wav="me.wav", speak=True)): ...             # from any thread
@@ -52,7 +52,8 @@ class Voice:
 
 @dataclass(frozen=True)
 class Saying:
-    """What says a written answer: the request that does, made on the model's thread of the whole text, and its voice."""
+    """What says a written answer: the request that does, made on the model's thread of the whole text, and its
+    voice."""
 
     request: Callable[[str], Request]
     voice: Voice
@@ -61,8 +62,8 @@ class Saying:
 class Answer:
     """One answer in the making.
 
-    ``on_event`` gets the events of the request, `AudioChunk`s between them, and `Done` when the sound has ended too. It is called on the model's
-    and on the pool's thread, for one answer possibly by both at once, and must not block.
+    ``on_event`` gets the events of the request, `AudioChunk`s between them, and `Done` when the sound has ended too. It
+    is called on the model's and on the pool's thread, for one answer possibly by both at once, and must not block.
 
     Attributes:
         decoded: the end of each request that was made for it, as the model told it.
@@ -116,7 +117,7 @@ class Answer:
         if voice is not None:
             voice.slow(on)
 
-    # ---- the model's thread -------------------------------------------------------------------------------------------------------
+    # ---- the model's thread ------------------------------------------------------------------------------------------
 
     def _submit(self, request: Request) -> None:
         self._requests += 1
@@ -167,7 +168,7 @@ class Answer:
             log.warning("an answer is not said: %s", error)
             self._end()
 
-    # ---- the pool's thread --------------------------------------------------------------------------------------------------------
+    # ---- the pool's thread -------------------------------------------------------------------------------------------
 
     def _on_samples(self, samples: Samples | None) -> None:
         if samples is not None:
@@ -176,7 +177,7 @@ class Answer:
             self._end()
         # What is cancelled before it was decoded is ended by the model's thread, which knows what had been made.
 
-    # ---- either -------------------------------------------------------------------------------------------------------------------
+    # ---- either ------------------------------------------------------------------------------------------------------
 
     def _tell(self, event: StreamEvent) -> None:
         if not self._ended:
@@ -252,7 +253,7 @@ class SharedEChat:
         assert self.pool is not None, "this checkpoint has no token2wav"
         return self.pool.open(voice.speaker, voice.seed, on_samples)
 
-    # ---- what the live server asks ------------------------------------------------------------------------------------------------
+    # ---- what the live server asks -----------------------------------------------------------------------------------
 
     def hear(self, samples: Samples) -> Future[AudioFeatures]:
         """16 kHz samples as the language model hears them. Recordings that wait at the same time are encoded together.
@@ -307,7 +308,7 @@ class SharedEChat:
         made.begin(request)
         return made
 
-    # ---- what the page asks -------------------------------------------------------------------------------------------------------
+    # ---- what the page asks ------------------------------------------------------------------------------------------
 
     def dialogue(self, max_turns: int = 5) -> Dialogue:
         """Past turns of one person, for `stream`."""
@@ -320,7 +321,8 @@ class SharedEChat:
             dialogue: past turns to go on from, and to which the finished turn is added.
 
         Raises:
-            ValueError: what cannot be asked or used. EngineFull: too many people at once (its text is a sentence for them).
+            ValueError: what cannot be asked or used. EngineFull: too many people at once (its text is a sentence for
+                them).
         """
         echat = self.echat
         speaker, asks = self.engine.run(lambda: (echat.sound.voice_of(ask), echat.parts(ask))).result()
@@ -362,7 +364,8 @@ class SharedEChat:
             answer.cancel()
 
     def _remember(self, dialogue: Dialogue, request: Request, events: list[Event], heard: list[AudioFeatures], text: str) -> None:
-        """Add the turn to the past, and read it in the form in which the next turn shows it, while nobody waits for it."""
+        """Add the turn to the past, and read it in the form in which the next turn shows it, while nobody waits for
+        it."""
         memory = dialogue.memory
         reading = self.engine.run(lambda: memory.record(request, events, heard, text)).result()
         if reading is None:

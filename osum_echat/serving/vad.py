@@ -1,9 +1,10 @@
-"""Is somebody speaking, and has the turn ended: the two small networks of turn taking, and a plain measure of energy where they are absent.
+"""Is somebody speaking, and has the turn ended: the two small networks of turn taking, and a plain measure of energy
+where they are absent.
 
 Both are replaceable: anything with the methods of `Vad` or `EndOfTurn` will do. Samples are 16 kHz, [-1, 1].
 
-Costs of one thread on an AVX2 core: silero 0.3 ms for 32 ms of sound; smart-turn about 120 ms a pause, features included, so it is run once a
-pause and never on the event loop.
+Costs of one thread on an AVX2 core: silero 0.3 ms for 32 ms of sound; smart-turn about 120 ms a pause, features
+included, so it is run once a pause and never on the event loop.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def _session(data: bytes) -> Any:
 class SileroVad:
     """Silero VAD 6.2, 16 kHz. The network is shared, the state belongs to one stream.
 
-    Source of the calling convention (64 samples of the past before each frame, a state [2, 1, 128]): snakers4/silero-vad, utils_vad.py.
+    Source of the calling convention (64 samples of the past before each frame, a state [2, 1, 128]):
+    snakers4/silero-vad, utils_vad.py.
     """
 
     _CONTEXT = 64
@@ -72,7 +74,8 @@ class SileroVad:
 
 
 class EnergyVad:
-    """Loudness above the quietest of the last seconds, as a number that behaves like a probability. It takes any sound for speech."""
+    """Loudness above the quietest of the last seconds, as a number that behaves like a probability. It takes any sound
+    for speech."""
 
     def __init__(self, margin_db: float = 12.0, quiet_db: float = -50.0) -> None:
         self.margin_db, self.quiet_db = margin_db, quiet_db
@@ -92,7 +95,8 @@ class EnergyVad:
 
 
 class SmartTurn:
-    """smart-turn v3.2: the last 8 s, normalised, as a Whisper log-mel. Source of the preparation: pipecat-ai 1.14.0 (BSD-2-Clause)."""
+    """smart-turn v3.2: the last 8 s, normalised, as a Whisper log-mel. Source of the preparation: pipecat-ai 1.14.0
+    (BSD-2-Clause)."""
 
     _SAMPLES = 8 * RATE
 

@@ -6,5 +6,6 @@
     client      vLLM itself, behind the few calls that are needed of it; the only module that starts it
     engine      `VllmEngine` and `VllmGenerator`, with the interfaces of `generation.engine` and `generation.generator`
 
-Our process keeps encoder, layouts, sessions and token2wav, and sends prompt embeddings to vLLM's. Nothing but `processor` and `client` imports vLLM.
+Our process keeps encoder, layouts, sessions and token2wav, and sends prompt embeddings to vLLM's. Nothing but
+`processor` and `client` imports vLLM.
 """

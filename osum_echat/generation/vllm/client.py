@@ -1,6 +1,7 @@
 """vLLM itself, behind the few calls that `engine` makes of it. The only place that starts it.
 
-vLLM runs in a process of its own; the calls here are made by one thread. No server of vLLM's is started, so embeddings come from this process alone.
+vLLM runs in a process of its own; the calls here are made by one thread. No server of vLLM's is started, so embeddings
+come from this process alone.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class VllmDecoder:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for what was asked for
         if _on_cpu():
-            # Eager as all else there: the one function that vLLM would compile needs a C++ compiler and most of a minute.
+            # Eager as all else there: the one function that vLLM would compile needs a C++ compiler and most of a
+            # minute.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine

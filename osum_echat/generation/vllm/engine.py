@@ -1,10 +1,12 @@
-"""`VllmEngine` and `VllmGenerator`: the interfaces of `generation.engine` and `generation.generator`, with vLLM as the decoder.
+"""`VllmEngine` and `VllmGenerator`: the interfaces of `generation.engine` and `generation.generator`, with vLLM as the
+decoder.
 
-Two threads: one talks to vLLM (it sends prompts, reads ids, and calls the listeners), one does what `run` is given (encoder, token2wav). vLLM computes
-in a process of its own.
+Two threads: one talks to vLLM (it sends prompts, reads ids, and calls the listeners), one does what `run` is given
+(encoder, token2wav). vLLM computes in a process of its own.
 
-What differs from our own engine: keys and values stay with vLLM, so nothing is kept for a session here (`Request.cache` stays None); what a
-prompt has in common with an earlier one is found by vLLM's prefix cache. A request that is held goes on, and its events wait.
+What differs from our own engine: keys and values stay with vLLM, so nothing is kept for a session here (`Request.cache`
+stays None); what a prompt has in common with an earlier one is found by vLLM's prefix cache. A request that is held
+goes on, and its events wait.
 
 T positions of a prompt that may be attended, D width of the LLM.
 """
@@ -42,7 +44,8 @@ from osum_echat.model.echat import AudioFeatures, EChatModel
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 LIST_LIMITS = EngineLimits(rows=128)
-"""Of an engine that nobody starts with limits of his own: for lists, where many rows at once cost little more than one."""
+"""Of an engine that nobody starts with limits of his own: for lists, where many rows at once cost little more than
+one."""
 
 
 class VllmGenerator(Generator):
@@ -122,7 +125,8 @@ def _put(came: queue.SimpleQueue[tuple[int, Event]], row: int, event: Event) -> 
 def prompt_embeddings(model: EChatModel, requests: Sequence[Request], audio: AudioFeatures | None = None) -> list[Tensor]:
     """What vLLM is sent for each prompt: its embeddings [T, D] without the positions that nothing attends to.
 
-    Those positions take no position number either, so leaving them out changes nothing; the last of a prompt is never one of them.
+    Those positions take no position number either, so leaving them out changes nothing; the last of a prompt is never
+    one of them.
 
     Args:
         audio: the recordings of all requests, joined; None: each has its own in `Request.heard`.
@@ -183,7 +187,7 @@ class VllmEngine:
         self._dead: BaseException | None = None
         self._threads: list[threading.Thread] = []
 
-    # ---- from any thread ----------------------------------------------------------------------------------------------------------
+    # ---- from any thread ---------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Run the two threads; once is enough, more does no harm."""
@@ -214,7 +218,8 @@ class VllmEngine:
     def submit(
         self, request: Request, on_event: OnEvent, read_only: bool = False, prompt: Tensor | None = None, wait: bool = False
     ) -> Ticket:
-        """Take a request. ``on_event`` is called on the thread that talks to vLLM and must not block; `Done` is the last.
+        """Take a request. ``on_event`` is called on the thread that talks to vLLM and must not block; `Done` is the
+        last.
 
         Args:
             prompt: its embeddings, where they are known (`prompt_embeddings`).
@@ -273,14 +278,14 @@ class VllmEngine:
         positions = sum(len(entry.ticket.request.prompt) + len(entry.row.state.generated) for entry in running)
         return Load(len(running) - reading, held, reading, len(self._waiting), positions, 0)
 
-    # ---- the model's thread -------------------------------------------------------------------------------------------------------
+    # ---- the model's thread ------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         with torch.inference_mode():
             while (call := self._calls.get()) is not None:
                 call()
 
-    # ---- the thread that talks to vLLM ----------------------------------------------------------------------------------------------
+    # ---- the thread that talks to vLLM -------------------------------------------------------------------------------
 
     def tick(self) -> bool:
         """One turn: what was cancelled or released, what waits, one step. Returns whether there is more to do now."""

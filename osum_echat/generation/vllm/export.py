@@ -2,11 +2,16 @@
 
     config.json, generation_config.json   Qwen2ForCausalLM with V + S + 3 ids, untied; it ends at ``end_id``
     model.safetensors (or shards)         the LLM; text table and speech table in one, text head and speech head in one
-    tokenizer/                            of the text; beside config.json transformers would take it for a Qwen2's, which splits text in its own way
-    osum_echat.json                       vocabulary, settings of decoding, the speech head's bias, and what the folder was made of
+    tokenizer/                            of the text
+    osum_echat.json                       vocabulary, settings of decoding, the speech head's bias, and what the folder
+                                          was made of
 
-Unified ids are row numbers, so nothing is translated. A Qwen2 head has no bias and the speech head has one: it is written beside the weights and
-added by the logits processor. Head rows of the two ids that are inputs only are zero. Encoder, adapter and token2wav stay in the checkpoint.
+The tokenizer has a folder of its own: beside config.json transformers would take it for a Qwen2's, which splits text in
+its own way.
+
+Unified ids are row numbers, so nothing is translated. A Qwen2 head has no bias and the speech head has one: it is
+written beside the weights and added by the logits processor. Head rows of the two ids that are inputs only are zero.
+Encoder, adapter and token2wav stay in the checkpoint.
 
 V text ids, S speech codes, D width.
 """

@@ -1,7 +1,8 @@
 """vLLM's processes end with the process that started them, even where that one was killed.
 
-vLLM ends them when our process closes it or ends by itself. After kill -9 (or out of memory) its engine would wait for requests for ever and keep the
-device's memory, so that whatever is started in our process's place finds no room: a worker of a Ray cluster, a replica.
+vLLM ends them when our process closes it or ends by itself. After kill -9 (or out of memory) its engine would wait for
+requests for ever and keep the device's memory, so that whatever is started in our process's place finds no room: a
+worker of a Ray cluster, a replica.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def claim() -> None:
 
 
 def end_with_owner(every: float = 1.0) -> bool:
-    """In a process of vLLM: end it, and those between it and the owner, once the owner is gone. False where the owner is no process above this one."""
+    """In a process of vLLM: end it, and those between it and the owner, once the owner is gone. False where the owner
+    is no process above this one."""
     import psutil
 
     this = psutil.Process()

@@ -1,7 +1,8 @@
-"""`rules.BatchRules` as a vLLM logits processor; vLLM loads it by the entry point ``vllm.logits_processors`` of this package.
+"""`rules.BatchRules` as a vLLM logits processor; vLLM loads it by the entry point ``vllm.logits_processors`` of this
+package.
 
-It acts on models that `export` wrote, and there on requests that bring a `rules.RowPlan` in ``extra_args["osum_echat"]``. With any other model,
-and on any other request, it does nothing.
+It acts on models that `export` wrote, and there on requests that bring a `rules.RowPlan` in
+``extra_args["osum_echat"]``. With any other model, and on any other request, it does nothing.
 """
 
 from __future__ import annotations

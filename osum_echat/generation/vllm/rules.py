@@ -1,16 +1,19 @@
 """What an id may be, for the rows of a vLLM batch: phases, given ids, guards and sampling over vLLM's logits.
 
-A think, the text and its speech are one request to vLLM: at every step each row's logits are replaced by a row that is -inf everywhere but at
-the one id that our own engine would take (`choice` picks it by the same code), so vLLM's greedy sampler takes that id. Ids that are given (spelled
-words, the begin of speech, what a limit ends) are forced in the same way, one a step.
+A think, the text and its speech are one request to vLLM: at every step each row's logits are replaced by a row that is
+-inf everywhere but at the one id that our own engine would take (`choice` picks it by the same code), so vLLM's greedy
+sampler takes that id. Ids that are given (spelled words, the begin of speech, what a limit ends) are forced in the same
+way, one a step.
 
-The value at that one id is no logit: it says which guards acted on the choice, as bits (`GUARDS`), so that the counts come back to whoever sent
-the request (``logprobs_mode="processed_logits"`` returns it).
+The value at that one id is no logit: it says which guards acted on the choice, as bits (`GUARDS`), so that the counts
+come back to whoever sent the request (``logprobs_mode="processed_logits"`` returns it).
 
-A choice counts only once vLLM has taken it: while a prompt is read in pieces it asks for logits and throws the id away. The list of the row's ids,
-which vLLM extends, says what was taken. A row that vLLM puts back into the batch (after preemption) is rebuilt from that list.
+A choice counts only once vLLM has taken it: while a prompt is read in pieces it asks for logits and throws the id away.
+The list of the row's ids, which vLLM extends, says what was taken. A row that vLLM puts back into the batch (after
+preemption) is rebuilt from that list.
 
-N rows of vLLM's batch, R rows that choose from one head, V text ids, S speech codes, X = V + S + 3 ids of the exported vocabulary.
+N rows of vLLM's batch, R rows that choose from one head, V text ids, S speech codes, X = V + S + 3 ids of the exported
+vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def guards_of(bits: float) -> list[str]:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What decides a row beside its prompt; travels to vLLM's process as plain data (``extra_args``). Fields as of `Request`."""
+    """What decides a row beside its prompt; travels to vLLM's process as plain data (``extra_args``). Fields as of
+    `Request`."""
 
     output_type: str
     mode: Mode
@@ -69,7 +73,8 @@ class RowPlan:
 
     @classmethod
     def of(cls, request: Request, joint: bool = True) -> RowPlan:
-        """``joint``: the CTC head has a share in transcripts; else its probabilities (2 MB for 10 s of mini's) are not sent."""
+        """``joint``: the CTC head has a share in transcripts; else its probabilities (2 MB for 10 s of mini's) are not
+        sent."""
         plan = tuple(sorted(request.plan.items()))
         transcribed = request.transcribed if joint else None
         return cls(request.output_type, request.mode, request.seed, request.text_ids, request.words, plan, transcribed)
@@ -125,7 +130,8 @@ class Row:
     """A row of the batch.
 
     Attributes:
-        output: the ids that vLLM has taken for it, extended by vLLM as it goes on; below 0 where they are not known to the host yet.
+        output: the ids that vLLM has taken for it, extended by vLLM as it goes on; below 0 where they are not known to
+            the host yet.
     """
 
     def __init__(self, row: ChoosingRow, plan: Mapping[int, int], output: Sequence[int], choice: Choice) -> None:
@@ -212,7 +218,8 @@ class BatchRules:
         self.rows.pop(index, None)
 
     def move(self, source: int, target: int, swap: bool) -> None:
-        """What stands at ``source`` comes to ``target``, and with ``swap`` the other way round; a place may be that of another's request."""
+        """What stands at ``source`` comes to ``target``, and with ``swap`` the other way round; a place may be that of
+        another's request."""
         moved, other = self.rows.pop(source, None), self.rows.pop(target, None)
         if moved is not None:
             self.rows[target] = moved
@@ -258,7 +265,8 @@ class BatchRules:
 
 
 def rules_of(settings: Mapping[str, Any], tokenizer: Tokenizer, override: Mapping[str, Any] | None = None) -> BatchRules:
-    """The rules that an exported folder's settings come to (`export.read_settings`). ``override``: `to_settings` of another configuration."""
+    """The rules that an exported folder's settings come to (`export.read_settings`). ``override``: `to_settings` of
+    another configuration."""
     from osum_echat.config import from_dict
 
     vocab = Vocabulary(**settings["vocabulary"])

@@ -1,4 +1,5 @@
-"""A plain client for the points: sends, collects, waits; every frame of the server is checked against the openai package."""
+"""A plain client for the points: sends, collects, waits; every frame of the server is checked against the openai
+package."""
 
 from __future__ import annotations
 
@@ -131,7 +132,7 @@ class Client:
         await asyncio.sleep(seconds)
         return len(self.seen) - before
 
-    # ---- what points do again and again ---------------------------------------------------------------------------------------------
+    # ---- what points do again and again ------------------------------------------------------------------------------
 
     async def update(self, **session: Any) -> dict[str, Any]:
         """Update the session; returns what the server says it is then."""
@@ -187,8 +188,8 @@ def read_speech(path: str) -> Any:
 
 
 def default_speech() -> Any:
-    """2 s that a voice activity detector takes for speech: a buzz through three moving formants, in syllables. Give a recording for servers that
-    want words."""
+    """2 s that a voice activity detector takes for speech: a buzz through three moving formants, in syllables. Give a
+    recording for servers that want words."""
     t = np.arange(2 * RATE) / RATE
     pitch = 120 + 20 * np.sin(2 * np.pi * 0.8 * t)
     phase = 2 * np.pi * np.cumsum(pitch) / RATE

@@ -31,7 +31,7 @@ def dig(data: Any, *path: str) -> Any:
     return data
 
 
-# ---- connection ----------------------------------------------------------------------------------------------------------------------
+# ---- connection ------------------------------------------------------------------------------------------------------
 
 
 @point
@@ -85,7 +85,7 @@ async def update_before_created(target: Target) -> None:
         check(client.kinds()[:2] == ["session.created", "session.updated"], f"the order is {client.kinds()[:3]}")
 
 
-# ---- session -------------------------------------------------------------------------------------------------------------------------
+# ---- session ---------------------------------------------------------------------------------------------------------
 
 
 @point
@@ -140,7 +140,7 @@ async def ignored_fields(target: Target) -> None:
         check(not client.all("error"), f"it was an error: {client.all('error')[:1]}")
 
 
-# ---- a turn --------------------------------------------------------------------------------------------------------------------------
+# ---- a turn ----------------------------------------------------------------------------------------------------------
 
 _TURN = [
     "input_audio_buffer.speech_started",
@@ -179,7 +179,7 @@ async def order_of_a_turn(target: Target) -> None:
 
 @point
 async def one_id_for_a_turn(target: Target) -> None:
-    """speech_started, speech_stopped, committed and the item have one id; audio times rise and are counted in samples"""
+    """speech_started, speech_stopped, committed and the item have one id; audio times rise, counted in samples"""
     async with target.open() as client:
         await client.until("session.created")
         await client.speak()
@@ -294,7 +294,7 @@ async def telephone(target: Target) -> None:
             check(level < 0.3, f"it is no {kind}: the mean level is {level:.2f}")
 
 
-# ---- items ---------------------------------------------------------------------------------------------------------------------------
+# ---- items -----------------------------------------------------------------------------------------------------------
 
 
 @point
@@ -335,7 +335,7 @@ async def truncate(target: Target) -> None:
         check((await client.until("conversation.item.truncated", 2))["audio_end_ms"] == 200, "another time is acknowledged")
 
 
-# ---- interruption --------------------------------------------------------------------------------------------------------------------
+# ---- interruption ----------------------------------------------------------------------------------------------------
 
 
 @point
@@ -395,7 +395,7 @@ async def interrupt_off(target: Target) -> None:
         check(done["status"] == "completed", f"the status is {done['status']}")
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @point
@@ -433,7 +433,7 @@ async def empty_commit(target: Target) -> None:
 
 @point
 async def wrong_events(target: Target) -> None:
-    """unknown events, missing fields, wrong values and garbage are errors with the event's id, and the session lives on"""
+    """unknown events, missing fields and wrong values are errors with the event's id, and the session lives on"""
     async with target.open() as client:
         await client.manual()
         wrong: list[dict[str, Any]] = [

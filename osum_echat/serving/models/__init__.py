@@ -1,7 +1,9 @@
-"""Model files of turn taking, as they are in the packages of their makers; each is checked against its hash before it is opened.
+"""Model files of turn taking, as they are in the packages of their makers; each is checked against its hash before it
+is opened.
 
-`silero_vad_16k_op15.onnx` from the PyPI wheel silero-vad 6.2.3 (MIT, LICENSE.silero_vad); `smart-turn-v3.2-cpu.onnx` from the PyPI wheel
-pipecat-ai 1.14.0 (BSD-2-Clause, LICENSE.smart-turn). The wheels themselves are not installed: they would bring torchaudio and more.
+`silero_vad_16k_op15.onnx` from the PyPI wheel silero-vad 6.2.3 (MIT, LICENSE.silero_vad); `smart-turn-v3.2-cpu.onnx`
+from the PyPI wheel pipecat-ai 1.14.0 (BSD-2-Clause, LICENSE.smart-turn). The wheels themselves are not installed: they
+would bring torchaudio and more.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ VAD, END_OF_TURN = SHA256
 
 
 def read(name: str) -> bytes | None:
-    """The file, or None where it is not there. Raises ValueError when it is another file than the one that was tested."""
+    """The file, or None where it is not there. Raises ValueError when it is another file than the one that was
+    tested."""
     path = FOLDER / name
     if not path.is_file():
         return None

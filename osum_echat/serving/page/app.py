@@ -1,6 +1,7 @@
 """The page: gradio's components, what happens when they are used, and the server that shows them.
 
-Everything that a visitor sees in words comes from `texts.yaml` and is set when the page is opened, in the visitor's language.
+Everything that a visitor sees in words comes from `texts.yaml` and is set when the page is opened, in the visitor's
+language.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Page:
             self.parts = self._layout()
             self._connect()
 
-    # ---- layout -------------------------------------------------------------------------------------------------------------------
+    # ---- layout ------------------------------------------------------------------------------------------------------
 
     def _layout(self) -> Parts:
         names = list(self.models)
@@ -147,7 +148,7 @@ class Page:
             think, play, auto_send, seed, voice, consent, consent_about, details_panel, details, sound, status,
         )  # fmt: skip
 
-    # ---- what happens -------------------------------------------------------------------------------------------------------------
+    # ---- what happens ------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
         p = self.parts

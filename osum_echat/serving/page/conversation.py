@@ -1,4 +1,5 @@
-"""One visitor's conversation: turns go in, the page's view of them comes out, as often as there is something new to see."""
+"""One visitor's conversation: turns go in, the page's view of them comes out, as often as there is something new to
+see."""
 
 from __future__ import annotations
 
@@ -58,8 +59,8 @@ class Conversation:
     )
 
     def answer(self, models: Mapping[str, SharedEChat], form: Form, sounds: LiveSound) -> Iterator[str]:
-        """Let each of ``models`` answer; yields whenever the view has changed, with the name of the reply's sound once it has begun
-        (the first model's; "" before)."""
+        """Let each of ``models`` answer; yields whenever the view has changed, with the name of the reply's sound once
+        it has begun (the first model's; "" before)."""
         self.number += 1
         turns = {name: Turn(self.number, form.mode, form.wav, form.text) for name in models}
         for name, turn in turns.items():

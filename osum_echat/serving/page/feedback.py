@@ -1,4 +1,5 @@
-"""Ratings of replies: one line of JSON each, with the request that they belong to; audio only where the visitor agreed."""
+"""Ratings of replies: one line of JSON each, with the request that they belong to; audio only where the visitor
+agreed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The sound of a reply on its way to the browser, while it is made: raw 16 bit samples over one HTTP response.
 
-Gradio's own streaming of audio needs ffmpeg on the server, which newcomers do not have; the page's script plays these samples instead.
+Gradio's own streaming of audio needs ffmpeg on the server, which newcomers do not have; the page's script plays these
+samples instead.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ def mode_of(name: str) -> AskMode:
 
 
 def offered(dialects: Sequence[Dialect], more: bool = False) -> list[str]:
-    """Names of the entries that every one of the loaded checkpoints has learnt; without ``more`` those of `FIRST` only."""
+    """Names of the entries that every one of the loaded checkpoints has learnt; without ``more`` those of `FIRST`
+    only."""
     names = [*FIRST, *(name for name in MODES if name not in FIRST), OWN] if more else list(FIRST)
     return [name for name in names if not any(refused(dialect, name) for dialect in dialects)]
 

@@ -1,4 +1,5 @@
-"""A turn of the conversation as messages of gradio's chatbot: recording, tags as chips, the thought folded, the reply and its sound."""
+"""A turn of the conversation as messages of gradio's chatbot: recording, tags as chips, the thought folded, the reply
+and its sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A recording as a picture: its log-mel spectrogram, the words where they were heard, and the tags. SVG, with no network and no scripts."""
+"""A recording as a picture: its log-mel spectrogram, the words where they were heard, and the tags. SVG, with no
+network and no scripts."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Word:
 
 
 def words_of(echat: EChat, wav: str) -> list[Word]:
-    """The words that the CTC head heard, with their beginnings; none for a checkpoint without a CTC head. Needs the model's thread."""
+    """The words that the CTC head heard, with their beginnings; none for a checkpoint without a CTC head. Needs the
+    model's thread."""
     ctc = echat.model.ctc
     if ctc is None:
         return []

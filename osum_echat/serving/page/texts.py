@@ -19,7 +19,8 @@ def tables() -> Mapping[str, Mapping[str, str]]:
 
 
 def language_of(header: str | None) -> str:
-    """The page's language for a browser's language tag or ``Accept-Language`` header: the first one that the page has."""
+    """The page's language for a browser's language tag or ``Accept-Language`` header: the first one that the page
+    has."""
     for part in (header or "").split(","):
         code = part.split(";")[0].strip().lower().split("-")[0]
         if code in tables():

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 
 class Answers:
-    """Those of one session. Whoever ends one early cancels the model first, stops the task, and closes the response then.
+    """Those of one session. Whoever ends one early cancels the model first, stops the task, and closes the response
+    then.
 
     Args:
         session: the session object, which is changed in place.
@@ -62,7 +63,7 @@ class Answers:
         """The client is playing an answer."""
         return any(r is not None and r.playback.left > 0 for r in (self.active, self.last))
 
-    # ---- what the session wants -----------------------------------------------------------------------------------------------------
+    # ---- what the session wants --------------------------------------------------------------------------------------
 
     async def ask(self, params: Mapping[str, Any] | None = None) -> None:
         """Begin a response. Without ``params`` it is one that a turn asked for, and waits for the one in progress."""
@@ -104,8 +105,8 @@ class Answers:
         return None if response is None else response.id
 
     async def interrupt(self) -> None:
-        """Somebody speaks: what is being said ends here, and the dialogue holds what was heard of it: of the answer in progress, and of the
-        one before it, where that is still being played."""
+        """Somebody speaks: what is being said ends here, and the dialogue holds what was heard of it: of the answer in
+        progress, and of the one before it, where that is still being played."""
         now = self._clock()
         active, last = self.active, self.last if self.last is not None and self.last.playback.left > 0 else None
         if active is None and last is None:
@@ -130,7 +131,7 @@ class Answers:
             self.active = None
             self._metrics.responses.labels("dropped").inc()
 
-    # ---- ends ---------------------------------------------------------------------------------------------------------------------------
+    # ---- ends --------------------------------------------------------------------------------------------------------
 
     async def _cancel(self, response: Response) -> None:
         """The client has had enough."""
@@ -150,7 +151,7 @@ class Answers:
             response.item.cut(played, self._backend.codes_per_second)
         response.playback.stop()
 
-    # ---- one response -------------------------------------------------------------------------------------------------------------------
+    # ---- one response ------------------------------------------------------------------------------------------------
 
     def _waited_since(self, response: Response, asked_by_client: bool) -> float:
         """When somebody began to wait for this answer: the commit of the turn, or a later wish of the client."""

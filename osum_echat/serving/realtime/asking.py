@@ -64,7 +64,8 @@ class Asking:
         return conversation
 
     async def question(self, asked: Sequence[Item]) -> tuple[Heard | None, str]:
-        """Items that follow one another as one question. Of speech and text the last decides; recordings are put together."""
+        """Items that follow one another as one question. Of speech and text the last decides; recordings are put
+        together."""
         if not asked:
             return None, ""
         if asked[-1].heard is None:

@@ -1,7 +1,7 @@
 """Audio as it goes over the wire, to and from samples at the rates that are used inside, piece by piece.
 
-Formats are those of the Realtime API: ``audio/pcm`` (16 bit little endian, 24 kHz), ``audio/pcmu`` and ``audio/pcma`` (G.711, 8 kHz). A piece may end
-in the middle of a sample: the odd byte waits for the next one.
+Formats are those of the Realtime API: ``audio/pcm`` (16 bit little endian, 24 kHz), ``audio/pcmu`` and ``audio/pcma``
+(G.711, 8 kHz). A piece may end in the middle of a sample: the odd byte waits for the next one.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ class Item:
         return self.text if self.said is None else self.said
 
     def cut(self, seconds: float, codes_per_second: float) -> float:
-        """Only the first ``seconds`` of this answer were heard. Returns what it was cut to (never more than there is)."""
+        """Only the first ``seconds`` of this answer were heard. Returns what it was cut to (never more than there
+        is)."""
         seconds = min(max(seconds, 0.0), self.seconds)
         codes = round(seconds * codes_per_second)
         self.kept_codes = min(codes, len(self.codes))
@@ -78,8 +79,9 @@ class Item:
 def said_until(text: str, word_ends: Sequence[int], total: int, codes: int, complete: bool) -> str:
     """The beginning of ``text`` that had been said after so many of its codes.
 
-    Where it is known which word ends where, words are kept whose larger part was said; else the text is cut in proportion, at a border of words
-    where it has blanks. ``complete``: ``total`` codes say the whole text; else the text goes on, and 4 codes a letter are the measure.
+    Where it is known which word ends where, words are kept whose larger part was said; else the text is cut in
+    proportion, at a border of words where it has blanks. ``complete``: ``total`` codes say the whole text; else the
+    text goes on, and 4 codes a letter are the measure.
     """
     if codes <= 0:
         return ""
@@ -170,7 +172,8 @@ def _exchange(asked: Sequence[Item], reply: str, codes: tuple[int, ...]) -> Exch
 
 
 def from_client(raw: dict[str, Any], item_id: str) -> Item:
-    """An item as a client creates it; recordings are put in by the session. Raises ValueError for what no item can be."""
+    """An item as a client creates it; recordings are put in by the session. Raises ValueError for what no item can
+    be."""
     if raw.get("type") != "message":
         return Item(item_id, raw=dict(raw))
     role = raw.get("role")

@@ -1,4 +1,5 @@
-"""Events of the Realtime API (GA), typed by the `openai` package: what comes in is checked against its types, what goes out is built of them."""
+"""Events of the Realtime API (GA), typed by the `openai` package: what comes in is checked against its types, what goes
+out is built of them."""
 
 from __future__ import annotations
 
@@ -152,7 +153,8 @@ def check_session(session: Mapping[str, Any], event_id: str | None) -> None:
 
 
 def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``update`` laid over it, object by object, to any depth; null replaces. Other values, lists too, are replaced whole."""
+    """``base`` with ``update`` laid over it, object by object, to any depth; null replaces. Other values, lists too,
+    are replaced whole."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)

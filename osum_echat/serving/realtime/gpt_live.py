@@ -1,8 +1,9 @@
-"""The second dialect: GPT-Live (``/v1/live/sessions``, types of the openai package), spoken by the same session machine.
+"""The second dialect: GPT-Live (``/v1/live/sessions``, types of the openai package), spoken by the same session
+machine.
 
-A GPT-Live session is a translation around a `RealtimeSession`: its events become ``session.output_audio.delta`` and transcripts on one timeline, and the
-client's become events of the Realtime API. The dialect knows no responses and no items, and no word for an interruption: sound stops coming. So
-sound is kept close to what has been played (`AHEAD_S`).
+A GPT-Live session is a translation around a `RealtimeSession`: its events become ``session.output_audio.delta`` and
+transcripts on one timeline, and the client's become events of the Realtime API. The dialect knows no responses and no
+items, and no word for an interruption: sound stops coming. So sound is kept close to what has been played (`AHEAD_S`).
 
 Delegation to other models, decisions and fixtures are not served here; they are refused with an error that says so.
 """
@@ -37,7 +38,8 @@ def build(kind: str, **fields: Any) -> str:
 
 
 class LiveSession:
-    """One GPT-Live client. ``make`` builds the session machine for what it emits, a model name and a first session; ``end`` closes the connection."""
+    """One GPT-Live client. ``make`` builds the session machine for what it emits, a model name and a first session;
+    ``end`` closes the connection."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class LiveSession:
         self._rate = 24_000
         self._up, self._down = Resampler(24_000, 24_000), Resampler(24_000, 24_000)
 
-    # ---- machine ------------------------------------------------------------------------------------------------------------------
+    # ---- machine -----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Nothing is said before the client starts the session."""
@@ -75,7 +77,7 @@ class LiveSession:
         except BadEvent as error:
             self._error(error.code, str(error), error.event_id or event_id, error.param)
 
-    # ---- from the client ----------------------------------------------------------------------------------------------------------
+    # ---- from the client ---------------------------------------------------------------------------------------------
 
     def _parse(self, text: str) -> dict[str, Any]:
         event = read_json(text)
@@ -164,7 +166,8 @@ class LiveSession:
         await self._inner.handle(json.dumps({"type": "input_audio_buffer.append", "audio": audio}))
 
     async def _append(self, kind: str, content: str, event_id: str | None) -> None:
-        """What the application adds: kept in the dialogue; a commentary is also the wish that the model says something."""
+        """What the application adds: kept in the dialogue; a commentary is also the wish that the model says
+        something."""
         assert self._inner is not None
         message = {"type": "message", "role": "system", "content": [{"type": "input_text", "text": content}]}
         await self._inner.handle(json.dumps({"type": "conversation.item.create", "item": message}))
@@ -174,7 +177,7 @@ class LiveSession:
             ask = {"instructions": content, "input": []}
             await self._inner.handle(json.dumps({"type": "response.create", "response": ask}))
 
-    # ---- to the client ------------------------------------------------------------------------------------------------------------
+    # ---- to the client -----------------------------------------------------------------------------------------------
 
     def _from_inner(self, text: str) -> None:
         """Events of the session machine, in this dialect; those that it has no word for are dropped."""

@@ -1,8 +1,8 @@
 """How far the sound that was sent is ahead of what can have been played.
 
-A client plays what it gets in real time, one reply behind the other, from the moment it gets it; when nothing is left it waits, and what comes later
-is played later. From that follows what has been played by now, without any word from the client. A server that stays close to it wastes little when
-it is interrupted.
+A client plays what it gets in real time, one reply behind the other, from the moment it gets it; when nothing is left
+it waits, and what comes later is played later. From that follows what has been played by now, without any word from the
+client. A server that stays close to it wastes little when it is interrupted.
 """
 
 from __future__ import annotations

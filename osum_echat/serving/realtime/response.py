@@ -32,9 +32,11 @@ class Response:
     """State of one response.
 
     Attributes:
-        asked: the user's items that it answers. in_conversation: False for a response beside the dialogue (``conversation: "none"``).
+        asked: the user's items that it answers. in_conversation: False for a response beside the dialogue
+            (``conversation: "none"``).
         spoken: in sound. kind: of the sound on the wire.
-        started: when the turn was committed, or when the client asked for the answer, whichever was later; latencies are counted from there.
+        started: when the turn was committed, or when the client asked for the answer, whichever was later; latencies
+            are counted from there.
         thought: complete thought, set when the model has closed it; ``thought_ready`` tells who waits for it.
     """
 
@@ -98,7 +100,8 @@ class Response:
 
 
 class Speaker:
-    """Turns a job's events into the events of a response. ``emit(kind, **fields)`` sends one; the session owns what is around it."""
+    """Turns a job's events into the events of a response. ``emit(kind, **fields)`` sends one; the session owns what is
+    around it."""
 
     def __init__(
         self,
@@ -117,7 +120,8 @@ class Speaker:
         self._waiting = 0.0  # seconds of sound that the model has made and that has not gone out
 
     async def run(self) -> None:
-        """Until the job has ended. Cancelled from outside it stops where it is; the session closes the response then."""
+        """Until the job has ended. Cancelled from outside it stops where it is; the session closes the response
+        then."""
         r = self.r
         assert r.job is not None
         events: asyncio.Queue[Any] = asyncio.Queue()
@@ -136,7 +140,8 @@ class Speaker:
             reader.cancel()
 
     async def _read(self, events: asyncio.Queue[Any]) -> None:
-        """Take events as they are made, so that thoughts and the need for a pause are noticed while sound waits to be sent."""
+        """Take events as they are made, so that thoughts and the need for a pause are noticed while sound waits to be
+        sent."""
         r = self.r
         assert r.job is not None
         try:
@@ -223,7 +228,7 @@ def new_response(item: Item, asked: list[Item], playback: Playback, **fields: An
     return Response(new_id("resp"), item, asked, playback, **fields)
 
 
-# ---- what frames a response ----------------------------------------------------------------------------------------------------------
+# ---- what frames a response ------------------------------------------------------------------------------------------
 
 
 def _where(response: Response) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """The session machine of the Realtime API, without a socket.
 
-`handle` takes one message of the client after the other; ``emit`` is called with every message for it, in order, and never blocks. Sound that comes in
-goes through the turn detection before the next message is looked at, so what happens depends on what was received and not on when.
+`handle` takes one message of the client after the other; ``emit`` is called with every message for it, in order, and
+never blocks. Sound that comes in goes through the turn detection before the next message is looked at, so what happens
+depends on what was received and not on when.
 
-A response runs beside that (`response.Speaker`); nothing of a response comes after its `response.done`. Here are the session's life, which part acts on a
-message, its settings and the sound that comes in. The parts are `answers`, `items`, `transcripts`, `asking`, `turns` and `sending`.
+A response runs beside that (`response.Speaker`); nothing of a response comes after its `response.done`. Here are the
+session's life, which part acts on a message, its settings and the sound that comes in. The parts are `answers`,
+`items`, `transcripts`, `asking`, `turns` and `sending`.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ class RealtimeSession:
     def _input_kind(self) -> str:
         return self.session["audio"]["input"]["format"]["type"]
 
-    # ---- life ---------------------------------------------------------------------------------------------------------------------
+    # ---- life --------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """The first message."""
@@ -158,7 +160,8 @@ class RealtimeSession:
         self._forget()
 
     def _forget(self) -> None:
-        """Let go of recordings and answers: what refers to itself would stay until Python looks for such things, which it seldom does."""
+        """Let go of recordings and answers: what refers to itself would stay until Python looks for such things, which
+        it seldom does."""
         self._answers.last = None
         self._handlers.clear()
         self.conversation.items.clear()
@@ -169,7 +172,7 @@ class RealtimeSession:
     def busy(self) -> bool:
         return self._answers.active is not None
 
-    # ---- session ------------------------------------------------------------------------------------------------------------------
+    # ---- session -----------------------------------------------------------------------------------------------------
 
     async def _on_session_update(self, event: dict[str, Any]) -> None:
         before = self._input_kind
@@ -192,7 +195,7 @@ class RealtimeSession:
         value = None if detection is None else detection.get(name)
         return True if detection is not None and value is None and name.endswith("_response") else value
 
-    # ---- sound in -----------------------------------------------------------------------------------------------------------------
+    # ---- sound in ----------------------------------------------------------------------------------------------------
 
     async def _on_append(self, event: dict[str, Any]) -> None:
         try:
@@ -278,7 +281,7 @@ class RealtimeSession:
         self._items.add(item, before)
         return True
 
-    # ---- items and responses --------------------------------------------------------------------------------------------------------
+    # ---- items and responses -----------------------------------------------------------------------------------------
 
     async def _on_item_create(self, event: dict[str, Any]) -> None:
         item = await self._items.create(event, self._input_kind)
@@ -295,12 +298,14 @@ class RealtimeSession:
         await self._answers.cancel(event.get("response_id"))
 
     async def _on_output_clear(self, event: dict[str, Any]) -> None:
-        """WebRTC clients clear what is being played; over WebSocket the client does that itself, and this stops the answer."""
+        """WebRTC clients clear what is being played; over WebSocket the client does that itself, and this stops the
+        answer."""
         response_id = await self._answers.hush()
         if response_id is not None:
             self._sender.emit("output_audio_buffer.cleared", response_id=response_id)
 
 
 def _wants_transcripts(session: Mapping[str, Any]) -> Callable[[], bool]:
-    """Whether a session asks for transcripts of what is said to it, at any time. It refers to the session object alone."""
+    """Whether a session asks for transcripts of what is said to it, at any time. It refers to the session object
+    alone."""
     return lambda: session["audio"]["input"].get("transcription") is not None

@@ -37,9 +37,12 @@ class SessionLimits:
 
     Attributes:
         message_bytes: of one message. turn_seconds: audio of one turn (the model's own limit, if that is lower).
-        items: of a conversation; the oldest are forgotten. idle_seconds, session_seconds: without a message, and altogether.
-        ahead_seconds: how far sound may be ahead of what has been played. outbox: messages that may wait for a client that does not read.
-        transcript_wait: how long the begin of a response waits for the transcript of what it answers, so that events keep their order.
+        items: of a conversation; the oldest are forgotten. idle_seconds, session_seconds: without a message, and
+            altogether.
+        ahead_seconds: how far sound may be ahead of what has been played. outbox: messages that may wait for a client
+            that does not read.
+        transcript_wait: how long the begin of a response waits for the transcript of what it answers, so that events
+            keep their order.
     """
 
     message_bytes: int = 8 * 2**20
@@ -89,7 +92,8 @@ def first_session(session_id: str, model: str, voice: str, limits: SessionLimits
 
 
 def with_detection_defaults(session: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """A merged session whose turn detection is of another kind than before (or was off) gets that kind's defaults, not the old kind's fields."""
+    """A merged session whose turn detection is of another kind than before (or was off) gets that kind's defaults, not
+    the old kind's fields."""
     given = (update.get("audio") or {}).get("input") or {}
     detection = given.get("turn_detection")
     if not isinstance(detection, Mapping):

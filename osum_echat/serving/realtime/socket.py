@@ -1,4 +1,5 @@
-"""A session on a WebSocket: reading, writing, and the ends that a session machine does not know (idle, full, too slow, shutting down)."""
+"""A session on a WebSocket: reading, writing, and the ends that a session machine does not know (idle, full, too slow,
+shutting down)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Socket(Protocol):
 
 
 class Connection:
-    """One client. ``make`` builds the machine of a connection, which sends by `emit` and may ask for the end by `end`."""
+    """One client. ``make`` builds the machine of a connection, which sends by `emit` and may ask for the end by
+    `end`."""
 
     def __init__(self, socket: Socket, make: Callable[[Connection], Machine], limits: SessionLimits) -> None:
         self.socket, self.limits = socket, limits

@@ -1,4 +1,5 @@
-"""What was said in the user's items: from the thought of the response where there is one, else by the transcript task."""
+"""What was said in the user's items: from the thought of the response where there is one, else by the transcript
+task."""
 
 from __future__ import annotations
 

@@ -1,11 +1,14 @@
-"""When somebody speaks, when a turn has ended, and what is no turn: everything counted in samples received, never by the clock.
+"""When somebody speaks, when a turn has ended, and what is no turn: everything counted in samples received, never by
+the clock.
 
 `TurnDetector.push` takes 16 kHz samples of any length and returns what happened in them, in order. Rules:
 
-- Speech is confirmed after `TurnRules.confirm_ms` of it, and while a reply is being played only after `barge_in_ms`, above a raised threshold: a short
-  "mm" is no interruption, and what the loudspeaker sends back into the microphone is fainter than its owner.
+- Speech is confirmed after `TurnRules.confirm_ms` of it, and while a reply is being played only after `barge_in_ms`,
+  above a raised threshold: a short "mm" is no interruption, and what the loudspeaker sends back into the microphone is
+  fainter than its owner.
 - ``server_vad`` ends a turn when ``silence_ms`` have passed without speech, never before.
-- ``semantic_vad`` asks the end-of-turn model once for each pause, and ends the turn when it says so or when the limit of its eagerness has passed.
+- ``semantic_vad`` asks the end-of-turn model once for each pause, and ends the turn when it says so or when the limit
+  of its eagerness has passed.
 - Without turn detection only the client ends turns.
 
 What is kept of the silence at the end of a turn is ``TAIL_MS``: more would only be read by the model.
@@ -58,7 +61,8 @@ class TurnRules:
 
 @dataclass(frozen=True)
 class Started:
-    """Speech is confirmed; it began at sample ``at`` (the prefix included). ``confirmed``: the sample at which that was known."""
+    """Speech is confirmed; it began at sample ``at`` (the prefix included). ``confirmed``: the sample at which that was
+    known."""
 
     at: int
     confirmed: int
@@ -116,7 +120,7 @@ class TurnDetector:
         self.speaking = False  # confirmed
         self._asked = False
 
-    # ---- what the session does ----------------------------------------------------------------------------------------------------
+    # ---- what the session does ---------------------------------------------------------------------------------------
 
     @property
     def buffered(self) -> int:
@@ -166,7 +170,7 @@ class TurnDetector:
         self._trim()
         return moves
 
-    # ---- inside -------------------------------------------------------------------------------------------------------------------
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _frame(self, probability: float, moves: list[Move]) -> None:
         """``probability`` of the frame that ends at ``_frames``."""

@@ -1,8 +1,10 @@
-"""A session over WebRTC: sound in two tracks, events in the data channel ``oai-events``, for clients that send their offer to ``/v1/realtime/calls``.
+"""A session over WebRTC: sound in two tracks, events in the data channel ``oai-events``, for clients that send their
+offer to ``/v1/realtime/calls``.
 
-Needs aiortc (``pip install 'osum-echat[webrtc]'``). The session machine is the one of WebSockets: `CallSocket` stands where the WebSocket stands, and
-`CallSession` is a translation around the machine, whose sound goes to the track and not into events. What WebRTC's own events say (``output_audio_buffer.*``)
-follows from what the track has played. Codecs are agreed upon in the offer, so the audio formats of a session have no meaning here and are left out.
+Needs aiortc (``pip install 'osum-echat[webrtc]'``). The session machine is the one of WebSockets: `CallSocket` stands
+where the WebSocket stands, and `CallSession` is a translation around the machine, whose sound goes to the track and not
+into events. What WebRTC's own events say (``output_audio_buffer.*``) follows from what the track has played. Codecs are
+agreed upon in the offer, so the audio formats of a session have no meaning here and are left out.
 
 No STUN or TURN server is asked: client and server reach each other directly, by UDP on any address of this machine.
 """
@@ -41,7 +43,8 @@ _HELD_S = 30.0
 WAITING_MESSAGES, WAITING_BYTES = 1000, 16 * 2**20
 """A client's messages that may wait for the machine, and their bytes; a call with more ends."""
 _BUFFERED_BYTES = 2**20
-"""Bytes that may wait in the data channel; behind them messages wait where they are counted (`SessionLimits.outbox`)."""
+"""Bytes that may wait in the data channel; behind them messages wait where they are counted
+(`SessionLimits.outbox`)."""
 
 
 class Loudspeaker(MediaStreamTrack):
@@ -78,7 +81,8 @@ class Loudspeaker(MediaStreamTrack):
         return self.wanted and self.readyState == "live"
 
     def clear(self, behind: Callable[[], None] | None = None) -> None:
-        """Play nothing of what waits. ``behind``: only what stands behind this call of `when_played`, or all if it has been made."""
+        """Play nothing of what waits. ``behind``: only what stands behind this call of `when_played`, or all if it has
+        been made."""
         kept = list(self._queue)
         del kept[kept.index(behind) if behind in kept else 0 :]
         self._queue = deque(kept)
@@ -283,7 +287,7 @@ class CallSocket:
         self._clock = asyncio.create_task(self._connected_in_time())
         return str(self._peer.localDescription.sdp)
 
-    # ---- as a WebSocket ---------------------------------------------------------------------------------------------------------------
+    # ---- as a WebSocket ----------------------------------------------------------------------------------------------
 
     async def send_text(self, data: str) -> None:
         if not self._has_channel:
@@ -322,7 +326,7 @@ class CallSocket:
                 task.cancel()
         await self._peer.close()
 
-    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+    # ---- inside ------------------------------------------------------------------------------------------------------
 
     def hang_up(self) -> None:
         """The call is over; whoever reads or writes is told so."""
@@ -369,7 +373,8 @@ class CallSocket:
                 frame = await track.recv()
             except MediaStreamError:
                 return
-            if resampler is None or kind != (frame.sample_rate, frame.layout.name):  # a resampler takes one kind of sound only
+            # A resampler takes one kind of sound only.
+            if resampler is None or kind != (frame.sample_rate, frame.layout.name):
                 kind = frame.sample_rate, frame.layout.name
                 resampler = AudioResampler(format="s16", layout="mono", rate=RATE)
             for part in resampler.resample(frame):

@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO 1-3, from a JSON in DeepSpeed's own form.
 
-The JSON and the training YAML state some numbers twice (accumulation, clipping, precision); they must agree, or the JSON says ``"auto"``.
-Optimiser, learning rate and the number of micro-batches of a step come from the loop, which is why a step need not have the stated number.
+The JSON and the training YAML state some numbers twice (accumulation, clipping, precision); they must agree, or the
+JSON says ``"auto"``. Optimiser, learning rate and the number of micro-batches of a step come from the loop, which is
+why a step need not have the stated number.
 """
 
 from __future__ import annotations
@@ -105,9 +106,8 @@ class DeepSpeedEngine(Engine):
             model=module, optimizer=self._optimizer(zero), config=settings, dist_init_required=False
         )
         if self.shards_weights:
-            for (
-                param
-            ) in module.weights_read_directly():  # to be gathered with the objective, for the whole of forward and backward
+            # They are to be gathered with the objective, for the whole of forward and backward.
+            for param in module.weights_read_directly():
                 deepspeed.zero.register_external_parameter(module, param)
 
     def _optimizer(self, zero: dict[str, Any]) -> torch.optim.Optimizer:
@@ -137,8 +137,8 @@ class DeepSpeedEngine(Engine):
         return StepResult(torch.tensor(math.nan if skipped or norm is None else float(norm)))
 
     def rehearse(self, micros: Sequence[MicroBatch], totals: dict[str, float]) -> None:
-        """ZeRO keeps reduced gradients in places of its own; its way out for non-finite ones clears them all and updates nothing, so the
-        memory of the update itself is not seen."""
+        """ZeRO keeps reduced gradients in places of its own; its way out for non-finite ones clears them all and
+        updates nothing, so the memory of the update itself is not seen."""
         for micro in micros:
             self.backward(self.forward(micro, totals).loss * math.nan, last=micro is micros[-1])
         self.step(0.0)
@@ -149,7 +149,8 @@ class DeepSpeedEngine(Engine):
         )
 
     def load(self, folder: Path) -> None:
-        """On another number of ranks the checkpoint goes through DeepSpeed's universal form, which rank 0 makes beside it."""
+        """On another number of ranks the checkpoint goes through DeepSpeed's universal form, which rank 0 makes beside
+        it."""
         tag, universal = TAG, folder.parent / f".tmp-universal-{folder.name}"
         written_by = len(list((folder / TAG).glob("*_optim_states.pt")))
         resharding = written_by != self.world.size
