@@ -83,6 +83,21 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
 
 
 @live
+async def test_a_request_that_brings_its_past_is_answered_from_it(model: LiveModel) -> None:
+    """As chat completions come, which have no session."""
+    model.start_threads()
+    first, second = await heard(model, 1), await heard(model, 2)
+    turn = Turn(past=(Exchange((first,), "", "Hello there."),), heard=second, speak=False, seed=4)
+    memory = model.open()
+    found, expected = await answer(model, turn, None), await answer(model, turn, memory)
+    memory.close()
+    assert found[0] == expected[0] and found[1].tokens == expected[1].tokens
+    assert found[1].tokens["read"] > (await answer(model, replace(turn, past=()), None))[1].tokens["read"] + first.positions
+    await at_rest(model)
+    assert model.load().kept == 0
+
+
+@live
 async def test_a_turn_that_can_never_fit_is_refused_as_too_long(model: LiveModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the limit of a dialogue, or by that of the engine: it is no use to come back later."""
     model.start_threads()

@@ -56,7 +56,7 @@ class LiveMemory:
 
     def __init__(self, model: LiveModel) -> None:
         self._model = model
-        self.session = Session(model.echat.generator, model.past_turns, MAX_POSITIONS)
+        self.session = model.new_session()
         self.last: Request | None = None
         self._closed = False
 
@@ -229,13 +229,16 @@ class LiveModel:
             raise Refused(refusal, "not_learnt")
         heard = [] if turn.heard is None else [turn.heard.features]
         try:
-            if memory is None or not OUTPUTS[kind].history or self.past_turns == 0:
+            if not OUTPUTS[kind].history or self.past_turns == 0:
                 options: dict[str, Any] = {"say": turn.say} if turn.say else {"prompt_text": turn.text, "heard": heard}
                 request = self._build(kind, seed=turn.seed, think=turn.think, **options)
             else:
-                memory.session.replace_past(*self._past(turn.past))
-                request = memory.session.request(kind, heard, turn.text, turn.seed, think=turn.think)
-                memory.last = request
+                session = memory.session if memory is not None else self.new_session()
+                session.replace_past(*self._past(turn.past))
+                request = session.request(kind, heard, turn.text, turn.seed, think=turn.think)
+                request.keep_cache = memory is not None
+                if memory is not None:
+                    memory.last = request
         except TooLong as error:
             raise Refused(str(error), "too_long") from error
         except ValueError as error:
@@ -243,6 +246,10 @@ class LiveModel:
         limit = request.mode.max_new if turn.max_tokens is None else min(turn.max_tokens, request.mode.max_new)
         request.mode = request.mode.tuned(temperature=turn.temperature, max_new=limit)
         return request
+
+    def new_session(self) -> Session:
+        """Of past turns there are none yet."""
+        return Session(self.echat.generator, self.past_turns, MAX_POSITIONS)
 
     def _past(self, past: Sequence[Exchange]) -> tuple[list[PastTurn], list[tuple[Any, ...]]]:
         tokenizer = self.echat.tokenizer
