@@ -10,6 +10,7 @@ import pytest
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.engine import EngineFull
 from osum_echat.generation.events import Done, SpeechToken, TextDelta
 from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import Ask, EChat
@@ -107,6 +108,21 @@ def test_a_voice_that_fails_ends_its_answer(shared, monkeypatch):
     monkeypatch.setattr(shared.echat.token2wav.flow, "solve", lambda *_: (_ for _ in ()).throw(RuntimeError("no memory")))
     sound(shared)
     assert isinstance(told[-1], Done) and "no memory" in str(answer.failed)
+
+
+def test_an_answer_is_whole_where_there_is_no_room_to_read_its_past(shared, monkeypatch):
+    submit = shared.engine.submit
+
+    def full(request, on_event, read_only=False):
+        if read_only:
+            raise EngineFull("the server is full")
+        return submit(request, on_event, read_only)
+
+    monkeypatch.setattr(shared.engine, "submit", full)
+    shared.start()
+    dialogue = shared.dialogue()
+    told = list(shared.stream(Ask(text="how are you?"), dialogue))
+    assert isinstance(told[-1], Done) and len(dialogue) == 1
 
 
 def test_a_written_answer_is_said_once_it_is_whole(shared):

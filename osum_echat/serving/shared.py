@@ -325,7 +325,8 @@ class SharedEChat:
                 them).
         """
         echat = self.echat
-        speaker, asks = self.engine.run(lambda: (echat.sound.voice_of(ask), echat.parts(ask))).result()
+        asks = echat.parts(ask)  # read here: the model's thread does not wait for a file
+        speaker = self.engine.run(lambda: echat.sound.voice_of(ask)).result()
         if not asks:
             yield from parts.silent_events(ask, echat.dialect)
             return
@@ -375,7 +376,10 @@ class SharedEChat:
             memory.kept = reading.cache
             self.engine.remember(memory)
 
-        self.engine.submit(reading, keep, read_only=True)
+        try:
+            self.engine.submit(reading, keep, read_only=True)
+        except (EngineFull, TooLong) as error:  # the answer is whole; its past is read with the next turn
+            log.info("the past of a dialogue is read with its next turn: %s", error)
 
 
 def together(waiting: list[tuple[Samples, Future[AudioFeatures]]]) -> Iterator[list[tuple[Samples, Future[AudioFeatures]]]]:
