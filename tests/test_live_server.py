@@ -451,6 +451,38 @@ async def test_models_health_metrics_and_large_requests() -> None:
             assert (await http.get(path)).status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/audio/speech", {"input": "x", "response_format": "mp3"}),
+        ("/v1/audio/speech", {"input": "x", "response_format": "pcm"}),  # before there is any sound
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ],
+)
+@live
+async def test_an_answer_that_nobody_waits_for_is_cancelled(path: str, body: dict[str, Any]) -> None:
+    backend = FakeBackend(lambda _: [Text("a"), 100.0])
+    async with serving(backend) as running, httpx.AsyncClient(base_url=running.http) as http:
+        asked = asyncio.create_task(http.post(path, json=body))
+        while not backend.jobs:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
+        asked.cancel()
+        await asyncio.wait_for(backend.jobs[0].cancelled.wait(), 40)
+
+
+@live
+async def test_a_model_that_fails_when_it_has_begun_to_speak() -> None:
+    """A file is not sent; a stream says so."""
+    backend = FakeBackend(lambda _: [tone(0.2), Ended("failed", message="the model failed in this answer; ask again")])
+    async with serving(backend) as running, httpx.AsyncClient(base_url=running.http) as http:
+        whole = await http.post("/v1/audio/speech", json={"input": "x", "response_format": "flac"})
+        assert whole.status_code == 500 and "ask again" in whole.json()["error"]["message"]
+        streamed = await http.post("/v1/audio/speech", json={"input": "x", "stream_format": "sse"})
+        last = json.loads(streamed.text.strip().split("data: ")[-1])
+        assert last["error"]["code"] == "model_failed" and "speech.audio.done" not in streamed.text
+
+
 @live
 async def test_what_a_client_leaves_is_cancelled() -> None:
     backend = FakeBackend(lambda _: [Text("a"), *[x for _ in range(200) for x in (tone(0.1), 0.05)]])

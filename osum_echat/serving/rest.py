@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import json
 import secrets
 import struct
@@ -28,6 +29,7 @@ from starlette.datastructures import UploadFile
 from osum_echat.audio.io import encode, to_mono_16k
 from osum_echat.pipeline.ask import SYNTHETIC
 from osum_echat.serving.backend import Backend, Ended, Exchange, Heard, Job, Refused, Samples, Sound, Text, ThoughtDone, Turn
+from osum_echat.serving.realtime import tasks
 from osum_echat.serving.realtime.audio import Resampler, to_pcm16
 
 RATE = 24_000
@@ -175,6 +177,22 @@ class _Voice:
         return nothing if self._resampler is None else self._resampler.push(nothing, last=True)
 
 
+@contextlib.asynccontextmanager
+async def _wanted(request: Request, job: Job) -> AsyncIterator[None]:
+    """The job is cancelled when the client leaves while an answer is made that is sent as a whole."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        job.cancel()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        await tasks.end(watching)
+
+
 async def _pieces(job: Job, ended: list[Ended]) -> AsyncIterator[Samples]:
     """Sound of a job; its end goes to ``ended``. Left early, the job is cancelled."""
     voice = _Voice()
@@ -206,21 +224,23 @@ async def speech(request: Request, backend: Backend) -> Response:
     if stream_form not in ("audio", "sse"):
         raise BadRequest("stream_format must be audio or sse", "stream_format")
     job = backend.start(
-        Turn(say=text, voice=voice if isinstance(voice, str) else None, seed=_number(body, "seed", 0, 2**63) or 0)
+        Turn(say=text, voice=voice if isinstance(voice, str) else None, seed=int(_number(body, "seed", 0, 2**63) or 0))
     )
     ended: list[Ended] = []
     pieces = _pieces(job, ended)
-    try:
-        first = await anext(pieces)  # so that a fault is a status and not a broken stream
-    except StopAsyncIteration:
-        first = np.zeros(0, dtype=np.float32)
+    async with _wanted(request, job):
+        try:
+            first = await anext(pieces)  # so that a fault is a status and not a broken stream
+        except StopAsyncIteration:
+            first = np.zeros(0, dtype=np.float32)
+        streams = stream_form == "sse" or form in ("pcm", "pcm16", "wav")
+        samples = first if streams else np.concatenate([first, *[piece async for piece in pieces]])
     if ended and ended[0].reason == "failed":
         return failure(500, ended[0].message, "model_failed")
     if stream_form == "sse":
         return StreamingResponse(_speech_events(first, pieces, ended, form), media_type="text/event-stream")
-    if form in ("pcm", "pcm16", "wav"):
+    if streams:
         return StreamingResponse(_speech_bytes(first, pieces, form), media_type=MEDIA[form])
-    samples = np.concatenate([first, *[piece async for piece in pieces]])
     return Response(await asyncio.to_thread(encode_sound, samples, form), media_type=MEDIA[form])
 
 
@@ -243,6 +263,9 @@ async def _speech_events(first: Samples, pieces: AsyncIterator[Samples], ended: 
     async for data in parts():
         if data:
             yield _sse({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode()})
+    if ended and ended[0].reason == "failed":
+        yield _failed(ended[0])
+        return
     tokens = dict(ended[0].tokens) if ended else {}
     read, made = tokens.get("read", 0), tokens.get("speech", 0)
     yield _sse({"type": "speech.audio.done", "usage": {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}})
@@ -296,15 +319,16 @@ async def chat(request: Request, server: Host) -> Response:
     text, thought, voice, sound = "", None, _Voice(), []
     ended = Ended("stop")
     try:
-        async for event in job:
-            if isinstance(event, Text):
-                text += event.text
-            elif isinstance(event, ThoughtDone):
-                thought = event
-            elif isinstance(event, Sound):
-                sound.append(voice.push(event))
-            elif isinstance(event, Ended):
-                ended = event
+        async with _wanted(request, job):
+            async for event in job:
+                if isinstance(event, Text):
+                    text += event.text
+                elif isinstance(event, ThoughtDone):
+                    thought = event
+                elif isinstance(event, Sound):
+                    sound.append(voice.push(event))
+                elif isinstance(event, Ended):
+                    ended = event
     finally:
         job.cancel()
     if ended.reason == "failed":
@@ -353,7 +377,7 @@ async def _chat_events(job: Job, body: Mapping[str, Any], turn: Turn, form: str)
                 if turn.speak:
                     yield chunk({"audio": {"id": audio["id"], "expires_at": audio["expires_at"]}})
                 if event.reason == "failed":
-                    yield _sse({"error": {"message": event.message, "type": "server_error", "code": "model_failed"}})
+                    yield _failed(event)
                 yield chunk({}, "length" if event.reason == "length" else "stop")
                 if (body.get("stream_options") or {}).get("include_usage"):
                     yield _sse(_plain(ChatCompletionChunk.model_validate({**head, "choices": [], "usage": _usage(event)})))
@@ -459,6 +483,11 @@ def _plain(model: BaseModel) -> dict[str, Any]:
 
 def _sse(data: Mapping[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+
+
+def _failed(ended: Ended) -> bytes:
+    """A fault in a stream that has begun."""
+    return _sse({"error": {"message": ended.message, "type": "server_error", "code": "model_failed"}})
 
 
 def _head(body: Mapping[str, Any], kind: str) -> dict[str, Any]:
