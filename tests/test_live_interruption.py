@@ -65,6 +65,25 @@ async def test_a_second_response_while_one_is_active_is_an_error() -> None:
 
 
 @live
+async def test_what_the_client_asks_for_while_another_answer_is_begun_is_an_error_too() -> None:
+    """And is not answered later without what it asked for."""
+    client = Client(FakeBackend(lambda turn: [5.0]))
+    await client.send(said("talk"))
+    answers = client.session._answers
+    await answers._lock.acquire()  # the answer to a turn is being prepared
+    begun = asyncio.create_task(answers.ask())
+    asked = asyncio.create_task(client.send({**CREATE, "response": {"output_modalities": ["text"]}}))
+    await asyncio.sleep(0.05)
+    answers._lock.release()
+    await asyncio.gather(begun, asked)
+    assert client.last()["error"]["code"] == "conversation_already_has_active_response"
+    await client.send({"type": "response.cancel"})
+    await asyncio.sleep(0.05)
+    assert len(client.backend.turns) == 1
+    await client.session.close()
+
+
+@live
 async def test_speech_interrupts_once_confirmed_and_the_dialogue_holds_what_was_heard() -> None:
     clock = Clock()
     client = Client(FakeBackend(slow_answer), clock=clock)

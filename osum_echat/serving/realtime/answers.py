@@ -66,21 +66,18 @@ class Answers:
     # ---- what the session wants --------------------------------------------------------------------------------------
 
     async def ask(self, params: Mapping[str, Any] | None = None) -> None:
-        """Begin a response. Without ``params`` it is one that a turn asked for, and waits for the one in progress."""
+        """Begin a response. Without ``params`` it is one that a turn asked for, and waits for the one in progress; with
+        them the client asks for it: raises BadEvent while another is in progress."""
         async with self._lock:
-            if self.active is not None:
+            if self.active is None:
+                await self._start(params or {}, params is not None)
+            elif params is None:
                 self._next = True
             else:
-                await self._start(params or {}, params is not None)
-
-    async def create(self, params: Mapping[str, Any]) -> None:
-        """The client asks for one. Raises BadEvent while another is in progress."""
-        if self.active is not None:
-            raise BadEvent(
-                "conversation_already_has_active_response",
-                f"response {self.active.id} is still in progress; wait for it, or cancel it",
-            )
-        await self.ask(params)
+                raise BadEvent(
+                    "conversation_already_has_active_response",
+                    f"response {self.active.id} is still in progress; wait for it, or cancel it",
+                )
 
     async def cancel(self, response_id: str | None) -> None:
         """The client has had enough of this one; None: whichever is in progress. Raises BadEvent where it is not."""

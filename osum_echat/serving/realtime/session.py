@@ -292,7 +292,7 @@ class RealtimeSession:
         self._items.retrieve(event)
 
     async def _on_response_create(self, event: dict[str, Any]) -> None:
-        await self._answers.create(event.get("response") or {})
+        await self._answers.ask(event.get("response") or {})
 
     async def _on_response_cancel(self, event: dict[str, Any]) -> None:
         await self._answers.cancel(event.get("response_id"))
