@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from openai.types.live import ServerEvent
 from pydantic import TypeAdapter
 from websockets.asyncio.client import connect
 
+from osum_echat.audio import g711
 from tests.live_case import FakeBackend, live, spoken
 from tests.test_live_server import _no_uname, serving  # noqa: F401  the fixture is used by being here
 
@@ -64,6 +67,28 @@ async def test_a_turn(path: str) -> None:
         assert [e.reply_text for e in backend.turns[0].past] == ["hello"]
         await talk.send({"type": "session.close", "event_id": "c1"})
         assert (await talk.until("session.closed"))["reason"] == "close_requested"
+
+
+@pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
+@live
+async def test_what_is_muted_is_silence_in_telephone_formats_too(kind: str) -> None:
+    backend = FakeBackend()
+    async with serving(backend) as running, connect(f"{running.ws}/v1/live/sessions") as socket:
+        talk = Talk(socket)
+        form = {"format": {"type": kind, "rate": 8000}}
+        await talk.send({**START, "session": {**START["session"], "audio": form}})  # type: ignore[dict-item]
+        await talk.until("session.started")
+        [session] = [connection.machine._inner for connection in running.server.connections]  # type: ignore[attr-defined]
+        taken: list[np.ndarray] = []
+        push = session.turns.push
+        session.turns.push = lambda samples: taken.append(samples) or push(samples)
+        voice = base64.b64encode(g711.encode(np.sin(np.arange(8000) / 9).astype(np.float32), "mu")).decode()
+        muted = {"type": "session.input_audio.append", "audio": voice}
+        await talk.send({"type": "session.input_audio.mute"}, muted, {"type": "session.input_audio.unmute"})
+        await talk.until("session.input_audio.unmuted")
+        heard = np.concatenate(taken)
+        assert abs(heard).max() < 0.001, "silence"
+        assert len(heard) > 14_000, f"time goes on, but for what the resampler holds back: {len(heard)}"
 
 
 @live

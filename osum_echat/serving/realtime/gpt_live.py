@@ -28,6 +28,7 @@ from osum_echat.serving.realtime.session import RealtimeSession
 AHEAD_S = 0.3
 CLIENT_EVENTS: Mapping[str, type[BaseModel]] = by_type(ClientEvent)
 SERVER_EVENTS: Mapping[str, type[BaseModel]] = by_type(ServerEvent)
+_SILENT_BYTE = {"audio/pcm": b"\0", "audio/pcmu": b"\xff", "audio/pcma": b"\xd5"}
 _NOT_SERVED = "is not served here: this model delegates nothing and plays no fixtures"
 
 
@@ -52,7 +53,7 @@ class LiveSession:
         self._resource: dict[str, Any] = {}
         self._muted = False
         self._began = time.monotonic()
-        self._rate = 24_000
+        self._kind, self._rate = "audio/pcm", 24_000
         self._up, self._down = Resampler(24_000, 24_000), Resampler(24_000, 24_000)
 
     # ---- machine -----------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class LiveSession:
             raise BadEvent("session_already_started", "the session has been started", "type")
         audio = session.get("audio") or {}
         form = audio.get("format") or {"type": "audio/pcm", "rate": 24000}
-        kind = form["type"]
+        kind = self._kind = form["type"]
         if kind == "audio/pcm":
             self._rate = form.get("rate", 24000)
             self._up, self._down = Resampler(self._rate, 24_000), Resampler(24_000, self._rate)
@@ -156,7 +157,7 @@ class LiveSession:
     async def _hear(self, audio: str) -> None:
         assert self._inner is not None
         if self._muted:
-            audio = base64.b64encode(bytes(len(audio) * 3 // 8 * 2)).decode()  # silence: time goes on
+            audio = base64.b64encode(_SILENT_BYTE[self._kind] * (len(audio) * 3 // 8 * 2)).decode()  # time goes on
         if self._rate != 24_000:
             try:
                 data = decode_base64(audio)
