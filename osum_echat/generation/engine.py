@@ -313,7 +313,8 @@ class Engine:
         return len(ticket.request.prompt) + generated
 
     def _kept(self) -> list[KeptCache]:
-        return [session.kept for session in list(self._sessions.values()) if session.kept is not None]
+        found = [session.kept for session in list(self._sessions.values())]  # another thread may set them to None
+        return [kept for kept in found if kept is not None]
 
     def _in_use(self) -> int:
         return sum(map(self._need, self._tickets.values())) + sum(len(cache) for cache in self._kept())
