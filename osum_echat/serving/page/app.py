@@ -85,7 +85,8 @@ class Page:
     def __init__(self, models: Mapping[str, SharedEChat], options: PageOptions | None = None) -> None:
         assert models, "the page needs a model"
         self.models, self.options, self.sounds = dict(models), options or PageOptions(), LiveSound()
-        self._of_programs: deque[Conversation] = deque(maxlen=4 * _VISITORS)  # their files are copied by gradio after the answer
+        # Their files are copied by gradio after the answer.
+        self._of_programs: deque[Conversation] = deque(maxlen=4 * _VISITORS)
         self.dialects = [shared.echat.dialect for shared in models.values()]
         self.thinks = [
             f for f in ("tag", "language") if any(d.learnt.think is None or f in d.learnt.think for d in self.dialects)

@@ -49,7 +49,8 @@ class Form:
 
 @dataclass
 class Conversation:
-    """Turns of one visitor by model, and what the models remember of them. The sounds of its replies are files that go with it."""
+    """Turns of one visitor by model, and what the models remember of them. The sounds of its replies are files that go
+    with it."""
 
     turns: dict[str, list[Turn]] = field(default_factory=dict)
     dialogues: dict[str, Dialogue] = field(default_factory=dict)
