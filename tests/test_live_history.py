@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from osum_echat.pipeline import EChat
 from osum_echat.serving.backend import Ended, Exchange, Heard, Refused, Text, Turn
 from osum_echat.serving.live import LiveMemory, LiveModel
 from osum_echat.serving.shared import SharedEChat
+from osum_echat.token2wav import Token2Wav
 from tests.generation_case import DATA
 from tests.live_case import at_rest, live
+from tests.token2wav_case import recorded_speaker, write_directory
 
 SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=12) for name in OUTPUTS})
 
@@ -80,6 +83,35 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
     assert with_past[0] == without[0] and with_past[1].tokens["read"] == without[1].tokens["read"]
     model.remember(memory, turn.past, turn)
     assert model.load().kept == 0
+
+
+@pytest.fixture
+def speaking(tmp_path: Path) -> Iterator[LiveModel]:
+    """With a token2wav."""
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    token2wav = Token2Wav.load(write_directory(tmp_path / "tiny"), device="cpu")
+    made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT, token2wav, recorded_speaker())))
+    yield made
+    made.close()
+
+
+@live
+async def test_a_written_answer_that_is_said_tells_what_was_read_of_the_question(speaking: LiveModel) -> None:
+    speaking.start_threads()
+    turn = Turn(text="how are you?")
+    _, said = await answer(speaking, turn, None)
+    _, written = await answer(speaking, replace(turn, speak=False), None)
+    assert said.codes and said.tokens["read"] == written.tokens["read"]
+
+
+@live
+async def test_silence_is_answered_in_writing_by_a_checkpoint_that_says_no_texts(speaking: LiveModel) -> None:
+    learnt = replace(speaking.echat.dialect.learnt, modes=("speech2text_token",))
+    speaking.echat.generator.dialect = replace(speaking.echat.dialect, learnt=learnt)
+    model = LiveModel(speaking.shared)
+    model.start_threads()
+    text, ended = await answer(model, Turn(heard=await model.hear(np.zeros(16000, dtype=np.float32))), None)
+    assert text == "I heard nothing." and ended.reason == "stop" and not ended.codes
 
 
 @live

@@ -174,10 +174,15 @@ class LiveModel:
         text = told.text
         job = LiveJob(self, Turn(say=text, voice=turn.voice, seed=turn.seed))
         job.tell(text)
-        if turn.speak and self.pool is not None:
-            job.begin(self.request(Turn(say=text), None))
-        else:
+        if not turn.speak or self.pool is None:
             job.end()
+            return job
+        try:
+            request = self.request(Turn(say=text), None)
+        except Refused:  # a checkpoint that says no texts: it stays a text
+            job.end()
+        else:
+            job.begin(request)
         return job
 
     def remember(self, memory: Memory, past: Sequence[Exchange], turn: Turn) -> None:
@@ -298,6 +303,7 @@ class LiveJob:
         self._loop = model.loop
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._request: Request | None = None
+        self._saying: Request | None = None  # what says the answer, where another request does
         self._answer: Answer | None = None
         self._thought = ""
         self._thought_open = True
@@ -385,8 +391,8 @@ class LiveJob:
     def _say(self, text: str) -> Request:
         """What says a written answer."""
         turn = self._turn
-        self._request = self._model.request(Turn(say=text, voice=turn.voice, seed=turn.seed, temperature=turn.temperature), None)
-        return self._request
+        self._saying = self._model.request(Turn(say=text, voice=turn.voice, seed=turn.seed, temperature=turn.temperature), None)
+        return self._saying
 
     def _finish(self, done: Done) -> None:
         answer, request = self._answer, self._request
@@ -403,7 +409,7 @@ class LiveJob:
         }
         timings = {name: float(v) for name, v in asdict(first.timings).items() if isinstance(v, (int, float))}
         message = "" if failed is None else "the model failed in this answer; ask again"
-        ends = self._model.word_ends(last.generated, request.output_type)
+        ends = self._model.word_ends(last.generated, (self._saying or request).output_type)
         reason = "failed" if failed is not None else done.reason
         self._post(Ended(reason, tuple(self._codes), ends, tokens, timings, dict(done.guards), message))
         self._answer = self._memory = None  # references in a circle would keep what it has heard
