@@ -119,10 +119,6 @@ class Ticket:
             self.held.clear()
         self._wake()
 
-    @property
-    def positions(self) -> int:
-        return len(self.request.prompt) + (0 if self.read_only else self.request.mode.max_new)
-
 
 class LlmEngine(Protocol):
     """What servers need of an engine: `Engine`, and `vllm.engine.VllmEngine`."""

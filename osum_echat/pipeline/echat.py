@@ -297,13 +297,13 @@ class EChat:
         by one request and said by another, after the others are through."""
         began = time.perf_counter()
         answers: dict[int, tuple[Done, str]] = {}
-        parts: dict[int, list[str]] = {row: [] for row, ask in enumerate(asks) if ask.mode.then is not None}
+        words: dict[int, list[str]] = {row: [] for row, ask in enumerate(asks) if ask.mode.then is not None}
         for row, event in self._generate(asks):
-            if row in parts and isinstance(event, Done):
-                answers[row] = event, "".join(parts[row]).strip()
+            if row in words and isinstance(event, Done):
+                answers[row] = event, "".join(words[row]).strip()
                 continue
-            if row in parts and isinstance(event, TextDelta):
-                parts[row].append(event.text)
+            if row in words and isinstance(event, TextDelta):
+                words[row].append(event.text)
             yield row, event
         yield from ((row, done) for row, (done, answer) in answers.items() if not answer)
         rows = [row for row, (_, answer) in answers.items() if answer]

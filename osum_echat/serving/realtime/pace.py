@@ -26,9 +26,8 @@ class Playback:
     def __init__(self, clock: Callable[[], float], ahead: float, before: Playback | None = None) -> None:
         self._clock, self._ahead = clock, ahead
         self.sent: float = 0.0
-        self._before: Playback | None = (
-            before if before is None or before.sent else before._before
-        )  # so that no chain of them is kept
+        # Of one that has no sound the one in front of it is taken, so that no chain of them is kept.
+        self._before: Playback | None = before if before is None or before.sent else before._before
         self.gaps: list[float] = []
         """Lengths of the silences inside the reply: sound came later than it was needed."""
         self._ends = -math.inf  # when all that was sent will have been played
