@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from osum_echat.serving.app import STATIC
+from osum_echat.serving.page.texts import tables
 
 
 def test_both_languages_say_the_same_things() -> None:
@@ -13,6 +14,16 @@ def test_both_languages_say_the_same_things() -> None:
     english, chinese = text.split("  zh: {")
     names = [set(re.findall(r"(?:^|[{,]\s*|\n\s+)([a-zA-Z]+):", part)) - {"en", "zh"} for part in (english, chinese)]
     assert names[0] == names[1] and len(names[0]) > 50
+
+
+def test_tags_have_the_words_of_the_other_page() -> None:
+    english, chinese = (STATIC / "words.js").read_text(encoding="utf-8").split("  zh: {")
+    for part, language in ((english, "en"), (chinese, "zh")):
+        [values] = re.findall(r"values: \{(.*?)\}", part, re.S)
+        known = {key.removeprefix("value."): word for key, word in tables()[language].items() if key.startswith("value.")}
+        assert dict(re.findall(r'(\w+): "([^"]+)"', values)) == known
+        for kind in ("age", "gender", "emotion", "event"):
+            assert re.search(rf'\b{kind}: "{tables()[language][f"tag.{kind}"]}"', part), kind
 
 
 def test_every_word_that_the_page_asks_for_is_there() -> None:

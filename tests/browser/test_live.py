@@ -138,7 +138,7 @@ def test_somebody_speaks_and_is_answered_aloud_with_tags_and_thought(
         answer = wait_for(lambda: texts(page, "#captions .reply .text"), "the answer")
         assert answer[0].strip()
         wait_for(lambda: any("sad" in chip for chip in texts(page, "#tags li")), "the emotion as a chip")
-        wait_for(lambda: re.search(r"[1-9]\d* turns", page.find_element(By.ID, "latency-text").text), "the time of the turn")
+        wait_for(lambda: re.search(r"[1-9]\d* turns?\b", page.find_element(By.ID, "latency-text").text), "the time of the turn")
         played = "return document.body.dataset.state"
         wait_for(lambda: page.execute_script(played) == "speaking", "sound")
         page.save_screenshot(str(pictures / "live-answer.png"))
@@ -159,6 +159,7 @@ def test_speech_interrupts_the_answer_at_phone_width_in_chinese_and_dark(
         page.find_element(By.ID, "connect").click()
         wait_for(lambda: texts(page, "#captions .cut"), "an interruption", 90)
         page.save_screenshot(str(pictures / "live-interrupted.png"))
+        assert {"性别：男", "声音：无"} <= set(texts(page, "#tags li"))
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth"), (
             "nothing sticks out at phone width"
         )

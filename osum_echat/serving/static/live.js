@@ -235,8 +235,8 @@ function markCut(id) {
 
 function chips(tags) {
   return ["emotion", "gender", "age", "event"].filter((name) => tags[name]).map((name) => {
-    const chip = element("li", `${say(name)}: `);
-    chip.append(element("b", tags[name]));
+    const chip = element("li", say("tag", say(name)));
+    chip.append(element("b", say("values")[tags[name].replace(/[<>]/g, "").toLowerCase()] ?? tags[name]));
     return chip;
   });
 }
