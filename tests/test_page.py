@@ -206,6 +206,21 @@ def test_the_sound_comes_while_it_is_made_and_is_that_of_the_file(shared):
     assert rate == 22050 and len(sent) == 2 * len(samples)
 
 
+def test_a_slow_drawing_delays_nothing_by_more_than_itself(shared):
+    """What came while a view was drawn is in the next one: views do not queue up behind each other."""
+    views, talk, sounds = 0, Conversation(), LiveSound()
+    for sound in talk.answer({"tiny": shared}, Form("tts", None, "hello there"), sounds):
+        if not views:
+            deadline = time.monotonic() + 60
+            while not talk.turns["tiny"][-1].done:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        elif views == 1:
+            assert sound, "the sound is named in the view after it began"
+        views += 1
+    assert views <= 3
+
+
 def test_a_reply_to_download_says_that_it_is_synthetic_and_goes_with_its_conversation(shared):
     talk = Conversation()
     turn, _ = answered(shared, Form("tts", None, "hello there"), talk)

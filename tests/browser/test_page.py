@@ -23,7 +23,7 @@ ANGRY = DEMO / "6_old_male_angry_cough.ogg"
 WORDS = "we watched that film last night"
 
 
-def wait_for(found: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+def wait_for(found: Callable[[], Any], seconds: float = 120, what: str = "") -> Any:
     """The first true value of ``found`` within the time."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:

@@ -3,6 +3,7 @@ see."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import tempfile
@@ -61,7 +62,8 @@ class Conversation:
 
     def answer(self, models: Mapping[str, SharedEChat], form: Form, sounds: LiveSound) -> Iterator[str]:
         """Let each of ``models`` answer; yields whenever the view has changed, with the name of the reply's sound once
-        it has begun (the first model's; "" before)."""
+        it has begun (the first model's; "" before). What comes while a view is drawn is in the next one: a slow drawing
+        delays nothing by more than itself."""
         self.number += 1
         turns = {name: Turn(self.number, form.mode, form.wav, form.text) for name in models}
         for name, turn in turns.items():
@@ -82,15 +84,16 @@ class Conversation:
         running, drawn = set(models), 0.0
         try:
             while running:
-                name, event = came.get()
-                if event is None:
-                    running.discard(name)
-                elif isinstance(event, AudioChunk) and name == first:
-                    if not sound:
-                        sound = sounds.new()
-                    sounds.push(sound, event.samples)
-                    drawn = 0.0
-                if event is None or time.monotonic() - drawn > _REDRAW_SECONDS:
+                at_once = False
+                for name, event in _waiting(came):
+                    if event is None:
+                        running.discard(name)
+                        at_once = True
+                    elif isinstance(event, AudioChunk) and name == first:
+                        if not sound:
+                            sound, at_once = sounds.new(), True
+                        sounds.push(sound, event.samples)
+                if at_once or time.monotonic() - drawn > _REDRAW_SECONDS:
                     drawn = time.monotonic()
                     yield sound
         finally:
@@ -138,6 +141,16 @@ class Conversation:
         if name not in self.dialogues:
             self.dialogues[name] = shared.dialogue(turns)
         return self.dialogues[name]
+
+
+def _waiting(
+    came: queue.SimpleQueue[tuple[str, StreamEvent | None]],
+) -> Iterator[tuple[str, StreamEvent | None]]:
+    """Everything that is there now, at least one (which is waited for)."""
+    yield came.get()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            yield came.get_nowait()
 
 
 def past_turns(shared: SharedEChat) -> int:
