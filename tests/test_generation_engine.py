@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from osum_echat.dialogue.dialect import Dialect
 from osum_echat.generation.config import GenerationConfig
+from osum_echat.generation.decoder_state import DecoderState
 from osum_echat.generation.engine import Engine, EngineFull, EngineLimits, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, speech_codes
 from osum_echat.generation.request import Request, TooLong
@@ -234,6 +235,34 @@ def test_a_fault_ends_the_rows_it_happened_to_and_the_engine_goes_on(monkeypatch
     _, after = submit(model, request("text2token", say="你好", max_new=9))
     finish(model)
     assert done(after).reason == "length"
+
+
+@pytest.mark.parametrize("when", ["it comes", "it was held"])
+def test_a_fault_while_a_row_joins_the_others_is_told_to_all_that_are_lost(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = engine()
+    said = ("你好", "好")
+    tickets, rows = zip(*(submit(model, request("text2token", say=text, max_new=40)) for text in said), strict=True)
+    model.tick()
+    if when == "it was held":
+        while model.load().rows < 2:
+            model.tick()
+        tickets[1].hold()
+        model.tick()
+        assert model.load().held == 1
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderState, "join", broken)
+        tickets[1].hold(False)
+        model.tick()
+    model.tick()
+    for ticket, events in zip(tickets, rows, strict=True):
+        assert isinstance(ticket.failed, RuntimeError) and done(events).reason == "cancelled"
+    _, after = submit(model, request("text2token", say="你好", max_new=9))
+    finish(model)
+    assert done(after).reason == "length" and model.load().positions == 0
 
 
 def test_the_thread_serves_many_callers_and_closes() -> None:

@@ -278,10 +278,11 @@ class Engine:
 
     def _guarded(self, work: Callable[[], None], tickets: Callable[[], list[Ticket]]) -> None:
         """A fault in the model ends the rows it happened to, not the thread."""
-        concerned = tickets()
+        concerned, live = tickets(), self._live_tickets()
         try:
             work()
         except Exception as error:
+            concerned += [t for t in self._live_tickets() if t not in live and t not in concerned]  # joined meanwhile
             log.exception("the model failed; %d requests are given up", len(concerned))
             for ticket in concerned:
                 self._give_up(ticket, error)
@@ -291,9 +292,12 @@ class Engine:
             return
         ticket.failed = error
         self._reading = deque(entry for entry in self._reading if entry[0] is not ticket)
-        if any(row.index == ticket.number for row in self._rows.live):
-            self._rows.clear()
         self._tell(ticket, Done("cancelled"))
+        if any(row.index == ticket.number for row in self._rows.live):
+            lost = self._live_tickets()
+            self._rows.clear()
+            for other in lost:
+                self._give_up(other, error)
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         try:

@@ -79,11 +79,11 @@ class UsualRows:
         return [row for row, _ in list(self._held.values())]
 
     def join(self, rows: Sequence[LiveRow], batch: Slots) -> None:
+        self._live = [*self._live, *rows]  # first, so that they are found where a fault ends the batch
         if self._batch is None:
             self._batch = batch
         else:
             self._batch.join(batch)
-        self._live = [*self._live, *rows]
 
     def release(self, held: Collection[int]) -> None:
         for number in [n for n in self._held if n not in held]:
