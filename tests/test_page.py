@@ -108,6 +108,8 @@ def test_tags_are_chips_in_the_visitors_language():
     think = Think(age="old", gender="FEMALE", emotion="angry", event="cough")
     assert [word in chips("zh", think) for word in ("老年", "女", "生气", "咳嗽", "情感")] == [True] * 5
     assert "old" in chips("en", think) and chips("en", None) == ""
+    both = chips("en", Think(emotion="happy", reply_emotion="happy"))
+    assert both.count("😊") == 1 and "💬" in both, "the reply's tone does not look like a second emotion of the speaker"
 
 
 def test_text_of_model_and_visitor_is_never_markup():

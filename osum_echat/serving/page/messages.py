@@ -38,7 +38,8 @@ def chips(language: str, think: Think | None) -> str:
         value = getattr(think, kind)
         if not value:
             continue
-        icon = _ICONS.get(value.strip("<>").lower(), _KINDS[kind])
+        # The reply's tone always has its own icon: with a face it would look like a second emotion of the speaker.
+        icon = _KINDS[kind] if kind == "reply_emotion" else _ICONS.get(value.strip("<>").lower(), _KINDS[kind])
         name, word = text(language, f"tag.{kind}"), value_text(language, value)
         found.append(
             f'<span class="chip chip-{kind}" title="{html.escape(name)}"><span aria-hidden="true">{icon}</span> '
