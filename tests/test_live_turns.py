@@ -91,6 +91,42 @@ def test_the_end_of_turn_model_is_asked_once_for_each_pause_and_can_end_the_turn
     assert isinstance(stopped, Stopped) and stopped.asked and stopped.at < 2.9 * RATE
 
 
+def test_the_end_of_turn_model_hears_exactly_the_turn_that_is_answered() -> None:
+    asked: list[np.ndarray] = []
+
+    def finished(turn: np.ndarray) -> float:
+        asked.append(turn)
+        return 1.0
+
+    [*_, stopped] = push(detector(finished, mode="semantic_vad"), sound((0.5, 0), (1.0, 0.9), (1.0, 0)))
+    assert isinstance(stopped, Stopped) and stopped.asked
+    np.testing.assert_array_equal(stopped.samples, asked[0])
+
+
+def interrupting(mode: str, likely: float, *parts: tuple[float, float]) -> tuple[list[str], int]:
+    """Moves of sound during a reply, and how often the backchannel model was asked."""
+    asked: list[int] = []
+
+    def backchannel(speech: np.ndarray) -> float:
+        asked.append(len(speech))
+        return likely
+
+    listening = TurnDetector(LoudVad(), None, TurnRules(mode=mode), backchannel)
+    listening.playing = True
+    return [type(m).__name__ for m in push(listening, sound(*parts))], len(asked)
+
+
+def test_a_backchannel_needs_twice_as_long_to_interrupt() -> None:
+    said, silence = (0.7, 0.9), (3.0, 0)
+    assert interrupting("semantic_vad", 0.9, said, silence) == (["Suspected", "Dismissed"], 1)
+    assert interrupting("semantic_vad", 0.1, said, silence) == (["Suspected", "Started", "Stopped"], 1)
+    assert interrupting("semantic_vad", 0.9, (1.2, 0.9), silence) == (["Suspected", "Started", "Stopped"], 1), "longer than any"
+    assert interrupting("server_vad", 0.9, said, silence) == (["Suspected", "Started", "Stopped"], 0), "by length alone"
+    assert interrupting("semantic_vad", 0.9, (0.3, 0.9), silence) == (["Suspected", "Dismissed"], 0), (
+        "too short to be asked about"
+    )
+
+
 @pytest.mark.parametrize(("eagerness", "limit"), [("low", 8.0), ("medium", 4.0), ("auto", 4.0), ("high", 2.0)])
 def test_a_turn_ends_after_a_limit_when_the_model_never_says_so(eagerness: str, limit: float) -> None:
     moves = push(detector(lambda _: 0.0, mode="semantic_vad", eagerness=eagerness), sound((1.024, 0.9), (9.0, 0)))

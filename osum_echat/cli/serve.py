@@ -44,6 +44,12 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
         action="store_true",
         help="text and speech in turns, for a checkpoint that has learnt it and does not say so",
     )
+    parser.add_argument(
+        "--end-of-turn",
+        choices=["auto", "head", "smart-turn", "silence"],
+        default="auto",
+        help="what ends a turn of sessions with semantic_vad (default: the checkpoint's turn head, else smart-turn)",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--sessions", type=int, default=64, help="real-time sessions at once (default: 64)")
     limits.add_argument("--rows", type=int, default=16, help="answers that are decoded together (default: 16)")
@@ -84,6 +90,7 @@ def build_server(args: argparse.Namespace) -> Server:
     from osum_echat.serving.realtime.settings import SessionLimits
     from osum_echat.serving.safety import check_host
     from osum_echat.serving.shared import SharedEChat
+    from osum_echat.serving.vad import TurnModels
 
     key = api_key_of(args)
     check_host(args.host, key)
@@ -109,7 +116,7 @@ def build_server(args: argparse.Namespace) -> Server:
     model = LiveModel(shared, name=f"osum-echat-{name}", interleaved=args.interleaved)
     if model.pool is None:
         logging.getLogger(__name__).warning("this checkpoint has no token2wav: answers are text; give --token2wav FOLDER")
-    return Server(model, settings=settings)
+    return Server(model, TurnModels.load(model.turn_head, args.end_of_turn), settings)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:

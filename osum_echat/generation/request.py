@@ -114,6 +114,7 @@ def split_audio(audio: AudioFeatures) -> list[AudioFeatures]:
             None if audio.tag_embeds_ND is None else audio.tag_embeds_ND[n : n + 1],
             {name: logits[n : n + 1] for name, logits in audio.tag_logits.items()},
             None if audio.ctc_log_probs_NPC is None else audio.ctc_log_probs_NPC[n : n + 1, : lengths[n]],
+            None if audio.turn_logits_NC is None else audio.turn_logits_NC[n : n + 1],
         )
         for n in range(len(lengths))
     ]

@@ -90,6 +90,7 @@ class AdapterConfig:
         ctc: see `CtcConfig`; None as published.
         tags: tag heads, name -> labels (for example ``gender: [male, female]``); their soft decisions are added to the
             two marker rows around the audio. Empty as published.
+        turn: labels of the head that says where a turn stands (`model.turn.LABELS`). Empty, as published: no head.
     """
 
     dim: int = 1024
@@ -101,6 +102,7 @@ class AdapterConfig:
     encoder_layers: tuple[int, ...] = ()
     ctc: CtcConfig | None = None
     tags: dict[str, list[str]] = field(default_factory=dict)
+    turn: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_heads("adapter", self.dim, self.heads)

@@ -31,6 +31,7 @@ from osum_echat.model.loss import linear_nll
 from osum_echat.model.plan import Plan, RecordingPlan, RowPlan
 from osum_echat.model.speech_lm import SpeechLM
 from osum_echat.model.tags import TagHeads
+from osum_echat.model.turn import TurnHead
 from osum_echat.rates import FRAMES_PER_POSITION
 
 _SILENT_FRAMES = 8  # one LLM position
@@ -47,6 +48,7 @@ class AudioFeatures:
         tag_embeds_ND: what is added to the markers around each recording, None without tag heads.
         tag_logits: logits [N, labels] of each tag head.
         ctc_log_probs_NPC: CTC log-probabilities, padded [N, longest, C], None without a CTC head.
+        turn_logits_NC: logits of where the turn stands, None without a turn head.
     """
 
     embeds_PD: Tensor
@@ -55,6 +57,7 @@ class AudioFeatures:
     tag_embeds_ND: Tensor | None = None
     tag_logits: dict[str, Tensor] = field(default_factory=dict)
     ctc_log_probs_NPC: Tensor | None = None
+    turn_logits_NC: Tensor | None = None
 
 
 @dataclass
@@ -113,6 +116,8 @@ class EChatModel(nn.Module):
         self.ctc = CtcBridge(ctc, config.adapter.dim, self.lm.width, config.vocabulary.text_size) if ctc is not None else None
         scale = getattr(self.lm.llm.config, "initializer_range", 0.02)
         self.tags = TagHeads(tags, config.adapter.dim, self.lm.width, scale) if tags else None
+        width = config.encoder.dim * len(config.encoder_layers)
+        self.turn = TurnHead(width, config.adapter.turn) if config.adapter.turn else None
         self.encoder_cache: EncoderCache | None = None  # for training with a frozen encoder; set from outside
         self.encoder_masks: EncoderMasks | None = None  # for training; set from outside
         if config.lora is not None:
@@ -167,7 +172,11 @@ class EChatModel(nn.Module):
         if feats_NTF.shape[2] != self.config.encoder.mels:
             raise ValueError(f"features have {feats_NTF.shape[2]} mel bins, this checkpoint takes {self.config.encoder.mels}")
         plan = plan or RecordingPlan.of(lengths_N.tolist(), feats_NTF.shape[1]).to(feats_NTF.device)
-        return self.adapt(*self.encode(feats_NTF, lengths_N, plan.encoder), plan.adapter)
+        layers, lengths_N = self.encode(feats_NTF, lengths_N, plan.encoder)
+        heard = self.adapt(layers, lengths_N, plan.adapter)
+        if self.turn is not None and not self.training:
+            heard.turn_logits_NC = self.turn(layers, lengths_N)
+        return heard
 
     # ---- language model ----------------------------------------------------------------------------------------------
 

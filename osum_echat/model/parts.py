@@ -6,6 +6,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "encoder": ("encoder.",),
     "adapter": ("adapter.", "projection."),
     "heads": ("ctc.", "tags."),  # on the adapter: transcript and tags
+    "turn": ("turn.",),  # on the encoder: where a turn stands
     "llm": ("lm.llm.",),  # with the table of text embeddings
     "lora": (),  # inside the LLM: known by the names of its parameters
     "speech": ("lm.speech_embedding.", "lm.speech_head."),

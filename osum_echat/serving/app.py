@@ -70,7 +70,7 @@ class Server:
     def __init__(self, backend: Backend, turn_models: TurnModels | None = None, settings: ServerSettings | None = None) -> None:
         self.backend = backend
         self.settings = settings or ServerSettings()
-        self.turn_models = turn_models or TurnModels.load()
+        self.turn_models = turn_models or TurnModels.load(getattr(backend, "turn_head", None))
         self.keys = Keys(self.settings.api_key, shared=self.settings.shared)
         self.metrics = Metrics()
         self.executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="osum-echat-turns")

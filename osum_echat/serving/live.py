@@ -42,6 +42,7 @@ from osum_echat.serving.backend import (
     Turn,
 )
 from osum_echat.serving.shared import RATE, Answer, Saying, SharedEChat, Voice
+from osum_echat.serving.turn_head import TurnHeadDetector
 
 if TYPE_CHECKING:
     from osum_echat.token2wav import Speaker
@@ -95,6 +96,8 @@ class LiveModel:
         self.thinks: Sequence[str] = [f for f in forms if any(echat.dialect.refusal(kind, think=f) is None for kind in kinds)]
         self.past_turns = MAX_TURNS if learnt.past_turns is None else min(learnt.past_turns, MAX_TURNS)
         self.warnings = self._warnings()
+        turn = echat.model.turn
+        self.turn_head = None if turn is None else TurnHeadDetector(shared.hear, turn.labels)
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def _warnings(self) -> Mapping[str, str]:
@@ -141,8 +144,9 @@ class LiveModel:
     async def hear(self, samples: Samples) -> Heard:
         if is_silent(samples):
             return Heard(None, len(samples) / RATE)  # answered without the model
+        kept = None if self.turn_head is None else self.turn_head.take(samples)
         try:
-            features = await asyncio.wrap_future(self.shared.hear(samples))
+            features = await asyncio.wrap_future(self.shared.hear(samples)) if kept is None else kept
         except EngineFull as error:
             raise Refused(str(error)) from error
         return Heard(features, len(samples) / RATE, int(features.lengths_N[0]))

@@ -1,7 +1,7 @@
 """Is somebody speaking, and has the turn ended: the two small networks of turn taking, and a plain measure of energy
-where they are absent.
+where they are absent. A checkpoint with a turn head of its own (`turn_head`) takes the place of the second.
 
-Both are replaceable: anything with the methods of `Vad` or `EndOfTurn` will do. Samples are 16 kHz, [-1, 1].
+All are replaceable: anything with the methods of `Vad` or `EndOfTurn` will do. Samples are 16 kHz, [-1, 1].
 
 Costs of one thread on an AVX2 core: silero 0.3 ms for 32 ms of sound; smart-turn about 120 ms a pause, features
 included, so it is run once a pause and never on the event loop.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,20 @@ from osum_echat.audio.features import LogMel
 from osum_echat.device.onnx import session_options
 from osum_echat.serving import models
 
+if TYPE_CHECKING:
+    from osum_echat.serving.turn_head import TurnHeadDetector
+
 log = logging.getLogger(__name__)
 Samples = npt.NDArray[np.float32]
 RATE = 16_000
 FRAME = 512
 """Samples of a frame, 32 ms."""
+
+
+class Backchannel(Protocol):
+    """Probability that speech during a reply is a listener's "mm-hm", which interrupts nobody."""
+
+    def __call__(self, speech: Samples) -> float: ...
 
 
 class Vad(Protocol):
@@ -117,25 +126,48 @@ class SmartTurn:
 
 
 class TurnModels:
-    """What a server takes: ``new_vad()`` for each stream, ``end_of_turn`` for all (None: only silence decides)."""
+    """What a server takes: ``new_vad()`` for each stream, ``end_of_turn`` for all (None: only silence decides), ``backchannel`` for all (None: every speech of
+    some length interrupts). ``names``: of VAD and end of turn."""
 
-    def __init__(self, new_vad: Callable[[], Vad], end_of_turn: EndOfTurn | None, names: tuple[str, str]) -> None:
-        self.new_vad, self.end_of_turn, self.names = new_vad, end_of_turn, names
+    def __init__(
+        self,
+        new_vad: Callable[[], Vad],
+        end_of_turn: EndOfTurn | None,
+        names: tuple[str, str],
+        backchannel: Backchannel | None = None,
+    ) -> None:
+        self.new_vad, self.end_of_turn, self.names, self.backchannel = new_vad, end_of_turn, names, backchannel
 
     @classmethod
-    def load(cls) -> TurnModels:
-        """The networks of this package; energy, and silence alone, where one is absent."""
-        vad, turn = models.read(models.VAD), models.read(models.END_OF_TURN)
+    def load(
+        cls, head: TurnHeadDetector | None = None, end_of_turn: Literal["auto", "head", "smart-turn", "silence"] = "auto"
+    ) -> TurnModels:
+        """The networks of this package; energy, and silence alone, where one is absent.
+
+        Args:
+            head: the checkpoint's turn head, where it has one. end_of_turn: what ends a turn; auto: the head, else smart-turn, else silence.
+
+        Raises:
+            ValueError: for what is asked for and not there.
+        """
+        vad = models.read(models.VAD)
+        turn = (
+            models.read(models.END_OF_TURN) if end_of_turn == "smart-turn" or (end_of_turn == "auto" and head is None) else None
+        )
+        if end_of_turn == "head" and head is None:
+            raise ValueError("this checkpoint has no turn head; take --end-of-turn smart-turn")
         if vad is None:
             log.warning("silero VAD is not there; sound above the background is taken for speech")
-        if turn is None:
-            log.warning("smart-turn is not there; semantic_vad ends a turn after its time limit")
         network = None if vad is None else _session(vad)
-        return cls(
-            EnergyVad if network is None else lambda: SileroVad(network),
-            None if turn is None else SmartTurn(_session(turn)),
-            ("energy" if vad is None else "silero", "silence" if turn is None else "smart-turn v3.2"),
-        )
+        new_vad = EnergyVad if network is None else lambda: SileroVad(network)
+        name = "energy" if vad is None else "silero"
+        if head is not None and end_of_turn in ("auto", "head"):
+            return cls(new_vad, head, (name, "the checkpoint's turn head"), head.backchannel)
+        if turn is not None:
+            return cls(new_vad, SmartTurn(_session(turn)), (name, "smart-turn v3.2"))
+        if end_of_turn != "silence":
+            log.warning("smart-turn is not there; semantic_vad ends a turn after its time limit")
+        return cls(new_vad, None, (name, "silence"))
 
     @classmethod
     def energy(cls) -> TurnModels:

@@ -24,7 +24,7 @@ def rates(config: TrainConfig, lora: bool) -> dict[str, float]:
     rate."""
     out = {}
     for part in PARTS:
-        rate = getattr(config.lr, part)
+        rate = getattr(config.lr, part, 0.0)  # the turn head is trained by itself, without these stages
         if rate is None:
             trains = part in STAGES[config.stage] and not (part == "llm" and lora)
             rate = config.optim.lr if trains else 0.0

@@ -82,7 +82,8 @@ class RealtimeSession:
         if session:
             self.session = merged(self.session, session, None)
         self.max_turn_s = min(self.limits.turn_seconds, backend.max_seconds)
-        self.turns = TurnDetector(turn_models.new_vad(), turn_models.end_of_turn, turn_rules(self.session, self.max_turn_s))
+        rules = turn_rules(self.session, self.max_turn_s)
+        self.turns = TurnDetector(turn_models.new_vad(), turn_models.end_of_turn, rules, turn_models.backchannel)
         self._input = Input(self.session["audio"]["input"]["format"]["type"])
         self._speech_item: str | None = None  # id of the item that is being spoken
         self.conversation = Conversation()

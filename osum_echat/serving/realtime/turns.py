@@ -5,7 +5,8 @@ the clock.
 
 - Speech is confirmed after `TurnRules.confirm_ms` of it, and while a reply is being played only after `barge_in_ms`,
   above a raised threshold: a short "mm" is no interruption, and what the loudspeaker sends back into the microphone is
-  fainter than its owner.
+  fainter than its owner. Under ``semantic_vad``, what the backchannel model takes for a listener's "mm-hm" needs twice
+  as long.
 - ``server_vad`` ends a turn when ``silence_ms`` have passed without speech, never before.
 - ``semantic_vad`` asks the end-of-turn model once for each pause, and ends the turn when it says so or when the limit
   of its eagerness has passed.
@@ -22,7 +23,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from osum_echat.serving.vad import FRAME, RATE, EndOfTurn, Vad
+from osum_echat.serving.vad import FRAME, RATE, Backchannel, EndOfTurn, Vad
 
 Samples = npt.NDArray[np.float32]
 TAIL_MS = 200
@@ -102,10 +103,11 @@ class TurnDetector:
     Args:
         vad: of this stream.
         end_of_turn: may be shared. None: silence alone decides.
+        backchannel: may be shared. None: length alone decides what interrupts.
     """
 
-    def __init__(self, vad: Vad, end_of_turn: EndOfTurn | None, rules: TurnRules) -> None:
-        self.vad, self.end_of_turn, self.rules = vad, end_of_turn, rules
+    def __init__(self, vad: Vad, end_of_turn: EndOfTurn | None, rules: TurnRules, backchannel: Backchannel | None = None) -> None:
+        self.vad, self.end_of_turn, self.rules, self.backchannel = vad, end_of_turn, rules, backchannel
         self.playing = False
         self.position = 0
         self._frames = 0  # samples that went through the VAD
@@ -119,6 +121,8 @@ class TurnDetector:
         self._last_voice = 0
         self.speaking = False  # confirmed
         self._asked = False
+        self._longer = False  # it sounds like a backchannel so far
+        self._asked_backchannel = False
 
     # ---- what the session does ---------------------------------------------------------------------------------------
 
@@ -192,10 +196,17 @@ class TurnDetector:
             self._stop(moves)
 
     def _confirm(self, moves: list[Move]) -> None:
-        needed = self.rules.barge_in_ms if self.playing else self.rules.confirm_ms
-        if not self.speaking and self._voiced >= samples_of(needed):
-            self.speaking = True
-            moves.append(Started(self._turn_start(), self._frames))
+        needed = self.rules.barge_in_ms * (2 if self._longer else 1) if self.playing else self.rules.confirm_ms
+        if self.speaking or self._voiced < samples_of(needed):
+            return
+        if self.playing and self.backchannel is not None and self.rules.mode == "semantic_vad" and not self._asked_backchannel:
+            self._asked_backchannel = True
+            first = self._turn_start() - self._start
+            self._longer = self.backchannel(self._buffer[first : self._frames - self._start]) >= 0.5
+            if self._longer:
+                return
+        self.speaking = True
+        moves.append(Started(self._turn_start(), self._frames))
 
     def _silence(self, moves: list[Move]) -> None:
         silence = self._frames - self._last_voice
@@ -213,17 +224,21 @@ class TurnDetector:
             self._stop(moves)
         elif self.end_of_turn is not None and not self._asked and silence >= samples_of(PAUSE_MS):
             self._asked = True
-            first = self._turn_start() - self._start
-            if self.end_of_turn(self._buffer[first : self._frames - self._start]) >= _SURE[self.rules.eagerness]:
+            if self.end_of_turn(self._turn()[1]) >= _SURE[self.rules.eagerness]:
                 self._stop(moves, asked=True)
 
     def _turn_start(self) -> int:
         assert self._began is not None
         return max(self._start, self._began - samples_of(self.rules.prefix_ms))
 
-    def _stop(self, moves: list[Move], asked: bool = False) -> None:
+    def _turn(self) -> tuple[int, Samples]:
+        """Where the turn began, and its samples so far: the same when the end-of-turn model is asked and when the turn ends there."""
         start, end = self._turn_start(), min(self._last_voice + samples_of(TAIL_MS), self._frames)
-        moves.append(Stopped(start, self._frames, self._buffer[start - self._start : end - self._start], asked))
+        return start, self._buffer[start - self._start : end - self._start]
+
+    def _stop(self, moves: list[Move], asked: bool = False) -> None:
+        start, samples = self._turn()
+        moves.append(Stopped(start, self._frames, samples, asked))
         self._buffer = self._buffer[self._frames - self._start :]
         self._start = self._frames
         self._forget_speech()
