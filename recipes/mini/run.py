@@ -68,6 +68,11 @@ def sound(part: str) -> tuple[str, ...]:
     return module(f"osum_echat.training.token2wav.{part}", "--config", f"recipes/mini/conf/token2wav/{part}.yaml")
 
 
+def turn_head(part: str) -> tuple[str, ...]:
+    voices = ("--kokoro", KOKORO / "model") if part == "data" else ()
+    return module("recipes.mini.turn_head", part, "--checkpoint", OUT / "export", "--out", OUT / "turn_head", *voices)
+
+
 STEPS = (
     Step("encoder", "Whisper tiny.en's published data, for the encoder", module("recipes.mini.fetch_encoder", "--out", OUT / "whisper")),
     Step("speech", "say some 20 + 6 + 12 + 4 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12, "--dialogue-hours", 4)),
@@ -102,7 +107,9 @@ STEPS = (
         module("recipes.mini.export", "--run", OUT / "empathy", "--token2wav", TOKEN2WAV / "distilled", "--voice", DATA / "heldout/reply/reply_003.wav", "--out", OUT / "export"),
         ("empathy", "distill"),
     ),
-    Step("evaluate", "every number of the model card", module("recipes.mini.evaluation", "--checkpoint", OUT / "export", "--out", OUT / "evaluation"), ("export",)),
+    Step("turn_data", "pauses, ends of turns, and what listeners say", turn_head("data"), ("export",)),
+    Step("turn_head", "a head that tells them apart, added to the folder", turn_head("train"), ("turn_data",)),
+    Step("evaluate", "every number of the model card", module("recipes.mini.evaluation", "--checkpoint", OUT / "export", "--out", OUT / "evaluation"), ("turn_head",)),
 )  # fmt: skip
 
 
