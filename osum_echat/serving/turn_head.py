@@ -1,7 +1,7 @@
 """The turn head of a loaded checkpoint (`model.turn`) as what turn detection asks.
 
-The encoder reads the turn when a pause is noticed, and the head says how the turn stands. What was heard is kept: a turn that ends there is answered from
-it, without being read again.
+The encoder reads the turn when a pause is noticed, and the head says how the turn stands. What was heard is kept: a
+turn that ends there is answered from it, without being read again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _KEPT = 64  # turns, of all sessions together
 
 
 class TurnHeadDetector:
-    """End of turn and backchannels, see `vad.EndOfTurn` and `vad.Backchannel`. Called from the threads of turn detection.
+    """End of turn and backchannels, see `vad.EndOfTurn` and `vad.Backchannel`. Called from the threads of turn
+    detection.
 
     Args:
         hear: as `SharedEChat.hear`: 16 kHz samples as the language model hears them, with the logits of the turn head.

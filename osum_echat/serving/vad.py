@@ -126,8 +126,8 @@ class SmartTurn:
 
 
 class TurnModels:
-    """What a server takes: ``new_vad()`` for each stream, ``end_of_turn`` for all (None: only silence decides), ``backchannel`` for all (None: every speech of
-    some length interrupts). ``names``: of VAD and end of turn."""
+    """What a server takes: ``new_vad()`` for each stream, ``end_of_turn`` for all (None: only silence decides),
+    ``backchannel`` for all (None: every speech of some length interrupts). ``names``: of VAD and end of turn."""
 
     def __init__(
         self,
@@ -145,7 +145,8 @@ class TurnModels:
         """The networks of this package; energy, and silence alone, where one is absent.
 
         Args:
-            head: the checkpoint's turn head, where it has one. end_of_turn: what ends a turn; auto: the head, else smart-turn, else silence.
+            head: the checkpoint's turn head, where it has one. end_of_turn: what ends a turn; auto: the head, else
+                smart-turn, else silence.
 
         Raises:
             ValueError: for what is asked for and not there.

@@ -232,7 +232,8 @@ class TurnDetector:
         return max(self._start, self._began - samples_of(self.rules.prefix_ms))
 
     def _turn(self) -> tuple[int, Samples]:
-        """Where the turn began, and its samples so far: the same when the end-of-turn model is asked and when the turn ends there."""
+        """Where the turn began, and its samples so far: the same when the end-of-turn model is asked and when the turn
+        ends there."""
         start, end = self._turn_start(), min(self._last_voice + samples_of(TAIL_MS), self._frames)
         return start, self._buffer[start - self._start : end - self._start]
 
