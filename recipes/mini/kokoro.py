@@ -102,6 +102,10 @@ def fetch(folder: Path) -> Path:
     return folder
 
 
+class TooShortOrLong(ValueError):
+    """A text that Kokoro cannot say by itself."""
+
+
 class Kokoro:
     """The network with its voices.
 
@@ -123,13 +127,14 @@ class Kokoro:
         """``text`` at 24 kHz. ``voice``: a name, or several joined by "+" for their average; ``language``: of espeak-ng, by default the voice's.
 
         Raises:
-            ValueError: for a text that has no phonemes, or too many.
+            TooShortOrLong: for a text that has too few phonemes, or too many.
+            ValueError: espeak-ng lacks the language.
         """
         names = voice.split("+")
-        language = language or ("en-gb" if names[0][0] == "b" else "en-us")
+        language = language or ("en" if names[0][0] == "b" else "en-us")  # espeak-ng's plain English is British
         ids = [self._ids[symbol] for symbol in engines.phonemes(text, language) if symbol in self._ids]
         if not 5 <= len(ids) <= LONGEST:
-            raise ValueError(f"{text!r:.80} has {len(ids)} phonemes; 5 to {LONGEST} can be spoken")
+            raise TooShortOrLong(f"{text!r:.80} has {len(ids)} phonemes; 5 to {LONGEST} can be spoken")
         style = np.mean([self.voices[name] for name in names], axis=0)[len(ids)][None]
         feed = {"tokens": np.array([[0, *ids, 0]]), "style": style.astype(np.float32), "speed": np.array([speed], np.float32)}
         return np.asarray(self._session.run(None, feed)[0], dtype=np.float32).reshape(-1)
@@ -195,7 +200,7 @@ def make_part(kokoro: Kokoro, number: int, out: Path) -> float:
             voice = rng.choice([name for name in sorted(kokoro.voices) if name.startswith(beginnings)])
         try:
             speech = kokoro.speak(said, voice, speed, language)
-        except ValueError:  # too short a text
+        except TooShortOrLong:
             continue
         samples = np.asarray(soxr.resample(speech, KOKORO_RATE, RATE), dtype=np.float32)
         wav = folder / f"kokoro_{number:04d}_{len(records):02d}.ogg"

@@ -13,6 +13,7 @@ training), which chooses the epoch; ``report`` (people of the report set).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -36,7 +37,7 @@ from osum_echat.model.config import load_config
 from osum_echat.model.turn import LABELS, LAST_FRAMES, TurnHead
 from osum_echat.pipeline import EChat
 from recipes.mini import augment, labels, people, texts
-from recipes.mini.kokoro import Kokoro, english
+from recipes.mini.kokoro import Kokoro, TooShortOrLong, english
 from recipes.mini.people import build
 from recipes.mini.prepare import read_list, read_lists
 
@@ -142,13 +143,10 @@ def said_phrases(held_out: bool, count: int, kokoro: Kokoro | None, neural: int,
         known = phrases()[label][-edge:] if held_out else phrases()[label][:-edge]
         for number in range(count):
             text = rng.choice(known)
+            samples, voice = spoken(text, held_out, rng)
             if kokoro is not None and number < neural:
-                try:
+                with contextlib.suppress(TooShortOrLong):
                     samples, voice = _kokoro(kokoro, text, rng.choice(own), rng), "kokoro"
-                except ValueError:  # too short for it
-                    continue
-            else:
-                samples, voice = spoken(text, held_out, rng)
             shortest = 0.0 if label == "backchannel" and rng.random() < 0.5 else 0.2  # it is asked about while it lasts, too
             yield paused(samples, rng, shortest), label, voice
 
