@@ -91,7 +91,7 @@ def blocks(units: Iterable[Unit], size: int) -> Iterator[list[Unit]]:
 
 def outcomes_of(worker: Worker, block: Sequence[Unit], tries: int = TRIES) -> Iterator[Outcome]:
     """The outcome of every unit of a block. If an exception ends the block, those that are left are tried alone,
-    ``tries`` times each at most."""
+    until each has had ``tries`` in all, the block included."""
     left = {unit.number: unit for unit in block}
     try:
         for outcome in worker.run(block):
@@ -109,7 +109,7 @@ def outcomes_of(worker: Worker, block: Sequence[Unit], tries: int = TRIES) -> It
 
 def _alone(worker: Worker, unit: Unit, tries: int) -> Outcome:
     why = ""
-    for _ in range(tries):
+    for _ in range(tries - 1):  # the block was the first
         try:
             [outcome] = worker.run([unit])
             return outcome
