@@ -17,20 +17,26 @@ import psutil
 
 from osum_echat.batch.local import LocalEngine
 from osum_echat.batch.work import Outcome, Unit
-from tests.cluster.case import ROOT, STORE, Bench, Question, busy, differences, done, rows_of, write_list
+from tests.cluster.case import ROOT, STORE, Bench, Question, busy, differences, done, ready, rows_of, write_list
 
 COUNT, BLOCK = 96, 8
+
+
+def wait_for(true: Callable[[], bool]) -> bool:
+    """Whether it became true within five minutes."""
+    for _ in range(6000):
+        if true():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def when(log: Path, blocks: int, act: Callable[[], object], workers: int = 2) -> threading.Thread:
     """A thread that acts when so many blocks are done and so many workers are at one."""
 
     def wait() -> None:
-        for _ in range(6000):
-            if sum(len(some) for some in done(log).values()) >= blocks and len(busy(log)) == workers:
-                act()
-                return
-            time.sleep(0.05)
+        if wait_for(lambda: sum(map(len, done(log).values())) >= blocks and len(busy(log)) == workers):
+            act()
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -64,8 +70,18 @@ def workers_and_nodes(bench: Bench) -> None:
         bench.check(f"{what}: {worked - COUNT} records were done again", worked - COUNT <= 3 * BLOCK, worked)
         bench.check(f"{what}: it was lost in the middle", len(list(log.glob("busy*"))) >= 1, list(log.glob("*")))
     what, log = "a node comes", folder / "a_node_comes"
-    acting = when(log, 2, lambda: cluster.add_node(num_cpus=1, object_store_memory=STORE), workers=1)
-    rows = rows_of(bench.engine(block_size=BLOCK, workers=2).run(question.work(log), units))
+    gate = folder / "gate"
+    gate.touch()
+
+    def add_node() -> None:
+        """The blocks that are left wait until the second worker has loaded, however long that takes here."""
+        gate.unlink()
+        cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        wait_for(lambda: len(ready(log)) == 2)
+        gate.touch()
+
+    acting = when(log, 2, add_node, workers=1)
+    rows = rows_of(bench.engine(block_size=BLOCK, workers=2).run(question.work(log, gate), units))
     acting.join()
     bench.check(f"{what}: {COUNT} records, each once, equal to the local engine", not differences(rows, local))
     bench.check(f"{what}: the worker that waited for it had part", len(done(log)) == 2, done(log).keys())
