@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,11 @@ def wait_for(true: Callable[[], bool]) -> bool:
     return False
 
 
-def when(log: Path, blocks: int, act: Callable[[], object], workers: int = 2) -> threading.Thread:
-    """A thread that acts when so many blocks are done and so many workers are at one."""
+def when(log: Path, blocks: int, act: Callable[[], object]) -> threading.Thread:
+    """A thread that acts when so many blocks are done and both workers are at one."""
 
     def wait() -> None:
-        if wait_for(lambda: sum(map(len, done(log).values())) >= blocks and len(busy(log)) == workers):
+        if wait_for(lambda: sum(map(len, done(log).values())) >= blocks and len(busy(log)) == 2):
             act()
 
     thread = threading.Thread(target=wait)
@@ -72,17 +73,14 @@ def workers_and_nodes(bench: Bench) -> None:
     what, log = "a node comes", folder / "a_node_comes"
     gate = folder / "gate"
     gate.touch()
-
-    def add_node() -> None:
-        """The blocks that are left wait until the second worker has loaded, however long that takes here."""
-        gate.unlink()
+    with ThreadPoolExecutor(1) as other:  # a node is started by the main thread only
+        running = other.submit(lambda: rows_of(bench.engine(block_size=BLOCK, workers=2).run(question.work(log, gate), units)))
+        wait_for(lambda: sum(map(len, done(log).values())) >= 2)
+        gate.unlink()  # the blocks that are left wait until the second worker has loaded, however long that takes here
         cluster.add_node(num_cpus=1, object_store_memory=STORE)
         wait_for(lambda: len(ready(log)) == 2)
         gate.touch()
-
-    acting = when(log, 2, add_node, workers=1)
-    rows = rows_of(bench.engine(block_size=BLOCK, workers=2).run(question.work(log, gate), units))
-    acting.join()
+        rows = running.result()
     bench.check(f"{what}: {COUNT} records, each once, equal to the local engine", not differences(rows, local))
     bench.check(f"{what}: the worker that waited for it had part", len(done(log)) == 2, done(log).keys())
 
