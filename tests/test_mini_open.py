@@ -123,3 +123,11 @@ def test_the_last_turn_comes_in_the_layouts_of_all_stages_with_its_past():
         assert [line[f"wav_{n}"] for n in range(1, last + 1)] == [turn["wav"] for turn in record["turns"][:last]]
         assert ("speech_token_1" in line["extra"]) == ("TEXT2TOKEN" in line["task"])
     assert len(lines) == 4 + last
+
+
+def test_what_users_say_in_conversations_is_written_down_too():
+    record = dialogue_record()
+    lines = [prepare.said_turn(record, number) for number in range(len(record["turns"]))]
+    assert [(line["wav"], line["txt"]) for line in lines] == [(turn["wav"], turn["txt"]) for turn in record["turns"]]
+    assert {line["task"] for line in lines} == {"<TRANSCRIBE>"} and len({line["key"] for line in lines}) == len(lines)
+    assert all({"age", "gender", "emotion", "event", "voice", "topic"} == set(line["extra"]) for line in lines)

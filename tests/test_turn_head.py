@@ -138,3 +138,29 @@ def test_a_server_takes_the_head_where_there_is_one_and_what_it_is_told() -> Non
     assert TurnModels.load(detector, "silence").end_of_turn is None
     with pytest.raises(ValueError, match="no turn head"):
         TurnModels.load(None, "head")
+
+
+# What is shipped ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_mini_tells_whole_sentences_from_begun_ones() -> None:
+    from osum_echat.audio.io import to_mono_16k
+    from osum_echat.pipeline import EChat
+
+    echat = EChat.load("mini", device="cpu")
+    assert echat.model.turn is not None
+    detector = TurnHeadDetector(lambda samples: done(echat.hear([(samples, 16_000)])[0]), echat.model.turn.labels)
+    whole, begun = [], []
+    for path in sorted(Path("assets/demo").glob("*.ogg")):
+        samples = to_mono_16k(path)
+        pause = np.zeros(3200, np.float32)
+        whole.append(detector(np.concatenate([samples, pause])))
+        begun.append(detector(np.concatenate([samples[: len(samples) * 6 // 10], pause])))
+    assert sum(p >= 0.5 for p in whole) >= len(whole) - 1, whole
+    assert sum(p < 0.5 for p in begun) >= len(begun) - 2, begun
+
+
+def done(heard: AudioFeatures) -> Future[AudioFeatures]:
+    future: Future[AudioFeatures] = Future()
+    future.set_result(heard)
+    return future

@@ -347,6 +347,7 @@ def prepare_text(out: Path, count: int) -> None:
     print(
         "text:",
         write_list(out / "text.jsonl", records[VALIDATION:]),
+        write_list(out / "text_past.jsonl", [r for r in records[VALIDATION:] if ASSISTANT in r["extra"]["question"]]),
         write_list(out / "text_validation.jsonl", records[:VALIDATION]),
     )
 
@@ -366,14 +367,24 @@ def hearing_lists(records: Iterable[Json], out: Path, prefix: str) -> None:
         print(f"{prefix}{name}:", write_list(out / f"{prefix}{name}.jsonl", some))
 
 
+def said_turn(record: Json, number: int) -> Json:
+    """What the user says in a turn of a conversation, to be written down: names and other words that are asked for later."""
+    turn, known = record["turns"][number], {name: record["extra"][name] for name in (*TAG_TASKS, "voice")}
+    line = {"key": f"{record['key']}_{number}", "wav": turn["wav"], "txt": turn["txt"], "task": "<TRANSCRIBE>"}
+    return {**line, "extra": {**known, "topic": turn["topic"]}}
+
+
 def prepare_hearing(data: Path, out: Path) -> None:
-    """Lists of synthetic recordings; where there are some, of neural voices (``neural_*``) and of people (a name for each source in `PEOPLE`)."""
+    """Lists of synthetic recordings, what users say in conversations apart (``dialogue_transcribe``); where there are some, of neural voices (``neural_*``) and of people (a name for each source in `PEOPLE`)."""
     hearing_lists(read_lists(data / "user"), out, "")
     if (data / "neural").is_dir():
         hearing_lists(read_lists(data / "neural"), out, "neural_")
     for source, name in PEOPLE.items():
         if (path := data / "people" / f"{source}.jsonl").exists():
             hearing_lists(read_list(path), out, f"{name}_")
+    if (data / "dialogue").is_dir():
+        turns = [said_turn(record, number) for record in read_lists(data / "dialogue") for number in range(len(record["turns"]))]
+        print("dialogue_transcribe:", write_list(out / "dialogue_transcribe.jsonl", turns))
     rng = random.Random("hear validation")
     held_out = [
         line

@@ -46,7 +46,7 @@ LONGEST = 8 * RATE  # of a turn, that the live server shows
 SETS = ("train", "choice", "report")
 COUNTS = {"user": 900, "unfinished": 500, "phrases": 700, "neural_phrases": 160, "neural": 700, "kathleen": 500}
 NEURAL_HELD_OUT = 4
-EPOCHS, BATCH, RATE_OF_LEARNING = 30, 64, 1e-3
+EPOCHS, BATCH, RATE_OF_LEARNING = 20, 64, 1e-3
 
 Samples = augment.Samples
 Example = tuple[Samples, str, str]  # samples, label, source
