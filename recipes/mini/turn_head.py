@@ -36,6 +36,7 @@ from osum_echat.audio.features import LogMel
 from osum_echat.model.config import load_config
 from osum_echat.model.turn import LABELS, LAST_FRAMES, TurnHead
 from osum_echat.pipeline import EChat
+from osum_echat.pipeline.words import words_of
 from recipes.mini import augment, labels, people, texts
 from recipes.mini.kokoro import Kokoro, TooShortOrLong, english
 from recipes.mini.people import build
@@ -76,15 +77,7 @@ def paused(samples: Samples, rng: random.Random, shortest: float = 0.2) -> Sampl
 
 def cut_inside(samples: Samples, echat: EChat, rng: random.Random) -> Samples | None:
     """Up to a word inside, found by the CTC head; None where none is found."""
-    [heard] = echat.hear([(samples, RATE)])
-    assert heard.ctc_log_probs_NPC is not None and echat.model.ctc is not None
-    best = heard.ctc_log_probs_NPC[0].argmax(dim=1).tolist()
-    blank, position = echat.model.ctc.blank, len(samples) / len(best)
-    starts = [
-        round(n * position)
-        for n, (token, before) in enumerate(zip(best, [blank, *best], strict=False))
-        if token not in (blank, before) and echat.tokenizer.decode([token]).startswith(" ")
-    ]
+    starts = [round(word.start * RATE) for word in words_of(echat, (samples, RATE))]
     starts = [start for start in starts if 0.2 * len(samples) < start < 0.9 * len(samples) and start > 0.5 * RATE]
     if not starts:
         return None
@@ -180,12 +173,12 @@ def examples(name: str, echat: EChat, data: Path, clips: Path, kokoro: Kokoro | 
         return
     held_out = name == "choice"
     sentences = texts.training_user_sentences()
-    for _ in range(COUNTS["unfinished"] // (8 if held_out else 1)):
+    few = 8 if held_out else 1
+    for _ in range(COUNTS["unfinished"] // few):
         text = unfinished(rng.choice(sentences)[0], rng)
         if text is not None:
             samples, _ = spoken(text, held_out, rng)
             yield paused(samples, rng), "incomplete", "unfinished"
-    few = 8 if held_out else 1
     yield from said_phrases(held_out, COUNTS["phrases"] // few, kokoro, COUNTS["neural_phrases"] // (2 if held_out else 1), rng)
 
 
@@ -321,6 +314,12 @@ def add_head(folder: Path, head: TurnHead) -> None:
     config.write_text(config_io.to_yaml(known), encoding="utf-8")
 
 
+def recalls(finished: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Share of complete and incomplete turns that a probability of having finished puts on the right side of a half."""
+    right = {"complete": finished[wanted == 0] >= 0.5, "incomplete": finished[wanted == 1] < 0.5}
+    return {label: float(some.mean()) for label, some in right.items() if len(some)}
+
+
 def measure(echat: EChat, out: Path, name: str) -> dict[str, Any]:
     """The checkpoint's head and smart-turn on the same sounds: recall of complete turns, and of incomplete ones."""
     from osum_echat.serving.vad import TurnModels
@@ -333,13 +332,9 @@ def measure(echat: EChat, out: Path, name: str) -> dict[str, Any]:
     head = np.concatenate([torch.softmax(_logits(echat, sound), 1).numpy() for sound in sounds])
     found: dict[str, Any] = {"head": scores(head, some)}
     if other is not None:
-        sure = np.array([other(sound) for sound in sounds])
         wanted = some.labels.numpy()
-        both_of = {"complete": sure[wanted == 0] >= 0.5, "incomplete": sure[wanted == 1] < 0.5}
-        found["smart-turn"] = {label: float(right.mean()) for label, right in both_of.items() if len(right)}
-        ours = head[:, 0] + head[:, 2]
-        both_of = {"complete": ours[wanted == 0] >= 0.5, "incomplete": ours[wanted == 1] < 0.5}
-        found["head as smart-turn is used"] = {label: float(right.mean()) for label, right in both_of.items() if len(right)}
+        found["smart-turn"] = recalls(np.array([other(sound) for sound in sounds]), wanted)
+        found["head as smart-turn is used"] = recalls(head[:, 0] + head[:, 2], wanted)
     return found
 
 

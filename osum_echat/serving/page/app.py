@@ -18,6 +18,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
+from osum_echat.pipeline.words import words_of
 from osum_echat.serving.page import feedback, menu, picture
 from osum_echat.serving.page.conversation import Conversation, Form, make_ask, past_turns, sentence
 from osum_echat.serving.page.live_sound import LiveSound
@@ -311,7 +312,7 @@ class Page:
         if not wav or turn.error:
             return ""
         try:
-            words = shared.engine.run(lambda: picture.words_of(shared.echat, wav)).result()
+            words = shared.engine.run(lambda: words_of(shared.echat, wav)).result()
             return picture.draw(language, wav, words, turn.think)
         except ValueError as error:
             log.info("no picture of a recording: %s", error)

@@ -7,8 +7,6 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,43 +14,11 @@ import numpy.typing as npt
 from osum_echat.audio.features import LogMel
 from osum_echat.audio.io import to_mono_16k
 from osum_echat.dialogue.think import Think
-from osum_echat.rates import POSITIONS_PER_SECOND
+from osum_echat.pipeline.words import Word
 from osum_echat.serving.page.messages import TAGS, value_text
 from osum_echat.serving.page.texts import text
 
-if TYPE_CHECKING:
-    from osum_echat.pipeline import EChat
-
 WIDTH, HEIGHT, WORDS = 900, 150, 46
-
-
-@dataclass(frozen=True)
-class Word:
-    """A word and when it begins, in seconds."""
-
-    text: str
-    start: float
-
-
-def words_of(echat: EChat, wav: str) -> list[Word]:
-    """The words that the CTC head heard, with their beginnings; none for a checkpoint without a CTC head. Needs the
-    model's thread."""
-    ctc = echat.model.ctc
-    if ctc is None:
-        return []
-    [heard] = echat.hear([wav])
-    if heard.ctc_log_probs_NPC is None:
-        return []
-    best_P = heard.ctc_log_probs_NPC[0].argmax(dim=1).tolist()
-    begins = [p for p, label in enumerate(best_P) if label != ctc.blank and (p == 0 or best_P[p - 1] != label)]
-    words: list[Word] = []
-    for p in begins:
-        piece = echat.tokenizer.decode([best_P[p]])
-        if piece.startswith(" ") or not words:
-            words.append(Word(piece.strip(), p / POSITIONS_PER_SECOND))
-        else:
-            words[-1] = Word(words[-1].text + piece.strip(), words[-1].start)
-    return [word for word in words if word.text]
 
 
 def spectrogram_png(samples: npt.NDArray[np.float32]) -> bytes:
