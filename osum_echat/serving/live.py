@@ -21,7 +21,6 @@ from osum_echat.dialogue.tokens import encode
 from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.engine import EngineFull, Load
 from osum_echat.generation.events import Done, SpeechToken, TextDelta, ThinkDelta
-from osum_echat.generation.events import Event as RowEvent
 from osum_echat.generation.request import Request, TooLong, build_request
 from osum_echat.generation.session import Session
 from osum_echat.pipeline import Ask, parts
@@ -197,17 +196,8 @@ class LiveModel:
             return
         session.replace_past(*self._past(past))
         reading = session.past_request(last)
-        if reading is None:
-            return
-
-        def done(event: RowEvent) -> None:
-            if isinstance(event, Done):
-                memory.keep(reading.cache)
-
-        try:
-            self.engine.submit(reading, done, read_only=True)
-        except (EngineFull, TooLong) as error:
-            log.info("the past of a dialogue is read with its next turn: %s", error)
+        if reading is not None:
+            self.shared.read_past(reading, memory.keep)
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 

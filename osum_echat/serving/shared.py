@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from osum_echat.generation.cache import KeptCache
 from osum_echat.generation.engine import EngineFull, EngineLimits, Load, Ticket
 from osum_echat.generation.events import Done, Event, SpeechToken, TextDelta
 from osum_echat.generation.request import Request, TooLong
@@ -308,6 +309,19 @@ class SharedEChat:
         made.begin(request)
         return made
 
+    def read_past(self, reading: Request, keep: Callable[[KeptCache | None], None]) -> None:
+        """Read the past of a dialogue as its next turn will show it, while nobody waits; ``keep`` gets what was read, on
+        the model's thread. Where there is no room it is read with that turn."""
+
+        def done(event: Event) -> None:
+            if isinstance(event, Done):
+                keep(reading.cache)
+
+        try:
+            self.engine.submit(reading, done, read_only=True)
+        except (EngineFull, TooLong) as error:
+            log.info("the past of a dialogue is read with its next turn: %s", error)
+
     # ---- what the page asks ------------------------------------------------------------------------------------------
 
     def dialogue(self, max_turns: int = 5) -> Dialogue:
@@ -372,14 +386,11 @@ class SharedEChat:
         if reading is None:
             return
 
-        def keep(_: Event) -> None:
-            memory.kept = reading.cache
+        def keep(cache: KeptCache | None) -> None:
+            memory.kept = cache
             self.engine.remember(memory)
 
-        try:
-            self.engine.submit(reading, keep, read_only=True)
-        except (EngineFull, TooLong) as error:  # the answer is whole; its past is read with the next turn
-            log.info("the past of a dialogue is read with its next turn: %s", error)
+        self.read_past(reading, keep)
 
 
 def together(waiting: list[tuple[Samples, Future[AudioFeatures]]]) -> Iterator[list[tuple[Samples, Future[AudioFeatures]]]]:
