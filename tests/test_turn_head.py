@@ -82,7 +82,7 @@ def test_without_a_head_nothing_is_said() -> None:
 # As turn detection asks it -----------------------------------------------------------------------------------------------------------
 
 
-class Ears:
+class FixedHearing:
     """Hears with these probabilities, in the order of `LABELS`; an exception is raised instead."""
 
     def __init__(self, *answers: tuple[float, ...] | Exception) -> None:
@@ -99,14 +99,14 @@ class Ears:
         return future
 
 
-def test_finished_is_what_is_neither_a_pause_nor_a_plea_for_time() -> None:
-    detector = TurnHeadDetector(Ears((0.5, 0.2, 0.2, 0.1), (0.1, 0.1, 0.7, 0.1)), LABELS)
+def test_finished_is_what_is_neither_a_pause_nor_a_request_to_wait() -> None:
+    detector = TurnHeadDetector(FixedHearing((0.5, 0.2, 0.2, 0.1), (0.1, 0.1, 0.7, 0.1)), LABELS)
     assert detector(np.zeros(1600, np.float32)) == pytest.approx(0.7)
     assert detector.backchannel(np.zeros(1600, np.float32)) == pytest.approx(0.7)
 
 
 def test_what_was_heard_is_kept_for_the_answer_once_and_only_for_these_samples() -> None:
-    detector = TurnHeadDetector(Ears((0.7, 0.1, 0.1, 0.1)), LABELS)
+    detector = TurnHeadDetector(FixedHearing((0.7, 0.1, 0.1, 0.1)), LABELS)
     turn = np.arange(1600, dtype=np.float32)
     detector(turn)
     assert detector.take(turn[:-1]) is None
@@ -116,7 +116,7 @@ def test_what_was_heard_is_kept_for_the_answer_once_and_only_for_these_samples()
 
 def test_what_is_kept_has_a_bound() -> None:
     count = 100
-    detector = TurnHeadDetector(Ears(*[(0.7, 0.1, 0.1, 0.1)] * count), LABELS)
+    detector = TurnHeadDetector(FixedHearing(*[(0.7, 0.1, 0.1, 0.1)] * count), LABELS)
     turns = [np.full(320, n, np.float32) for n in range(count)]
     for turn in turns:
         detector(turn)
@@ -125,12 +125,12 @@ def test_what_is_kept_has_a_bound() -> None:
 
 
 def test_a_turn_that_cannot_be_heard_is_left_to_the_limits_of_silence() -> None:
-    detector = TurnHeadDetector(Ears(ValueError("too short"), ValueError("too short")), LABELS)
+    detector = TurnHeadDetector(FixedHearing(ValueError("too short"), ValueError("too short")), LABELS)
     assert detector(np.zeros(10, np.float32)) == 0 and detector.backchannel(np.zeros(10, np.float32)) == 0
 
 
 def test_a_server_takes_the_head_where_there_is_one_and_what_it_is_told() -> None:
-    detector = TurnHeadDetector(Ears(), LABELS)
+    detector = TurnHeadDetector(FixedHearing(), LABELS)
     assert TurnModels.load(detector).end_of_turn is detector
     assert TurnModels.load(detector).backchannel == detector.backchannel
     assert isinstance(TurnModels.load(detector, "smart-turn").end_of_turn, SmartTurn)

@@ -38,30 +38,35 @@ class TurnHeadDetector:
 
     def __call__(self, turn: Samples) -> float:
         """Probability that the speaker has finished: neither inside a sentence, nor asking for time."""
-        found = self._probabilities(turn)
-        return 0.0 if found is None else 1.0 - found["incomplete"] - found["wait"]
+        heard = self._heard(turn)
+        if heard is None:
+            return 0.0
+        with self._lock:
+            self._kept[_digest(turn)] = heard
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        found = self._probabilities(heard)
+        return 1.0 - found["incomplete"] - found["wait"]
 
     def backchannel(self, speech: Samples) -> float:
         """Probability that this is a listener's "mm-hm"."""
-        found = self._probabilities(speech)
-        return 0.0 if found is None else found["backchannel"]
+        heard = self._heard(speech)
+        return 0.0 if heard is None else self._probabilities(heard)["backchannel"]
 
     def take(self, turn: Samples) -> AudioFeatures | None:
         """What was heard of exactly these samples, once."""
         with self._lock:
             return self._kept.pop(_digest(turn), None)
 
-    def _probabilities(self, turn: Samples) -> dict[str, float] | None:
+    def _heard(self, turn: Samples) -> AudioFeatures | None:
         """None where the model cannot hear this (too short, or closing down): the limits of silence decide then."""
         try:
-            heard = self._hear(turn).result()
+            return self._hear(turn).result()
         except (ValueError, EngineFull):
             return None
+
+    def _probabilities(self, heard: AudioFeatures) -> dict[str, float]:
         assert heard.turn_logits_NC is not None, "a checkpoint without a turn head"
-        with self._lock:
-            self._kept[_digest(turn)] = heard
-            while len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
         return dict(zip(self._labels, heard.turn_logits_NC[0].softmax(dim=0).tolist(), strict=True))
 
 

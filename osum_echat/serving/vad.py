@@ -152,9 +152,6 @@ class TurnModels:
             ValueError: for what is asked for and not there.
         """
         vad = models.read(models.VAD)
-        turn = (
-            models.read(models.END_OF_TURN) if end_of_turn == "smart-turn" or (end_of_turn == "auto" and head is None) else None
-        )
         if end_of_turn == "head" and head is None:
             raise ValueError("this checkpoint has no turn head; take --end-of-turn smart-turn")
         if vad is None:
@@ -164,6 +161,7 @@ class TurnModels:
         name = "energy" if vad is None else "silero"
         if head is not None and end_of_turn in ("auto", "head"):
             return cls(new_vad, head, (name, "the checkpoint's turn head"), head.backchannel)
+        turn = None if end_of_turn == "silence" else models.read(models.END_OF_TURN)
         if turn is not None:
             return cls(new_vad, SmartTurn(_session(turn)), (name, "smart-turn v3.2"))
         if end_of_turn != "silence":

@@ -121,8 +121,7 @@ class TurnDetector:
         self._last_voice = 0
         self.speaking = False  # confirmed
         self._asked = False
-        self._longer = False  # it sounds like a backchannel so far
-        self._asked_backchannel = False
+        self._backchannel: bool | None = None  # whether it sounds like one; None: nobody has been asked
 
     # ---- what the session does ---------------------------------------------------------------------------------------
 
@@ -196,14 +195,13 @@ class TurnDetector:
             self._stop(moves)
 
     def _confirm(self, moves: list[Move]) -> None:
-        needed = self.rules.barge_in_ms * (2 if self._longer else 1) if self.playing else self.rules.confirm_ms
+        needed = self.rules.barge_in_ms * (2 if self._backchannel else 1) if self.playing else self.rules.confirm_ms
         if self.speaking or self._voiced < samples_of(needed):
             return
-        if self.playing and self.backchannel is not None and self.rules.mode == "semantic_vad" and not self._asked_backchannel:
-            self._asked_backchannel = True
-            first = self._turn_start() - self._start
-            self._longer = self.backchannel(self._buffer[first : self._frames - self._start]) >= 0.5
-            if self._longer:
+        semantic = self.playing and self.rules.mode == "semantic_vad"
+        if semantic and self.backchannel is not None and self._backchannel is None:
+            self._backchannel = self.backchannel(self._turn()[1]) >= 0.5
+            if self._backchannel:
                 return
         self.speaking = True
         moves.append(Started(self._turn_start(), self._frames))
