@@ -7,19 +7,16 @@ const agent = new RealtimeAgent({ name: "Friend", instructions: "Be kind." });
 const transport = new OpenAIRealtimeWebSocket({ url: `${url}?model=gpt-realtime` });
 const session = new RealtimeSession(agent, { transport, model: "gpt-realtime" });
 session.on("error", (error) => report.errors.push(JSON.stringify(error)));
-session.on("audio", ({ data }) => {
-  report.current += data.byteLength / 2 / RATE;
-  report.audio_seconds += data.byteLength / 2 / RATE;
-});
-session.on("audio_interrupted", () => { report.interrupted += report.current > 0 && report.turns > report.completed; });
+session.on("audio", ({ data }) => report.sounds(data.byteLength / 2 / RATE));
+session.on("audio_interrupted", () => report.over());
 session.on("history_updated", (history) => {
   const said = (role) => history.filter((i) => i.type === "message" && i.role === role).flatMap((i) => i.content.map((c) => c.transcript)).filter(Boolean);
   report.transcripts = said("user");
   report.answers = said("assistant");
 });
 transport.on("*", (event) => {
-  if (event.type === "response.created") { report.turns++; report.current = 0; }
-  if (event.type === "response.done") report.completed += event.response.status === "completed";
+  if (event.type === "response.created") report.begins();
+  if (event.type === "response.done" && event.response.status === "completed") report.ended();
 });
 await session.connect({ apiKey: "sk-test", url: `${url}?model=gpt-realtime` });
 await threeTurns(new Microphone((data) => session.sendAudio(data.buffer.slice(data.byteOffset, data.byteOffset + data.length))), report);

@@ -10,7 +10,7 @@ from dialogue import RATE, Microphone, Report, arguments, three_turns
 
 async def main() -> None:
     url, speech = arguments()
-    report, seconds = Report("openai-agents"), [0.0]
+    report = Report("openai-agents")
     agent = RealtimeAgent(name="Friend", instructions="Be kind.")
     runner = RealtimeRunner(agent, config={"model_settings": {"model_name": "gpt-realtime"}})
     async with await runner.run(model_config={"url": f"{url}?model=gpt-realtime", "api_key": "sk-test"}) as session:
@@ -18,18 +18,17 @@ async def main() -> None:
         async def listen() -> None:
             async for event in session:
                 if event.type == "audio":
-                    length = len(event.audio.data) / 2 / RATE
-                    seconds[0], report.audio_seconds = seconds[0] + length, report.audio_seconds + length
+                    report.sounds(len(event.audio.data) / 2 / RATE)
                 elif event.type == "audio_interrupted":
-                    report.interrupted += seconds[0] > 0 and report.turns > report.completed
+                    report.over()
                 elif event.type == "error":
                     report.errors.append(str(event.error))
                 elif event.type == "raw_model_event" and event.data.type == "raw_server_event":
                     data = event.data.data
                     if data["type"] == "response.created":
-                        report.turns, seconds[0] = report.turns + 1, 0.0
-                    elif data["type"] == "response.done":
-                        report.completed += data["response"]["status"] == "completed"
+                        report.begins()
+                    elif data["type"] == "response.done" and data["response"]["status"] == "completed":
+                        report.ended()
                 elif event.type == "history_updated":
                     said = [
                         c.transcript
@@ -42,7 +41,7 @@ async def main() -> None:
 
         microphone = Microphone(speech, session.send_audio)
         tasks = [asyncio.create_task(microphone.run()), asyncio.create_task(listen())]
-        await three_turns(microphone, report, lambda: seconds[0])
+        await three_turns(microphone, report)
         report.transcripts = report.answers[:1]
         for task in tasks:
             task.cancel()

@@ -7,7 +7,24 @@ export const speech = readFileSync(wav).subarray(44);
 export const sleep = (seconds) => new Promise((done) => setTimeout(done, seconds * 1000));
 
 export function newReport(client) {
-  return { client, turns: 0, interrupted: 0, completed: 0, audio_seconds: 0, transcripts: [], answers: [], errors: [], current: 0 };
+  return {
+    client, turns: 0, interrupted: 0, completed: 0, audio_seconds: 0, transcripts: [], answers: [], errors: [],
+    answering: false, seconds: 0, plays_until: 0,
+    begins() { this.turns++; this.answering = true; this.seconds = 0; },
+    sounds(seconds) {
+      this.seconds += seconds;
+      this.audio_seconds += seconds;
+      this.plays_until = Math.max(this.plays_until, performance.now()) + 1000 * seconds;
+    },
+    ended() { if (this.answering) { this.answering = false; this.completed++; } },
+    over() {
+      if (!this.seconds || !(this.answering || performance.now() < this.plays_until)) return;
+      this.interrupted++;
+      if (!this.answering) this.completed--;
+      this.answering = false;
+      this.plays_until = 0;
+    },
+  };
 }
 
 export class Microphone {
@@ -44,7 +61,7 @@ export async function threeTurns(microphone, report) {
   await until(() => report.completed >= 1, "the first answer");
   await sleep(2.5);
   microphone.say();
-  await until(() => report.turns >= 2 && report.current > 0.2, "the second answer");
+  await until(() => report.turns >= 2 && report.seconds > 0.2, "the second answer");
   microphone.say();
   await until(() => report.interrupted >= 1, "the interruption");
   await until(() => report.completed >= 2, "the third answer");

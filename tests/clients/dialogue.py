@@ -20,7 +20,11 @@ PIECE = 960  # samples: 40 ms
 
 @dataclass
 class Report:
-    """``turns``: answers that began; ``interrupted``: of those; ``completed``: that ended by themselves; ``errors``: what the client calls one."""
+    """``turns``: answers that began; ``interrupted``: of those; ``completed``: that ended by themselves; ``errors``: what the client calls one.
+
+    A server may have sent an answer to its end long before it has been played: speech over it interrupts it all the same (a client stops playing).
+    ``sounds``, ``ended`` and ``over`` keep the counts so.
+    """
 
     client: str
     turns: int = 0
@@ -30,6 +34,33 @@ class Report:
     transcripts: list[str] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    answering: bool = False
+    seconds: float = 0.0  # of the current answer
+    plays_until: float = 0.0
+
+    def begins(self) -> None:
+        """An answer begins."""
+        self.turns, self.answering, self.seconds = self.turns + 1, True, 0.0
+
+    def sounds(self, seconds: float) -> None:
+        """So much of it came."""
+        self.seconds, self.audio_seconds = self.seconds + seconds, self.audio_seconds + seconds
+        self.plays_until = max(self.plays_until, time.monotonic()) + seconds
+
+    def ended(self) -> None:
+        """All of it has been sent."""
+        if self.answering:
+            self.answering, self.completed = False, self.completed + 1
+
+    def over(self) -> bool:
+        """Speech over an answer that is being made or played: whether there was one, which is interrupted now."""
+        playing = time.monotonic() < self.plays_until
+        if self.seconds == 0 or not (self.answering or playing):
+            return False
+        self.interrupted += 1
+        self.completed -= not self.answering  # it has been sent to its end, and is not played to it
+        self.answering, self.plays_until = False, 0.0
+        return True
 
     def finish(self) -> None:
         print(json.dumps(asdict(self)), flush=True)
@@ -92,14 +123,14 @@ async def until(test: Callable[[], object], what: str, seconds: float = 40.0) ->
         await asyncio.sleep(0.02)
 
 
-async def three_turns(microphone: Microphone, report: Report, speaking: Callable[[], float]) -> None:
-    """Turn one is answered; turn two is interrupted by turn three, which is answered. ``speaking``: seconds of sound of the current answer."""
+async def three_turns(microphone: Microphone, report: Report) -> None:
+    """Turn one is answered; turn two is interrupted by turn three, which is answered."""
     await asyncio.sleep(0.5)
     microphone.say()
     await until(lambda: report.completed >= 1, "the first answer")
     await asyncio.sleep(2.5)  # it is played
     microphone.say()
-    await until(lambda: report.turns >= 2 and speaking() > 0.2, "the second answer")
+    await until(lambda: report.turns >= 2 and report.seconds > 0.2, "the second answer")
     microphone.say()
     await until(lambda: report.interrupted >= 1, "the interruption")
     await until(lambda: report.completed >= 2, "the third answer")

@@ -25,11 +25,10 @@ class Transcripts(BaseObserver):
 async def main() -> None:
     url, speech = arguments()
     report = Report("examples/live_pipecat.py")
-    ear = Ear(report)
 
-    task = example("live_pipecat", url).conversation(Mouth(report), ear)
+    task = example("live_pipecat", url).conversation(Mouth(report), Ear(report))
     task.add_observer(Transcripts(report))
-    await hold(task, speech, report, greeting_and_three_turns(report, ear))
+    await hold(task, speech, report, greeting_and_three_turns(report))
 
 
 asyncio.run(main())

@@ -12,7 +12,7 @@ from livekit.plugins import openai
 
 async def main() -> None:
     url, speech = arguments()
-    report, seconds = Report("livekit-plugins-openai"), [0.0]
+    report = Report("livekit-plugins-openai")
     http = url.replace("ws://", "http://").removesuffix("/realtime")
     model = openai.realtime.RealtimeModel(model="gpt-realtime", voice="marin", base_url=http, api_key="sk-test")
     session = model.session()
@@ -23,7 +23,7 @@ async def main() -> None:
     await session.update_chat_ctx(context)
 
     async def read(generation: llm.GenerationCreatedEvent) -> None:
-        report.turns, seconds[0] = report.turns + 1, 0.0
+        report.begins()
         number, text = report.turns, ""
         async for message in generation.message_stream:
 
@@ -32,19 +32,16 @@ async def main() -> None:
 
             reading = asyncio.create_task(words())
             async for frame in message.audio_stream:
-                length = frame.samples_per_channel / frame.sample_rate
-                seconds[0], report.audio_seconds = seconds[0] + length, report.audio_seconds + length
+                report.sounds(frame.samples_per_channel / frame.sample_rate)
             text += await reading
         report.answers.append(text)
-        report.completed += number not in cut
+        if number == report.turns:
+            report.ended()
 
-    cut: set[int] = set()
     tasks: list[asyncio.Task[None]] = []
 
     def started(_: llm.InputSpeechStartedEvent) -> None:
-        if seconds[0] > 0 and report.turns > report.completed + report.interrupted:
-            report.interrupted += 1
-            cut.add(report.turns)
+        if report.over():
             session.interrupt()
 
     def transcribed(event: llm.InputTranscriptionCompleted) -> None:
@@ -60,14 +57,13 @@ async def main() -> None:
     await until(lambda: report.completed, "the greeting")
     await asyncio.sleep(3.0)  # it is played
     report.turns = report.completed = report.interrupted = 0
-    cut.clear()
 
     async def send(data: bytes) -> None:
         session.push_audio(rtc.AudioFrame(data, RATE, 1, len(data) // 2))
 
     microphone = Microphone(speech, send)
     sending = asyncio.create_task(microphone.run())
-    await three_turns(microphone, report, lambda: seconds[0])
+    await three_turns(microphone, report)
     sending.cancel()
     await session.aclose()
     await model.aclose()

@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 
 async def main() -> None:
     url, speech = arguments()
-    report, seconds = Report("openai"), [0.0]
+    report = Report("openai")
     client = AsyncOpenAI(api_key="sk-test", base_url=url.replace("ws://", "http://").removesuffix("/realtime"))
     async with client.realtime.connect(model="gpt-realtime") as connection:
 
@@ -21,24 +21,25 @@ async def main() -> None:
         async def listen() -> None:
             async for event in connection:
                 if event.type == "response.created":
-                    report.turns, seconds[0] = report.turns + 1, 0.0
+                    report.begins()
                 elif event.type == "response.output_audio.delta":
-                    length = len(base64.b64decode(event.delta)) / 2 / RATE
-                    seconds[0], report.audio_seconds = seconds[0] + length, report.audio_seconds + length
+                    report.sounds(len(base64.b64decode(event.delta)) / 2 / RATE)
+                elif event.type == "input_audio_buffer.speech_started":
+                    report.over()
                 elif event.type == "response.output_audio_transcript.done":
                     report.answers.append(event.transcript)
                 elif event.type == "conversation.item.input_audio_transcription.completed":
                     report.transcripts.append(event.transcript)
                 elif event.type == "response.done":
-                    report.completed += event.response.status == "completed"
-                    report.interrupted += event.response.status == "cancelled"
+                    if event.response.status == "completed":
+                        report.ended()
                 elif event.type == "error":
                     report.errors.append(event.error.message)
 
         microphone = Microphone(speech, send)
         tasks = [asyncio.create_task(microphone.run()), asyncio.create_task(listen())]
         await connection.session.update(session={"type": "realtime", "output_modalities": ["audio"], "instructions": "Be kind."})
-        await three_turns(microphone, report, lambda: seconds[0])
+        await three_turns(microphone, report)
         for task in tasks:
             task.cancel()
     report.finish()

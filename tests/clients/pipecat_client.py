@@ -24,9 +24,8 @@ async def main() -> None:
         model="gpt-realtime", system_instruction="Be kind.", session_properties=SessionProperties(audio=audio)
     )
     service = OpenAIRealtimeLLMService(api_key="sk-test", base_url=url, settings=settings)
-    ear = Ear(report)
 
-    await hold(pipeline(service, Mouth(report), ear, greeting=True), speech, report, greeting_and_three_turns(report, ear))
+    await hold(pipeline(service, Mouth(report), Ear(report), greeting=True), speech, report, greeting_and_three_turns(report))
 
 
 asyncio.run(main())

@@ -45,24 +45,18 @@ class Mouth(FrameProcessor):
 
 
 class Ear(Mouth):
-    """Behind the service: answers begin, sound, are interrupted and end here. ``seconds``: sound of the current answer."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__(report)
-        self.seconds = 0.0
-        self.answering = False
+    """Behind the service: answers begin, sound, are interrupted and end here."""
 
     async def process_frame(self, frame: Frame, direction: FrameDirection) -> None:
         report = self.report
         if isinstance(frame, TTSStartedFrame):
-            report.turns, self.seconds, self.answering = report.turns + 1, 0.0, True
+            report.begins()
         elif isinstance(frame, OutputAudioRawFrame):
-            length = len(frame.audio) / 2 / frame.sample_rate
-            self.seconds, report.audio_seconds = self.seconds + length, report.audio_seconds + length
+            report.sounds(len(frame.audio) / 2 / frame.sample_rate)
         elif isinstance(frame, InterruptionFrame):
-            report.interrupted, self.answering = report.interrupted + self.answering, False
-        elif isinstance(frame, TTSStoppedFrame) and self.answering:
-            report.completed, self.answering = report.completed + 1, False
+            report.over()
+        elif isinstance(frame, TTSStoppedFrame):
+            report.ended()
         await super().process_frame(frame, direction)
 
 
@@ -77,7 +71,7 @@ def pipeline(service: FrameProcessor, mouth: Mouth, ear: Ear, greeting: bool) ->
     )
 
 
-def greeting_and_three_turns(report: Report, ear: Ear) -> Talk:
+def greeting_and_three_turns(report: Report) -> Talk:
     """The service greets; behind that `three_turns`."""
 
     async def talk(task: PipelineTask, microphone: Microphone) -> None:
@@ -86,7 +80,7 @@ def greeting_and_three_turns(report: Report, ear: Ear) -> Talk:
         await asyncio.sleep(3.0)  # it is played
         report.turns = report.completed = report.interrupted = 0
         microphone.start()
-        await three_turns(microphone, report, lambda: ear.seconds)
+        await three_turns(microphone, report)
 
     return talk
 
