@@ -4,11 +4,13 @@
     python benchmarks/live.py                    # starts a server of its own; some minutes
     python benchmarks/live.py --quick --json     # one round of each; one JSON object
     python benchmarks/live.py --pool             # only the pool of voices, without a server
+    python benchmarks/live.py --stops            # only the stop times
     python benchmarks/live.py --out live.json    # written after each case, so that a run that is cut short leaves what it has found
 
 First sound is counted from the moment the turn is committed (push to talk, so that no silence is in it) to the first delta of sound, by the client's
 clock, for each form of thought, with 1, 4 and 16 sessions that speak at the same moment; the silences inside their answers are counted by the
-server. Stop time is counted from the message that completes the confirmed speech to `response.done`. The time that turn detection takes is shown apart.
+server. Stop time is counted from the message that completes the confirmed speech to `response.done`, or to `speech_started` where all of the answer has
+been sent and is being played. The time that turn detection takes is shown apart.
 What a session costs in the pool of voices is its time, with one worker and with one a core, and its processor time. Numbers of one run belong
 together; machines differ.
 """
@@ -63,12 +65,12 @@ class Talker:
         await self.socket.send(json.dumps({"type": "session.update", "session": session}))
         await self.until("session.updated")
 
-    async def until(self, kind: str) -> dict[str, Any]:
+    async def until(self, *kinds: str) -> dict[str, Any]:
         while True:
-            event = json.loads(await asyncio.wait_for(self.socket.recv(), 120))
+            event: dict[str, Any] = json.loads(await asyncio.wait_for(self.socket.recv(), 120))
             if event["type"] == "error":
                 raise RuntimeError(event["error"]["message"])
-            if event["type"] == kind:
+            if event["type"] in kinds:
                 return event
 
     async def turn(self, start: asyncio.Event) -> float:
@@ -84,13 +86,15 @@ class Talker:
         await self.until("response.done")
         return first
 
-    async def interruption(self) -> float:
-        """Speak over an answer; seconds from the message that completes what confirms it to the end of the response."""
+    async def interruption(self, at_once: bool) -> tuple[float, bool]:
+        """Speak over an answer, from its first sound or (``at_once``) from when it is asked for; seconds from the message that completes what confirms it to the moment at which nothing more is said, and whether
+        the answer was still being made: then that moment is the end of the response, else (all of it had been sent, and was being played) the event
+        at which clients stop playing."""
         for message in appends(self.speech):
             await self.socket.send(message)
         await self.socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
         await self.socket.send(json.dumps({"type": "response.create"}))
-        await self.until("response.output_audio.delta")
+        await self.until("response.created" if at_once else "response.output_audio.delta")
         sent: list[float] = []
 
         async def speak() -> None:
@@ -100,12 +104,16 @@ class Talker:
                 await asyncio.sleep(PIECE / 24000)
 
         speaking = asyncio.create_task(speak())
-        started = await self.until("input_audio_buffer.speech_started")
-        done = await self.until("response.done")
+        first = await self.until("input_audio_buffer.speech_started", "response.done")
+        in_progress = first["type"] == "input_audio_buffer.speech_started"
+        if in_progress:
+            done = await self.until("response.done")
+            assert done["response"]["status"] == "cancelled", done
+        else:
+            await self.until("input_audio_buffer.speech_started")
         ended = time.perf_counter()
         speaking.cancel()
-        assert done["response"]["status"] in ("cancelled", "completed"), started
-        return ended - sent[-1]
+        return ended - sent[-1], in_progress
 
     async def close(self) -> None:
         await self.socket.close()
@@ -128,12 +136,12 @@ async def first_sounds(address: str, speech: np.ndarray, think: str | None, sess
     return found
 
 
-async def stops(address: str, speech: np.ndarray, count: int) -> list[float]:
+async def stops(address: str, speech: np.ndarray, count: int) -> list[tuple[float, bool]]:
     found = []
-    for _ in range(count):
+    for number in range(count):
         talker = Talker(address, speech)
         await talker.open(None, {"type": "server_vad", "create_response": False})
-        found.append(await talker.interruption())
+        found.append(await talker.interruption(at_once=number % 2 == 0))
         await talker.close()
     return found
 
@@ -202,10 +210,29 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-async def measure(address: str, rounds: int, quick: bool, result: dict[str, Any], keep: Callable[[], None]) -> None:
+async def measure(
+    address: str, rounds: int, quick: bool, only_stops: bool, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
     """Into ``result``; ``keep`` is called after each case."""
     speech = soxr.resample(to_mono_16k(SPEECH), 16000, 24000)
     await first_sounds(address, speech, None, 1, 2)  # warm
+    if not only_stops:
+        await measure_first_sounds(address, speech, rounds, quick, result, keep)
+    stopped = await stops(address, speech, 5 if quick else 6 * rounds)
+    result["stop"] = spread([seconds for seconds, _ in stopped])
+    result["stop_in_progress"] = {
+        "interruptions": len(stopped),
+        "while_being_made": sum(in_progress for _, in_progress in stopped),
+    }
+    result["stop_inside"] = round(
+        metric(address, "barge_in_stop_seconds_sum") / max(metric(address, "barge_in_stop_seconds_count"), 1), 4
+    )
+    keep()
+
+
+async def measure_first_sounds(
+    address: str, speech: np.ndarray, rounds: int, quick: bool, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
     result |= {"first_sound": {}, "server_first_sound": {}, "gaps": {}}
     inside = ("time_to_first_audio_seconds_sum", "time_to_first_audio_seconds_count")
     for think in (None, "tag", "language"):
@@ -219,11 +246,6 @@ async def measure(address: str, rounds: int, quick: bool, result: dict[str, Any]
             result["server_first_sound"][case] = round(total / max(count, 1), 3)
             result["gaps"][case] = {"answers": len(found), "gaps": round(gaps), "seconds": round(seconds, 2)}
             keep()
-    result["stop"] = spread(await stops(address, speech, 5 if quick else 6 * rounds))
-    result["stop_inside"] = round(
-        metric(address, "barge_in_stop_seconds_sum") / max(metric(address, "barge_in_stop_seconds_count"), 1), 4
-    )
-    keep()
 
 
 def main() -> int:
@@ -232,6 +254,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (4 times as many of one session; default: 3)")
     parser.add_argument("--quick", action="store_true", help="one round, thoughts with one session only")
     parser.add_argument("--pool", action="store_true")
+    parser.add_argument("--stops", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the JSON object")
     args = parser.parse_args()
@@ -252,7 +275,10 @@ def main() -> int:
 
     if not args.pool:
         with serving(args.threads) as address:
-            asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick, result, keep))
+            asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick, args.stops, result, keep))
+    if args.stops:
+        print(json.dumps(result) if args.json else json.dumps(result, indent=2))
+        return 0
     result["turn_detection"] = turn_detection()
     result["voices"] = []
     for workers in sorted({1, os.cpu_count() or 1}):
