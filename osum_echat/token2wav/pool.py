@@ -76,6 +76,11 @@ class PooledVoice:
             self._flow.add(self._codes.popleft())
         return self._flow.ready or (finished and not self._codes)
 
+    @property
+    def frames(self) -> int:
+        """Of the next window, about: which go together, and how many."""
+        return self._flow.window_frames
+
     def window(self) -> Window | None:
         """None: the reply ends without one."""
         if self.cancelled:
@@ -164,30 +169,23 @@ class StreamPool:
     def work(self) -> bool:
         """Solve the windows that are ready, in one call; whether there were any."""
         ready = [voice for voice in list(self._voices) if voice.ready()]
-        batch: list[tuple[PooledVoice, Window]] = []
+        batch, longest = list[PooledVoice](), 0
         for voice in ready:
-            try:
-                window = voice.window()
-            except ValueError as error:  # codes that the network does not have
-                self._drop(voice, error)
-                continue
-            if window is None:
-                self._drop(voice)
-            elif (len(batch) + 1) * max(
-                [window.condition.frames, *(w.condition.frames for _, w in batch)]
-            ) <= self.token2wav.batch_frames or not batch:
-                batch.append((voice, window))
+            frames = max(longest, voice.frames)
+            if (len(batch) + 1) * frames <= self.token2wav.batch_frames or not batch:
+                batch.append(voice)
+                longest = frames
         if batch:
             self._solve_shares(batch)
             with self._changed:  # those that were served go behind those that were not
-                served = [voice for voice, _ in batch if voice in self._voices]
+                served = [voice for voice in batch if voice in self._voices]
                 self._voices = [voice for voice in self._voices if voice not in served] + served
         return bool(ready)
 
-    def _solve_shares(self, batch: list[tuple[PooledVoice, Window]]) -> None:
-        """The windows, shared out among the workers; one worker is this thread. Windows of similar length go
-        together."""
-        ordered = sorted(batch, key=lambda entry: entry[1].condition.frames)
+    def _solve_shares(self, batch: list[PooledVoice]) -> None:
+        """The windows of these voices, shared out among the workers; one worker is this thread. Windows of similar
+        length go together."""
+        ordered = sorted(batch, key=lambda voice: voice.frames)
         size = -(-len(ordered) // self._shares)
         mine, *others = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         waiting = [self._workers.submit(self._solve, share) for share in others] if self._workers is not None else []
@@ -195,9 +193,26 @@ class StreamPool:
         for share in waiting:
             share.result()
 
+    def _windows(self, voices: list[PooledVoice]) -> list[tuple[PooledVoice, Window]]:
+        """Of each voice that has one; the others end."""
+        found = []
+        for voice in voices:
+            try:
+                window = voice.window()
+            except ValueError as error:  # codes that the network does not have
+                self._drop(voice, error)
+                continue
+            if window is None:
+                self._drop(voice)
+            else:
+                found.append((voice, window))
+        return found
+
     @torch.inference_mode()
-    def _solve(self, batch: list[tuple[PooledVoice, Window]]) -> None:
-        solver = self.solver
+    def _solve(self, voices: list[PooledVoice]) -> None:
+        solver, batch = self.solver, self._windows(voices)
+        if not batch:
+            return
         try:
             mels = self.token2wav.flow.solve(
                 [w.condition for _, w in batch], [w.noise_TM for _, w in batch], solver.steps, solver.guidance, solver.schedule

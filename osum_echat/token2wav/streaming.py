@@ -168,6 +168,12 @@ class FlowStream:
         """The tokens of the next window are there."""
         return self._kept + len(self._tokens) >= self._start + int(self._hop) + self.config.look_ahead
 
+    @property
+    def window_frames(self) -> int:
+        """Frames that the next window is solved over, the prompt's included."""
+        seen = min(self._start + int(self._hop) + self.config.look_ahead, self._kept + len(self._tokens))
+        return len(self.prompt.mel_TM) + mel_frames(seen, self._rate) - mel_frames(self._kept, self._rate)
+
     def window(self) -> Window:
         """The next window, which is `ready`."""
         end = self._start + int(self._hop)
