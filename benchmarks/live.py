@@ -87,9 +87,12 @@ class Talker:
         return first
 
     async def interruption(self, at_once: bool) -> tuple[float, bool]:
-        """Speak over an answer, from its first sound or (``at_once``) from when it is asked for; seconds from the message that completes what confirms it to the moment at which nothing more is said, and whether
-        the answer was still being made: then that moment is the end of the response, else (all of it had been sent, and was being played) the event
-        at which clients stop playing."""
+        """Speak over an answer, from its first sound or (``at_once``) from when it is asked for.
+
+        Returns seconds from the message that completes what confirms the speech to the moment at which nothing more is said, and whether the answer
+        was still being made. Then that moment is the end of the response, else (all of it had been sent, and was being played) the event at which
+        clients stop playing.
+        """
         for message in appends(self.speech):
             await self.socket.send(message)
         await self.socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
@@ -253,8 +256,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="of the server's language model (default: 1)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each kind (4 times as many of one session; default: 3)")
     parser.add_argument("--quick", action="store_true", help="one round, thoughts with one session only")
-    parser.add_argument("--pool", action="store_true")
-    parser.add_argument("--stops", action="store_true")
+    parser.add_argument("--pool", action="store_true", help="only the pool of voices, without a server")
+    parser.add_argument("--stops", action="store_true", help="only the stop times")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the JSON object")
     args = parser.parse_args()
@@ -276,14 +279,12 @@ def main() -> int:
     if not args.pool:
         with serving(args.threads) as address:
             asyncio.run(measure(address, 1 if args.quick else args.rounds, args.quick, args.stops, result, keep))
-    if args.stops:
-        print(json.dumps(result) if args.json else json.dumps(result, indent=2))
-        return 0
-    result["turn_detection"] = turn_detection()
-    result["voices"] = []
-    for workers in sorted({1, os.cpu_count() or 1}):
-        result["voices"].append(pool_cost((1, 4, 16), workers))
-        keep()
+    if not args.stops:
+        result["turn_detection"] = turn_detection()
+        result["voices"] = []
+        for workers in sorted({1, os.cpu_count() or 1}):
+            result["voices"].append(pool_cost((1, 4, 16), workers))
+            keep()
     print(json.dumps(result) if args.json else json.dumps(result, indent=2))
     return 0
 

@@ -100,6 +100,19 @@ def test_a_cancelled_reply_makes_no_more_sound_and_a_wrong_code_ends_its_reply_o
     assert len(sound(good_heard)) and len(pool) == 0
 
 
+def test_a_cancelled_reply_ends_in_one_call_however_many_windows_fill_it(
+    model: Token2Wav, speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Token2Wav, "batch_frames", 1)  # a call solves one window
+    pool = StreamPool(model)
+    (first, first_heard), (second, second_heard) = (listen(pool, speaker, i) for i in range(2))
+    for voice in (first, second):
+        voice.push(codes(60, 1))
+    second.cancel()
+    pool.work()
+    assert len(sound([*first_heard, None])) and second_heard == [None] and list(pool._voices) == [first]
+
+
 def test_the_thread_serves_and_closes(model: Token2Wav, speaker: Speaker) -> None:
     import threading
 

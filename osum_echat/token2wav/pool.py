@@ -78,8 +78,8 @@ class PooledVoice:
 
     @property
     def frames(self) -> int:
-        """Of the next window, about: which go together, and how many."""
-        return self._flow.window_frames
+        """Of the next window; 0: the reply ends without one."""
+        return 0 if self.cancelled else self._flow.window_frames
 
     def window(self) -> Window | None:
         """None: the reply ends without one."""
@@ -171,10 +171,12 @@ class StreamPool:
         ready = [voice for voice in list(self._voices) if voice.ready()]
         batch, longest = list[PooledVoice](), 0
         for voice in ready:
-            frames = max(longest, voice.frames)
-            if (len(batch) + 1) * frames <= self.token2wav.batch_frames or not batch:
+            frames = voice.frames
+            if not frames:  # nobody waits for the end behind windows of others
+                self._drop(voice)
+            elif (len(batch) + 1) * max(longest, frames) <= self.token2wav.batch_frames or not batch:
                 batch.append(voice)
-                longest = frames
+                longest = max(longest, frames)
         if batch:
             self._solve_shares(batch)
             with self._changed:  # those that were served go behind those that were not
@@ -194,7 +196,7 @@ class StreamPool:
             share.result()
 
     def _windows(self, voices: list[PooledVoice]) -> list[tuple[PooledVoice, Window]]:
-        """Of each voice that has one; the others end."""
+        """Of each voice that still has one (it may have been cancelled meanwhile); the others end."""
         found = []
         for voice in voices:
             try:

@@ -166,22 +166,23 @@ class FlowStream:
     @property
     def ready(self) -> bool:
         """The tokens of the next window are there."""
-        return self._kept + len(self._tokens) >= self._start + int(self._hop) + self.config.look_ahead
+        return self._total >= self._end + self.config.look_ahead
 
     @property
     def window_frames(self) -> int:
-        """Frames that the next window is solved over, the prompt's included."""
-        seen = min(self._start + int(self._hop) + self.config.look_ahead, self._kept + len(self._tokens))
+        """Frames that the next window is solved over, the prompt's included; 0 when no token is left for one."""
+        if self._total == self._start:
+            return 0
+        seen = min(self._end + self.config.look_ahead, self._total)
         return len(self.prompt.mel_TM) + mel_frames(seen, self._rate) - mel_frames(self._kept, self._rate)
 
     def window(self) -> Window:
         """The next window, which is `ready`."""
-        end = self._start + int(self._hop)
-        return self._window(end, end + self.config.look_ahead)
+        return self._window(self._end, self._end + self.config.look_ahead)
 
     def last_window(self) -> Window | None:
         """The window of all tokens that are left; None when there is nothing left to say."""
-        total = self._kept + len(self._tokens)
+        total = self._total
         if total == self._start:
             return None
         if self._start == 0:  # the whole reply is here
@@ -202,6 +203,16 @@ class FlowStream:
         del self._tokens[: max(0, forget)]
         self._kept += max(0, forget)
         return frames_TM
+
+    @property
+    def _total(self) -> int:
+        """Tokens that have come."""
+        return self._kept + len(self._tokens)
+
+    @property
+    def _end(self) -> int:
+        """Token behind the next window's own part, where that is a whole one."""
+        return self._start + int(self._hop)
 
     def _window(self, end: int, seen: int) -> Window:
         """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""

@@ -30,9 +30,8 @@ async def main() -> None:
                     report.answers.append(event.transcript)
                 elif event.type == "conversation.item.input_audio_transcription.completed":
                     report.transcripts.append(event.transcript)
-                elif event.type == "response.done":
-                    if event.response.status == "completed":
-                        report.ended()
+                elif event.type == "response.done" and event.response.status == "completed":
+                    report.ended()
                 elif event.type == "error":
                     report.errors.append(event.error.message)
 
