@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
@@ -28,7 +29,7 @@ SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max
 
 @pytest.fixture
 def model() -> Iterator[LiveModel]:
-    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
     made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT)))
     yield made
     made.close()
@@ -88,7 +89,7 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
 @pytest.fixture
 def speaking(tmp_path: Path) -> Iterator[LiveModel]:
     """With a token2wav."""
-    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
     token2wav = Token2Wav.load(write_directory(tmp_path / "tiny"), device="cpu")
     made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT, token2wav, recorded_speaker())))
     yield made

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
 import uvicorn
 
 from osum_echat.dialogue.dialect import Learnt
@@ -48,7 +49,7 @@ def without_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEChat]:
-    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
     folder = tmp_path_factory.mktemp("token2wav")
     write_directory(folder)
     found = SharedEChat(EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker())).start()

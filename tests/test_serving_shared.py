@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
@@ -25,7 +26,7 @@ SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max
 
 @pytest.fixture(scope="module")
 def echat(tmp_path_factory: pytest.TempPathFactory) -> EChat:
-    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
+    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
     folder = write_directory(tmp_path_factory.mktemp("token2wav") / "tiny")
     return EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker())
 

@@ -218,7 +218,8 @@ class Ask:
         task, prompt: of understanding: the task string, and an instruction instead of the task's own.
         think: let the model think first: ``tag`` or ``language``, the form that its checkpoint was trained for.
         speak: answer in speech as well. interleaved: text and speech in turns (6:18) instead of one after the other.
-        seed: the same seed gives the same reply, alone and in any company.
+        seed: the same seed gives the same reply, alone and in any company (in bfloat16 but for rounding, which differs
+            with the number of rows).
         greedy: take the most likely id at every step instead of sampling.
         speaker: another voice than the loaded one.
         temperature: of text and speech, instead of the checkpoint's own; 0 is greedy.
