@@ -260,10 +260,10 @@ def test_fast_convolution_equals_the_plain_one(
     snake, conv = Snake(channels), nn.Conv1d(channels, channels, taps, dilation=dilation, padding=(taps - 1) * dilation // 2)
     with torch.no_grad():
         snake.alpha.uniform_(0.5, 2.0)
-        x = torch.randn(frames, channels)
+        x_BTC = torch.randn(5, frames, channels)
         fast = FastConv(snake, conv)
         assert bool(fast.tile) == (channels == 96 and taps > 3)
-        assert (fast(x) - conv(snake(x.T[None]))[0].T).abs().max() < 1e-5
+        assert (fast(x_BTC) - conv(snake(x_BTC.transpose(1, 2))).transpose(1, 2)).abs().max() < 1e-5
 
 
 def test_fast_vocoder_equals_the_plain_one() -> None:

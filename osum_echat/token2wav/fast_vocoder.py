@@ -8,7 +8,8 @@ speed of matrix multiplication. Time is walked in blocks, with Snake applied to 
 The output is the plain convolution's to float32 rounding. The price is memory: transformed weights are 3 to 4 times
 larger.
 
-Shapes: T time steps, C channels, N tile, V = N - taps + 1 outputs of a tile, R = products for each tile (3 N / 2 - 1).
+Shapes: B pieces of one length, T time steps, C channels, N tile, V = N - taps + 1 outputs of a tile, R = products for
+each tile (3 N / 2 - 1).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ MIN_CHANNELS = 96
 """Below this the transforms cost more than they save."""
 
 BLOCK = 2800
-"""Time steps of a block: enough rows for matrix products to be efficient, few enough for its tiles to stay in a large
-cache."""
+"""Time steps of a block (of one piece, or of several short ones): enough rows for matrix products to be efficient, few
+enough for its tiles to stay in a large cache."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -78,7 +79,7 @@ class Scratch:
 
 
 class FastConv:
-    """Snake and one convolution of a resblock on [T, C]."""
+    """Snake and one convolution of a resblock on [B, T, C]."""
 
     def __init__(self, snake: Snake, conv: nn.Conv1d) -> None:
         self.alpha_C = snake.alpha.detach()
@@ -95,80 +96,83 @@ class FastConv:
         else:
             self.weight_OI1K = weight_OIK.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
-    def __call__(self, x_TC: Tensor, scratch: Scratch | None = None, out_TC: Tensor | None = None) -> Tensor:
-        """Convolution of snake(x), zero-padded to the same length, [T, C]; into ``out_TC`` (`padded` rows) if given and
-        tiled."""
-        frames, channels = x_TC.shape
+    def __call__(self, x_BTC: Tensor, scratch: Scratch | None = None, out_BTC: Tensor | None = None) -> Tensor:
+        """Convolution of snake(x), zero-padded to the same length, [B, T, C]; into ``out_BTC`` (`padded` time steps) if
+        given and tiled."""
+        batch, frames, channels = x_BTC.shape
         reach = (self.taps - 1) * self.dilation
-        scratch = scratch or Scratch(x_TC)
+        scratch = scratch or Scratch(x_BTC)
         if not self.tile:
-            return self._direct(x_TC, scratch)
+            return self._direct(x_BTC, scratch)
         # A block is a whole number of tiles for every dilation phase, so that blocks do not overlap.
         unit = self.dilation * (self.tile - self.taps + 1)
-        block = unit * max(1, BLOCK // unit)
-        rows = self.padded(frames)
-        out_TC = x_TC.new_empty(rows, channels) if out_TC is None else out_TC
-        for start in range(0, rows, block):
-            out = out_TC[start : start + block]
-            h_TC = scratch.take("snake", len(out) + reach, channels)
-            self._snake(x_TC, start - reach // 2, h_TC)
-            self._tiles(h_TC, out, scratch)
-        return out_TC[:frames]
+        length = self.padded(frames)
+        block = min(length, unit * max(1, BLOCK // unit))
+        together = max(1, BLOCK // block)
+        out_BTC = x_BTC.new_empty(batch, length, channels) if out_BTC is None else out_BTC
+        for pieces in range(0, batch, together):
+            for start in range(0, length, block):
+                out = out_BTC[pieces : pieces + together, start : start + block]
+                h_BTC = scratch.take("snake", len(out), out.shape[1] + reach, channels)
+                self._snake(x_BTC[pieces : pieces + together], start - reach // 2, h_BTC)
+                self._tiles(h_BTC, out, scratch)
+        return out_BTC[:, :frames]
 
     def padded(self, frames: int) -> int:
-        """Rows of an output of whole tiles."""
+        """Time steps of an output of whole tiles."""
         unit = self.dilation * (self.tile - self.taps + 1) if self.tile else 1
         return -(-frames // unit) * unit
 
-    def _snake(self, x_TC: Tensor, start: int, h_TC: Tensor) -> None:
-        """snake(x) from ``start`` on into ``h_TC``, zeros outside of the signal (Snake keeps zero)."""
-        piece = x_TC[max(0, start) : max(0, start + len(h_TC))]
-        before = max(0, -start)
-        h_TC[:before] = 0.0
-        h_TC[before + len(piece) :] = 0.0
-        inner = h_TC[before : before + len(piece)]
+    def _snake(self, x_BTC: Tensor, start: int, h_BTC: Tensor) -> None:
+        """snake(x) from ``start`` on into ``h_BTC``, zeros outside of the signal (Snake keeps zero)."""
+        piece = x_BTC[:, max(0, start) : max(0, start + h_BTC.shape[1])]
+        before, length = max(0, -start), piece.shape[1]
+        h_BTC[:, :before] = 0.0
+        h_BTC[:, before + length :] = 0.0
+        inner = h_BTC[:, before : before + length]
         torch.mul(piece, self.alpha_C, out=inner)
         inner.sin_().square_().mul_(self.scale_C).add_(piece)
 
-    def _tiles(self, h_TC: Tensor, out_TC: Tensor, scratch: Scratch) -> None:
+    def _tiles(self, h_BTC: Tensor, out_BTC: Tensor, scratch: Scratch) -> None:
         """Tiles of every dilation phase, their spectra, one matrix product each, and back."""
-        channels, dilation = h_TC.shape[1], self.dilation
-        valid, products = self.tile - self.taps + 1, len(self.into_RN)
-        rows = len(out_TC) // (valid * dilation)
-        step, width = dilation * channels, rows * dilation * channels
-        tiles = scratch.take("tiles", self.tile, rows, dilation, channels)
-        tiles.copy_(h_TC.as_strided(tiles.shape, (step, valid * step, channels, 1)))
+        batch, length, channels = h_BTC.shape
+        dilation, valid, products = self.dilation, self.tile - self.taps + 1, len(self.into_RN)
+        rows = out_BTC.shape[1] // (valid * dilation)
+        step, width = dilation * channels, batch * rows * dilation * channels
+        tiles = scratch.take("tiles", self.tile, batch, rows, dilation, channels)
+        tiles.copy_(h_BTC.as_strided(tiles.shape, (step, length * channels, valid * step, channels, 1)))
         spectra = torch.mm(self.into_RN, tiles.view(self.tile, width), out=scratch.take("spectra", products, width))
-        y = scratch.take("products", products, rows * dilation, channels)
+        y = scratch.take("products", products, batch * rows * dilation, channels)
         torch.bmm(spectra.view(y.shape), self.weight_RIO, out=y)
         y = torch.mm(self.back_VR, y.view(products, width), out=scratch.take("tiles", valid, width))
-        y = y.view(valid, rows, dilation, channels).transpose(0, 1)
-        torch.add(y, self.bias_C, out=out_TC.view(rows, valid, dilation, channels))
+        y = y.view(valid, batch, rows, dilation, channels).permute(1, 2, 0, 3, 4)
+        torch.add(y, self.bias_C, out=out_BTC.view(batch, rows, valid, dilation, channels))
 
-    def _direct(self, x_TC: Tensor, scratch: Scratch) -> Tensor:
+    def _direct(self, x_BTC: Tensor, scratch: Scratch) -> Tensor:
         """oneDNN's convolution: as an image of height 1 the layout is channels-last, its fast one."""
-        h_TC = scratch.take("whole", *x_TC.shape)
-        for start in range(0, len(x_TC), BLOCK):
-            self._snake(x_TC, start, h_TC[start : start + BLOCK])
-        image = h_TC.T[None, :, None]
+        h_BTC = scratch.take("whole", *x_BTC.shape)
+        for start in range(0, x_BTC.shape[1], BLOCK):
+            self._snake(x_BTC, start, h_BTC[:, start : start + BLOCK])
+        image = h_BTC.transpose(1, 2)[:, :, None]
         reach = (self.taps - 1) * self.dilation
         y = F.conv2d(image, self.weight_OI1K, self.bias_C, padding=(0, reach // 2), dilation=(1, self.dilation))
-        return y[0, :, 0].T
+        return y[:, :, 0].transpose(1, 2)
 
 
 class FastResBlock:
-    """A resblock on [T, C]."""
+    """A resblock on [B, T, C]."""
 
     def __init__(self, block: ResBlock) -> None:
         first = [FastConv(s, c) for s, c in zip(block.activations1, block.convs1, strict=True)]  # type: ignore[arg-type]
         second = [FastConv(s, c) for s, c in zip(block.activations2, block.convs2, strict=True)]  # type: ignore[arg-type]
         self.pairs = list(zip(first, second, strict=True))
 
-    def __call__(self, x_TC: Tensor, scratch: Scratch) -> Tensor:
+    def __call__(self, x_BTC: Tensor, scratch: Scratch) -> Tensor:
+        batch, frames, channels = x_BTC.shape
         for first, second in self.pairs:
-            between = scratch.take("between", first.padded(len(x_TC)), x_TC.shape[1])
-            x_TC = second(first(x_TC, scratch, between), scratch).add_(x_TC)
-        return x_TC
+            between = scratch.take("between", batch, first.padded(frames), channels)
+            x_BTC = second(first(x_BTC, scratch, between), scratch).add_(x_BTC)
+        return x_BTC
 
 
 class FastVocoder(Vocoder):
@@ -183,12 +187,9 @@ class FastVocoder(Vocoder):
 
     def stage(self, index: int, x_BCT: Tensor, source_BCT: Tensor) -> Tensor:
         kinds = len(self.config.resblock_kernel_sizes)
-        rows = []
-        for x_CT, source_CT in zip(x_BCT, source_BCT, strict=True):
-            scratch = Scratch(x_CT)
-            x_TC = self._fast_source[index](source_CT.T.contiguous(), scratch).add_(x_CT.T)
-            mixed = self._fast[index * kinds](x_TC, scratch)
-            for block in self._fast[index * kinds + 1 : (index + 1) * kinds]:
-                mixed = mixed.add_(block(x_TC, scratch))
-            rows.append(mixed.div_(kinds).T)
-        return torch.stack(rows)
+        scratch = Scratch(x_BCT)
+        x_BTC = self._fast_source[index](source_BCT.transpose(1, 2).contiguous(), scratch).add_(x_BCT.transpose(1, 2))
+        mixed = self._fast[index * kinds](x_BTC, scratch)
+        for block in self._fast[index * kinds + 1 : (index + 1) * kinds]:
+            mixed = mixed.add_(block(x_BTC, scratch))
+        return mixed.div_(kinds).transpose(1, 2)

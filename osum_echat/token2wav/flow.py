@@ -174,16 +174,23 @@ class FlowModel(nn.Module):
         self, tokens_N: Tensor | Sequence[int], prompt_tokens_P: Tensor, prompt_mel_TM: Tensor, spk_M: Tensor
     ) -> Condition:
         """The condition of one reply after one prompt (both prompt parts may be empty). Checks the ids."""
-        tokens_N = self.checked(tokens_N)
-        h_1LM = self.encode(torch.cat((prompt_tokens_P, tokens_N))[None])
-        prompt, count = h_1LM[:, : len(prompt_tokens_P)], len(prompt_mel_TM)
-        stretched = stretch_reply(h_1LM[:, len(prompt_tokens_P) :], self.config.input_frame_rate)
-        if len(prompt_tokens_P):
-            stretched = torch.cat((stretch(prompt, count), stretched), dim=1)
-        mu_TM = self.length_regulator(stretched)[0]
+        h_1LM = self.encode(torch.cat((prompt_tokens_P, self.checked(tokens_N)))[None])
+        mu_TM = self.length_regulator(self.stretch_whole(h_1LM, len(prompt_tokens_P), len(prompt_mel_TM)))[0]
+        return self.condition_of(mu_TM, prompt_mel_TM, spk_M)
+
+    def stretch_whole(self, h_1LM: Tensor, prompt_tokens: int, prompt_frames: int) -> Tensor:
+        """What `encode` made of so many tokens of the prompt and the whole reply, at mel rate."""
+        stretched = stretch_reply(h_1LM[:, prompt_tokens:], self.config.input_frame_rate)
+        if not prompt_tokens:
+            return stretched
+        return torch.cat((stretch(h_1LM[:, :prompt_tokens], prompt_frames), stretched), dim=1)
+
+    @staticmethod
+    def condition_of(mu_TM: Tensor, prompt_mel_TM: Tensor, spk_M: Tensor) -> Condition:
+        """``mu_TM``: of the length regulator, the prompt's frames first."""
         cond_TM = torch.zeros_like(mu_TM)
-        cond_TM[:count] = prompt_mel_TM
-        return Condition(mu_TM, spk_M, cond_TM, count)
+        cond_TM[: len(prompt_mel_TM)] = prompt_mel_TM
+        return Condition(mu_TM, spk_M, cond_TM, len(prompt_mel_TM))
 
     def solve(
         self,

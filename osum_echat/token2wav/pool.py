@@ -23,8 +23,8 @@ import torch
 from osum_echat import device as devices
 from osum_echat.token2wav.model import Samples, Token2Wav
 from osum_echat.token2wav.prompt import Speaker
-from osum_echat.token2wav.streaming import FlowStream, SolverOptions, StreamConfig, Window
-from osum_echat.token2wav.vocoder_stream import VocoderStream
+from osum_echat.token2wav.streaming import Draft, FlowStream, SolverOptions, StreamConfig, Window
+from osum_echat.token2wav.vocoder_stream import Piece, VocoderStream, alike_together, decode
 
 log = logging.getLogger(__name__)
 OnSamples = Callable[["Samples | None"], None]
@@ -81,19 +81,27 @@ class PooledVoice:
         """Of the next window; 0: the reply ends without one."""
         return 0 if self.cancelled else self._flow.window_frames
 
-    def window(self) -> Window | None:
-        """None: the reply ends without one."""
+    def draft(self) -> Draft | None:
+        """Its next window; None: the reply ends without one. Raises ValueError for codes that the network lacks."""
         if self.cancelled:
             return None
-        return self._flow.window() if self._flow.ready else self._flow.last_window()
+        return self._flow.draft() if self._flow.ready else self._flow.last_draft()
 
-    def take(self, window: Window, mel_TM: torch.Tensor) -> bool:
-        """Sound of a solved window; whether it was the last."""
+    def stretched(self, draft: Draft, h_LM: torch.Tensor) -> torch.Tensor:
+        return self._flow.stretched(draft, h_LM)
+
+    def window(self, draft: Draft, mu_TM: torch.Tensor) -> Window:
+        return self._flow.regulated(draft, mu_TM)
+
+    def piece(self, window: Window, mel_TM: torch.Tensor) -> tuple[Piece | None, bool]:
+        """What is vocoded of a solved window, and whether it was the last."""
         was_last = not self._flow.ready
-        wave_S = self._vocoder.push(self._flow.settle(window, mel_TM), was_last)
+        return self._vocoder.piece(self._flow.settle(window, mel_TM), was_last), was_last
+
+    def tell(self, wave_S: torch.Tensor) -> None:
+        """Give out sound."""
         if len(wave_S) and not self.cancelled:
             self.on_samples(devices.fetch(wave_S.float()).wait().numpy())
-        return was_last
 
     def end(self) -> None:
         """Say so, and let go of the networks' states: megabytes, which references in a circle would keep."""
@@ -195,42 +203,55 @@ class StreamPool:
         for share in waiting:
             share.result()
 
-    def _windows(self, voices: list[PooledVoice]) -> list[tuple[PooledVoice, Window]]:
-        """Of each voice that still has one (it may have been cancelled meanwhile); the others end."""
+    def _drafts(self, voices: list[PooledVoice]) -> list[tuple[PooledVoice, Draft]]:
+        """Of each voice that still has a window (it may have been cancelled meanwhile); the others end."""
         found = []
         for voice in voices:
             try:
-                window = voice.window()
+                draft = voice.draft()
             except ValueError as error:  # codes that the network does not have
                 self._drop(voice, error)
                 continue
-            if window is None:
+            if draft is None:
                 self._drop(voice)
             else:
-                found.append((voice, window))
+                found.append((voice, draft))
         return found
+
+    def _windows(self, drafts: list[tuple[PooledVoice, Draft]]) -> list[tuple[PooledVoice, Window]]:
+        flow = self.token2wav.flow
+        h_LMs = alike_together(flow.encode, [draft.tokens_L for _, draft in drafts])
+        stretched = [voice.stretched(draft, h_LM) for (voice, draft), h_LM in zip(drafts, h_LMs, strict=True)]
+        mu_TMs = alike_together(flow.length_regulator, stretched)
+        return [(voice, voice.window(draft, mu_TM)) for (voice, draft), mu_TM in zip(drafts, mu_TMs, strict=True)]
 
     @torch.inference_mode()
     def _solve(self, voices: list[PooledVoice]) -> None:
-        solver, batch = self.solver, self._windows(voices)
-        if not batch:
+        solver, drafts = self.solver, self._drafts(voices)
+        if not drafts:
             return
         try:
+            batch = self._windows(drafts)
             mels = self.token2wav.flow.solve(
                 [w.condition for _, w in batch], [w.noise_TM for _, w in batch], solver.steps, solver.guidance, solver.schedule
             )
+            pieces = [(voice, *voice.piece(w, mel_TM)) for (voice, w), mel_TM in zip(batch, mels, strict=True)]
+            sounding = [(voice, piece) for voice, piece, _ in pieces if piece is not None]
+            waves = decode(self.token2wav.vocoder, [piece for _, piece in sounding])
         except Exception as error:
-            log.exception("token2wav failed; %d replies are given up", len(batch))
-            for voice, _ in batch:
+            log.exception("token2wav failed; %d replies are given up", len(drafts))
+            for voice, _ in drafts:
                 self._drop(voice, error)
             return
-        for (voice, window), mel_TM in zip(batch, mels, strict=True):
+        for (voice, _), wave_S in zip(sounding, waves, strict=True):
             try:
-                if voice.take(window, mel_TM):
-                    self._drop(voice)
+                voice.tell(wave_S)
             except Exception as error:
                 log.exception("a voice failed; its reply is given up")
                 self._drop(voice, error)
+        for voice, _, was_last in pieces:
+            if was_last and voice.failed is None:
+                self._drop(voice)
 
     def _drop(self, voice: PooledVoice, error: BaseException | None = None) -> None:
         voice.failed = error

@@ -129,6 +129,23 @@ class Window:
     end: int
 
 
+@dataclass(frozen=True)
+class Draft:
+    """A window before its tokens are encoded.
+
+    Attributes:
+        tokens_L: what the encoder reads, the prompt's tokens first.
+        seen: token of the reply behind the last of them.
+        end: token of the reply behind the frames that it settles.
+        whole: the reply is all here and was not begun before: computed as offline.
+    """
+
+    tokens_L: Tensor
+    seen: int
+    end: int
+    whole: bool = False
+
+
 class FlowStream:
     """One reply: `push` tokens, get the mel frames that became settled; `finish` gives the rest."""
 
@@ -178,17 +195,46 @@ class FlowStream:
 
     def window(self) -> Window:
         """The next window, which is `ready`."""
-        return self._window(self._end, self._end + self.config.look_ahead)
+        return self._encoded(self.draft())
 
     def last_window(self) -> Window | None:
         """The window of all tokens that are left; None when there is nothing left to say."""
+        draft = self.last_draft()
+        return None if draft is None else self._encoded(draft)
+
+    def draft(self) -> Draft:
+        """`window`, not yet encoded. Raises ValueError for ids outside the codebook."""
+        return self._draft(self._end, self._end + self.config.look_ahead)
+
+    def last_draft(self) -> Draft | None:
+        """`last_window`, not yet encoded. Raises as `draft` does."""
         total = self._total
-        if total == self._start:
-            return None
-        if self._start == 0:  # the whole reply is here
-            condition = self.flow.condition(self._tokens, self.prompt.tokens_P, self.prompt.mel_TM, self.prompt.spk_M)
-            return Window(condition, reply_noise(self.draws, condition), 0, None, total)
-        return self._window(total, total)
+        return None if total == self._start else self._draft(total, total, whole=self._start == 0)
+
+    def stretched(self, draft: Draft, h_LM: Tensor) -> Tensor:
+        """What `FlowModel.encode` made of a draft's tokens at mel rate, [T, M], for `FlowModel.length_regulator`."""
+        prompt = self.prompt
+        if draft.whole:
+            return self.flow.stretch_whole(h_LM[None], len(prompt.tokens_P), len(prompt.mel_TM))[0]
+        return self._stretched(h_LM, mel_frames(self._kept, self._rate), mel_frames(draft.seen, self._rate))
+
+    def regulated(self, draft: Draft, mu_TM: Tensor) -> Window:
+        """The window of a draft, from what the length regulator made of `stretched`."""
+        condition = self.flow.condition_of(mu_TM, self.prompt.mel_TM, self.prompt.spk_M)
+        if draft.whole:
+            return Window(condition, reply_noise(self.draws, condition), 0, None, draft.end)
+        first = mel_frames(self._kept, self._rate)
+        own, stop = mel_frames(self._start, self._rate), mel_frames(draft.end, self._rate)
+        return Window(condition, reply_noise(self.draws, condition, first), own - first, stop - first, draft.end)
+
+    def _encoded(self, draft: Draft) -> Window:
+        stretched = self.stretched(draft, self.flow.encode(draft.tokens_L[None])[0])
+        return self.regulated(draft, self.flow.length_regulator(stretched[None])[0])
+
+    def _draft(self, end: int, seen: int, whole: bool = False) -> Draft:
+        """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""
+        tokens_N = self.flow.checked(self._tokens[: seen - self._kept])
+        return Draft(torch.cat((self.prompt.tokens_P, tokens_N)), seen, end, whole)
 
     def settle(self, window: Window, mel_TM: Tensor) -> Tensor:
         """The settled frames of a window that was solved; the next window comes behind it."""
@@ -214,32 +260,20 @@ class FlowStream:
         """Token behind the next window's own part, where that is a whole one."""
         return self._start + int(self._hop)
 
-    def _window(self, end: int, seen: int) -> Window:
-        """Frames of tokens _start .. end, computed from all kept tokens before ``seen``."""
-        first = mel_frames(self._kept, self._rate)
-        own, stop = mel_frames(self._start, self._rate), mel_frames(end, self._rate)
-        tokens_N = self.flow.checked(self._tokens[: seen - self._kept])
-        condition = self._condition(tokens_N, first, mel_frames(seen, self._rate))
-        return Window(condition, reply_noise(self.draws, condition, first), own - first, stop - first, end)
-
-    def _condition(self, tokens_N: Tensor, first: int, stop: int) -> Condition:
-        """As `FlowModel.condition`, with frames first .. stop of the reply on one even time grid: where a frame lies
+    def _stretched(self, h_LM: Tensor, first: int, stop: int) -> Tensor:
+        """As `FlowModel.stretch_whole`, with frames first .. stop of the reply on one even time grid: where a frame lies
         between tokens does not depend on where the window begins."""
         prompt, frames = self.prompt, len(self.prompt.mel_TM)
-        h_LM = self.flow.encode(torch.cat((prompt.tokens_P, tokens_N))[None])[0]
+        reply_NM = h_LM[len(prompt.tokens_P) :]
         per_token = SAMPLE_RATE / MEL_HOP / self._rate
         at_T = (torch.arange(first, stop, device=h_LM.device) + 0.5) / per_token - 0.5 - self._kept
-        at_T = at_T.clamp(0, len(tokens_N) - 1)
+        at_T = at_T.clamp(0, len(reply_NM) - 1)
         below_T = at_T.floor().long()
-        above_T = (below_T + 1).clamp(max=len(tokens_N) - 1)
-        reply_NM = h_LM[len(prompt.tokens_P) :]
+        above_T = (below_T + 1).clamp(max=len(reply_NM) - 1)
         stretched = torch.lerp(reply_NM[below_T], reply_NM[above_T], (at_T - below_T)[:, None].to(h_LM))
         if frames:
             stretched = torch.cat((stretch(h_LM[None, : len(prompt.tokens_P)], frames)[0], stretched))
-        mu_TM = self.flow.length_regulator(stretched[None])[0]
-        cond_TM = torch.zeros_like(mu_TM)
-        cond_TM[:frames] = prompt.mel_TM
-        return Condition(mu_TM, prompt.spk_M, cond_TM, frames)
+        return stretched
 
 
 def reply_noise(draws: Draws, condition: Condition, first: int = 0) -> Tensor:

@@ -10,6 +10,9 @@ Shapes: T mel frames, M mel bins, S = 256 * T samples.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,6 +23,15 @@ from osum_echat.token2wav.vocoder import Vocoder
 
 PIECE_FRAMES = 600
 """Frames that an offline reply is vocoded at once (7 s)."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is decoded next: mel [T, M], excitation [1, S], and which of its samples are settled."""
+
+    mel_TM: Tensor
+    source_1S: Tensor
+    settled: slice
 
 
 class VocoderStream:
@@ -44,25 +56,29 @@ class VocoderStream:
 
     def push(self, mel_TM: Tensor, last: bool = False) -> Tensor:
         """Samples [S] of the frames that became settled (may be none)."""
+        piece = self.piece(mel_TM, last)
+        return self._source_1S.new_zeros(0) if piece is None else decode(self.vocoder, [piece])[0]
+
+    def piece(self, mel_TM: Tensor, last: bool = False) -> Piece | None:
+        """What `push` decodes, for those who decode pieces of several replies in one call (`pool`)."""
         self._mel_TM = torch.cat((self._mel_TM, mel_TM.to(self._mel_TM)))
         available = self._kept + len(self._mel_TM)
         pitched = available if last else max(self._sourced, available - self.vocoder.f0_predictor.margin)
         self._extend_source(pitched)
         settled = available if last else max(self._emitted, pitched - self.margin)
         if settled == self._emitted:
-            return self._source_1S.new_zeros(0)
+            return None
         left = max(0, self._emitted - self.margin)
         right = min(settled + self.margin, pitched)
         mel = self._mel_TM[left - self._kept : right - self._kept]
         source = self._source_1S[:, (left - self._kept) * MEL_HOP : (right - self._kept) * MEL_HOP]
-        wave = self.vocoder.recorded_decode(mel.T[None], source[None])[0]
-        samples = wave[(self._emitted - left) * MEL_HOP : (settled - left) * MEL_HOP]
+        piece = Piece(mel, source, slice((self._emitted - left) * MEL_HOP, (settled - left) * MEL_HOP))
         self._emitted = settled
         keep = max(0, settled - self.delay)
         self._mel_TM = self._mel_TM[keep - self._kept :]
         self._source_1S = self._source_1S[:, (keep - self._kept) * MEL_HOP :]
         self._kept = keep
-        return samples
+        return piece
 
     @property
     def _sourced(self) -> int:
@@ -78,6 +94,26 @@ class VocoderStream:
         noise = devices.send(self.draws.source(start, stop), f0_1T.device, f0_1T.dtype)
         source_11S, self._turns_1H = self.vocoder.m_source(f0_1T, self._phase_1H.to(f0_1T), noise, self._turns_1H)
         self._source_1S = torch.cat((self._source_1S, source_11S[0].to(self._source_1S)), dim=1)
+
+
+def decode(vocoder: Vocoder, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Settled samples [S] of each piece; pieces of one length are decoded in one call."""
+    mels, sources = [piece.mel_TM.T for piece in pieces], [piece.source_1S for piece in pieces]
+    waves = alike_together(vocoder.recorded_decode, mels, sources)
+    return [wave_S[piece.settled] for wave_S, piece in zip(waves, pieces, strict=True)]
+
+
+def alike_together(network: Callable[..., Tensor], *inputs: Sequence[Tensor]) -> list[Tensor]:
+    """What a network of rows makes of each input (of each of several arguments); inputs of one shape go in one call, so
+    that nothing is padded and every row is what it would be alone, to rounding."""
+    alike: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(inputs[0]):
+        alike.setdefault(tensor.shape, []).append(index)
+    found: dict[int, Tensor] = {}
+    for rows in alike.values():
+        made = network(*(torch.stack([tensors[i] for i in rows]) for tensors in inputs))
+        found |= dict(zip(rows, made, strict=True))
+    return [found[index] for index in range(len(inputs[0]))]
 
 
 def vocode(vocoder: Vocoder, mel_TM: Tensor, draws: Draws) -> Tensor:
