@@ -92,9 +92,9 @@ def test_word_lengths_sum_to_the_codes_and_follow_the_ends():
 
 
 class Buzzer:
-    """Stands in for flite: a tone for each word, with the times of the words."""
+    """Stands in for Kokoro: a tone for each word, with the times of the words."""
 
-    def speak(self, text: str, voice: str, stretch: float) -> engines.Spoken:
+    def speak_timed(self, text: str, voice: str, speed: float) -> engines.Spoken:
         words = [(word, 0.3 * (n + 1)) for n, word in enumerate(text.split())]
         return engines.Spoken(buzz("abc" * len(words), VOICE, 100, 1, 1), labels.RATE, words, words)
 
@@ -103,8 +103,8 @@ def test_open_sentences_of_the_reply_voice_look_typed_and_never_are_tested_ones(
     tested = texts.hand_written("speech")[0][0]
     wordnet = ["wash the towels please", "in spring the days lengthen", texts.normalise(tested)] * 300
     monkeypatch.setattr(texts, "wordnet_examples", lambda: wordnet)
-    monkeypatch.setattr(engines, "flite", Buzzer)
-    seconds = synthesize.make_part(("open", 0, tmp_path))
+    monkeypatch.setattr(synthesize, "reply_engine", lambda model: Buzzer())
+    seconds = synthesize.make_part(("open", 0, tmp_path, tmp_path))
     records = [json.loads(line) for line in (tmp_path / "open" / "part_0000.jsonl").read_text().splitlines()]
     said = [record["txt"] for record in records]
     assert len(records) == synthesize.PART and seconds == pytest.approx(sum(r["extra"]["duration"] for r in records))
@@ -112,7 +112,7 @@ def test_open_sentences_of_the_reply_voice_look_typed_and_never_are_tested_ones(
     assert {"Wash the towels please.", "In spring the days lengthen."} <= set(said)
     assert len(set(said)) > 60  # and sentences of the grammar and of the reply's words
     assert all(Path(record["wav"]).is_file() and record["task"] == "<TEXT2TOKEN>" for record in records)
-    assert seconds == synthesize.make_part(("open", 0, tmp_path))  # a part that exists is only counted
+    assert seconds == synthesize.make_part(("open", 0, tmp_path, tmp_path))  # a part that exists is only counted
 
 
 def test_text_to_speech_reads_replies_and_open_sentences_dialogue_only_replies(tmp_path: Path):

@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -34,6 +35,7 @@ import soxr
 
 from osum_echat.device.onnx import session_options
 from recipes.mini import engines, texts
+from recipes.mini.engines import Spoken
 from recipes.mini.packages import Package
 
 PART = 100
@@ -106,6 +108,11 @@ class TooShortOrLong(ValueError):
     """A text that Kokoro cannot say by itself."""
 
 
+DURATIONS = "/encoder/Clip_output_0"
+"""Inside the graph: frames of each symbol, [1, L]."""
+FRAME = 600  # samples of a frame of the duration predictor
+
+
 class Kokoro:
     """The network with its voices.
 
@@ -114,10 +121,13 @@ class Kokoro:
     """
 
     def __init__(self, folder: Path) -> None:
+        import onnx
         import onnxruntime
 
+        graph = onnx.load(str(folder / "model.onnx"))
+        graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(DURATIONS))
         options = session_options(threads=1)
-        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         self._ids: dict[str, int] = vocabulary.get("vocab", vocabulary)
         paths = sorted((folder / "voices").glob("*.bin"))
@@ -130,14 +140,97 @@ class Kokoro:
             TooShortOrLong: for a text that has too few phonemes, or too many.
             ValueError: espeak-ng lacks the language.
         """
-        names = voice.split("+")
-        language = language or ("en" if names[0][0] == "b" else "en-us")  # espeak-ng's plain English is British
-        ids = [self._ids[symbol] for symbol in engines.phonemes(text, language) if symbol in self._ids]
+        return self._speak(self._symbols(text, voice, language), text, voice, speed)[0]
+
+    def speak_timed(self, text: str, voice: str, speed: float = 1.0) -> Spoken:
+        """An English ``text`` at 24 kHz with the ends of its phones (IPA, or "pau") and of the words of ``text.split()``, a pause counted to the word
+        before it. Punctuation is spoken as pauses and melody; silence before and after is cut to `SILENCE` seconds. Raises as `speak` does."""
+        symbols: list[str] = []
+        for clause in CLAUSE.findall(text):
+            symbols += [*self._symbols(clause, voice, None), *(mark for mark in clause.strip()[-1:] if mark in PUNCTUATION), " "]
+        symbols = symbols[:-1]
+        samples, frames = self._speak(symbols, text, voice, speed)
+        before = max(0, int(frames[0]) * FRAME - round(SILENCE * KOKORO_RATE))
+        silent = int(frames[-1] + (frames[-2] if symbols[-1] in PUNCTUATION else 0)) * FRAME
+        samples = samples[before : len(samples) - max(0, silent - round(SILENCE * KOKORO_RATE))]
+        last = round(len(samples) / KOKORO_RATE, 4)
+        ends = np.minimum((np.cumsum(frames)[:-1] * FRAME - before) / KOKORO_RATE, last)  # of the padding before, and of each symbol
+        phones: list[tuple[str, float]] = [(PAUSE, float(ends[0]))]
+        for symbol, end in zip(symbols, ends[1:].tolist(), strict=True):
+            name = PAUSE if not symbol.isalpha() and symbol not in MARKS else symbol
+            if symbol in MARKS or name == PAUSE == phones[-1][0]:
+                name = phones.pop()[0]  # a stress or length mark lengthens what it stands behind
+            phones.append((name, round(end, 4)))
+        if phones[-1][1] < last:
+            phones.append((PAUSE, last))
+        said = text.split()
+        spelled = [[s for s in self._symbols(word, voice, None) if s.isalpha() and s not in MARKS] for word in said]
+        word_of = word_of_each([s for s in symbols if s.isalpha() and s not in MARKS], spelled)
+        word_ends, letters = [0.0] * len(said), iter(word_of)
+        word = 0
+        for symbol, end in zip(symbols, ends[1:].tolist(), strict=True):
+            if symbol.isalpha() and symbol not in MARKS:
+                word = next(letters)
+            word_ends[word] = round(end, 4)
+        word_ends[-1] = last
+        return Spoken(samples, KOKORO_RATE, phones, list(zip(said, word_ends, strict=True)))
+
+    def _symbols(self, text: str, voice: str, language: str | None) -> list[str]:
+        language = language or ("en" if voice[0] == "b" else "en-us")  # espeak-ng's plain English is British
+        return [symbol for symbol in engines.phonemes(text, language) if symbol in self._ids]
+
+    def _speak(self, symbols: Sequence[str], text: str, voice: str, speed: float) -> tuple[Samples, npt.NDArray[np.int64]]:
+        """Samples, and the frames of each symbol with the padding around them."""
+        ids = [self._ids[symbol] for symbol in symbols]
         if not 5 <= len(ids) <= LONGEST:
             raise TooShortOrLong(f"{text!r:.80} has {len(ids)} phonemes; 5 to {LONGEST} can be spoken")
-        style = np.mean([self.voices[name] for name in names], axis=0)[len(ids)][None]
+        style = np.mean([self.voices[name] for name in voice.split("+")], axis=0)[len(ids)][None]
         feed = {"tokens": np.array([[0, *ids, 0]]), "style": style.astype(np.float32), "speed": np.array([speed], np.float32)}
-        return np.asarray(self._session.run(None, feed)[0], dtype=np.float32).reshape(-1)
+        speech, frames = self._session.run(None, feed)
+        return np.asarray(speech, dtype=np.float32).reshape(-1), np.asarray(frames).reshape(-1).astype(np.int64)
+
+
+CLAUSE = re.compile(r"\S.*?(?:[,.;:!?](?=\s|$)|$)")
+PUNCTUATION = ",.;:!?"
+SILENCE = 0.1
+PAUSE = "pau"
+MARKS = "\u02c8\u02cc\u02d0"
+"""Primary and secondary stress, length."""
+
+
+def word_of_each(symbols: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
+    """The word that each symbol of a sentence belongs to; espeak-ng joins some words ("of the") and weakens others, so that neither its spaces nor the
+    number of symbols tell.
+
+    The words' own symbols, one after another, are laid beside the sentence's with the fewest differences; every word gets at least one symbol.
+
+    Raises:
+        TooShortOrLong: where there are fewer symbols than words.
+    """
+    if len(symbols) < len(words):
+        raise TooShortOrLong(f"{len(symbols)} phonemes for {len(words)} words")
+    spelled = [(symbol, number) for number, word in enumerate(words) for symbol in word]
+    rows, columns = len(symbols), len(spelled)
+    cost = np.zeros((rows + 1, columns + 1), dtype=np.int64)
+    cost[:, 0], cost[0, :] = np.arange(rows + 1), np.arange(columns + 1)
+    for i in range(1, rows + 1):
+        for j in range(1, columns + 1):
+            change = cost[i - 1, j - 1] + (symbols[i - 1] != spelled[j - 1][0])
+            cost[i, j] = min(change, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
+    found, i, j = [0] * rows, rows, columns
+    while i:
+        found[i - 1] = spelled[j - 1][1] if j else 0
+        if j and cost[i, j] == cost[i - 1, j - 1] + (symbols[i - 1] != spelled[j - 1][0]):
+            i, j = i - 1, j - 1
+        elif j and cost[i, j] == cost[i, j - 1] + 1:
+            j -= 1
+        else:
+            i -= 1
+    for i in range(1, rows):  # no word is left out
+        found[i] = min(found[i], found[i - 1] + 1)
+    for i in range(rows - 1, -1, -1):
+        found[i] = max(found[i], len(words) - (rows - i))
+    return found
 
 
 def english(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ wants; every record of the reply voice carries phones and words with their end t
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -25,27 +26,27 @@ import numpy as np
 import soundfile
 import soxr
 
-from recipes.mini import dialogues, engines, labels, texts
+from recipes.mini import dialogues, kokoro, labels, texts
+from recipes.mini.kokoro import Kokoro
 
 PART = 250  # records a part
 DIALOGUES = 60  # of a part of dialogues
-REPLY_RATE = 22_050  # of the vocoder; the voice itself has 16 kHz, so nothing above 8 kHz
-REPLY_STRETCH = 0.92  # a little brisker than the voice is by itself: fewer speech tokens a reply
+REPLY_RATE = 22_050  # of the vocoder
 MEAN_SECONDS = {"reply": 3.1, "user": 3.2, "open": 2.3, "dialogue": 19.0}  # of a recording, to turn hours into parts
 WORDNET_SHARE = 0.45  # of user recordings: open vocabulary, without topic and reply
 HELD_OUT_WORDNET = 400
 
 README = """# Speech of mini
 
-Synthesised by free engines (flite, espeak-ng), written by `recipes/mini/synthesize.py`; nothing here is a person.
+Synthesised by free engines (flite, espeak-ng, Kokoro), written by `recipes/mini/synthesize.py`; nothing here is a person.
 
 - `user/*.jsonl`: what users say, 16 kHz. `txt`: the words. `extra`: age, gender, emotion, event, voice, topic (null: open vocabulary), reply.
-- `reply/*.jsonl`: the reply voice ({reply_voice}), {reply_rate} Hz (no content above 8 kHz). `txt`: the sentence. `extra`: phones, words = [[name, end in s]].
+- `reply/*.jsonl`: the reply voice ({reply_voice}), {reply_rate} Hz. `txt`: the sentence. `extra`: phones, words = [[name, end in s]].
 - `open/*.jsonl`: the same voice and form; sentences of open vocabulary and of what users say, so that text to speech meets words in any company.
 - `dialogue/*.jsonl`: conversations of three or four turns (`turns`: wav, txt, topic, reply) whose last turn asks for a fact of an earlier one (`extra`: fact, value).
 - `heldout/*.jsonl`: never in training: sentences (`grammar`), hand-written sentences (`handwritten`), voices (`new_voices`), sentences of the reply
   voice (`reply`).
-- reply_voice: flite {reply_voice}
+- reply_voice: {reply_voice} of Kokoro-82M
 - voices never in training: {held_out}
 """
 
@@ -68,9 +69,15 @@ def user_record(
     }
 
 
-def reply_record(sentence: str, wav: Path) -> dict[str, Any]:
-    """The reply voice saying ``sentence``, with the times of its phones and words."""
-    spoken = engines.flite().speak(sentence, labels.REPLY_VOICE, stretch=REPLY_STRETCH)
+@functools.cache
+def reply_engine(model: Path) -> Kokoro:
+    """What speaks for mini, one a process. ``model``: the folder of its network, fetched if it is missing."""
+    return Kokoro(kokoro.fetch(model))
+
+
+def reply_record(sentence: str, wav: Path, engine: Kokoro) -> dict[str, Any]:
+    """The reply voice saying ``sentence``, with the times of its phones and words. Raises `kokoro.TooShortOrLong`."""
+    spoken = engine.speak_timed(sentence, labels.REPLY_VOICE, labels.REPLY_SPEED)
     samples = spoken.samples * np.float32(0.1 / (spoken.samples.std() + 1e-6))
     samples = np.clip(soxr.resample(samples, spoken.rate, REPLY_RATE), -1, 1)
     soundfile.write(wav, samples, REPLY_RATE, subtype="PCM_16")
@@ -84,7 +91,7 @@ def reply_record(sentence: str, wav: Path) -> dict[str, Any]:
 
 
 def dialogue_record(
-    spoken: dialogues.Dialogue, voice_name: str, said_as: texts.Labels, rng: random.Random, stem: Path
+    spoken: dialogues.Dialogue, voice_name: str, said_as: texts.Labels, rng: random.Random, stem: Path, engine: Kokoro
 ) -> dict[str, Any]:
     """A conversation: every turn of the user in one voice and manner, every answer in the reply voice. ``stem``: path of its recordings, without suffix.
 
@@ -95,7 +102,7 @@ def dialogue_record(
         wav = stem.with_name(f"{stem.name}_{number}.wav")
         samples = labels.speak(turn.said, labels.VOICES[voice_name], said_as, rng)
         soundfile.write(wav, samples, labels.RATE, subtype="PCM_16")
-        answer = reply_record(turn.reply(said_as, rng), stem.with_name(f"{stem.name}_{number}_reply.wav"))
+        answer = reply_record(turn.reply(said_as, rng), stem.with_name(f"{stem.name}_{number}_reply.wav"), engine)
         seconds += len(samples) / labels.RATE + answer["extra"]["duration"]
         turns.append({"wav": str(wav), "txt": turn.said, "topic": turn.topic, "reply": answer})
     extra = {**vars(said_as), "voice": voice_name, "fact": spoken.fact, "value": spoken.value, "duration": round(seconds, 3)}
@@ -145,9 +152,13 @@ def draw_open(rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[
     return texts.written(rng.choice(wordnet) if kind < 0.8 else rng.choice(grammar)[0])
 
 
-def make_part(job: tuple[str, int, Path]) -> float:
-    """One part of ``PART`` records; returns the seconds of audio. The list appears under its name only when its recordings are complete."""
-    kind, number, out = job
+def make_part(job: tuple[str, int, Path, Path]) -> float:
+    """One part of ``PART`` records; returns the seconds of audio. The list appears under its name only when its recordings are complete.
+
+    Args:
+        job: kind, number, the folder of all, and that of Kokoro's network.
+    """
+    kind, number, out, model = job
     list_path = out / kind / f"part_{number:04d}.jsonl"
     if list_path.exists():
         return sum(json.loads(line)["extra"]["duration"] for line in list_path.read_text(encoding="utf-8").splitlines())
@@ -158,7 +169,7 @@ def make_part(job: tuple[str, int, Path]) -> float:
         made = []
         for index, spoken in enumerate(dialogues.training_dialogues(DIALOGUES, number)):
             voice, said_as = draw_voice(rng, labels.training_voices())
-            made.append(dialogue_record(spoken, voice, said_as, rng, folder / f"dialogue_{number:04d}_{index:02d}"))
+            made.append(dialogue_record(spoken, voice, said_as, rng, folder / f"dialogue_{number:04d}_{index:02d}", reply_engine(model)))
         _write_list(list_path, made)
         return sum(record["extra"]["duration"] for record in made)
     wordnet = texts.wordnet_examples()[:-HELD_OUT_WORDNET]
@@ -175,14 +186,17 @@ def make_part(job: tuple[str, int, Path]) -> float:
             text = draw_reply(rng, replies, wordnet) if kind == "reply" else draw_open(rng, grammar, wordnet)
             if texts.normalise(text) in tested:  # by chance
                 continue
-            record = reply_record(text, wav)
+            try:
+                record = reply_record(text, wav, reply_engine(model))
+            except kokoro.TooShortOrLong:
+                continue
         if 0.5 < record["extra"]["duration"] < 8.0:  # an engine may drop a text it cannot read
             records.append(record)
     _write_list(list_path, records)
     return sum(record["extra"]["duration"] for record in records)
 
 
-def make_held_out(out: Path, each: int = 220) -> None:
+def make_held_out(out: Path, model: Path, each: int = 220) -> None:
     """The sets that never enter training: new sentences, hand-written sentences, new voices, and sentences of the reply voice."""
     sentences = list(texts.held_out_user_sentences())
     train_voices = labels.training_voices()
@@ -210,13 +224,14 @@ def make_held_out(out: Path, each: int = 220) -> None:
         rng, records = random.Random("held out dialogues"), list[dict[str, Any]]()
         for number, spoken in enumerate(dialogues.held_out_dialogues()):
             voice, said_as = draw_voice(rng, train_voices)
-            records.append(dialogue_record(spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}"))
+            records.append(dialogue_record(spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}", reply_engine(model)))
         _write_list(path, records)
     path = out / "heldout" / "reply.jsonl"
     if not path.exists():
         (out / "heldout" / "reply").mkdir(parents=True, exist_ok=True)
         lines = [sentence for sentence, _ in texts.hand_written("speech")]
-        _write_list(path, [reply_record(line, out / "heldout" / "reply" / f"reply_{n:03d}.wav") for n, line in enumerate(lines)])
+        folder, engine = path.with_suffix(""), reply_engine(model)
+        _write_list(path, [reply_record(line, folder / f"reply_{n:03d}.wav", engine) for n, line in enumerate(lines)])
 
 
 def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
@@ -227,19 +242,20 @@ def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def synthesize(
-    out: Path, user_hours: float, reply_hours: float, open_hours: float, dialogue_hours: float = 0.0, processes: int = 2
+    out: Path, model: Path, user_hours: float, reply_hours: float, open_hours: float, dialogue_hours: float = 0.0, processes: int = 2
 ) -> dict[str, float]:
-    """Make what is missing; returns hours by kind."""
+    """Make what is missing; returns hours by kind. ``model``: the folder of Kokoro's network."""
     out.mkdir(parents=True, exist_ok=True)
     held_out = ", ".join(labels.HELD_OUT_VOICES)
     (out / "README.md").write_text(
         README.format(reply_voice=labels.REPLY_VOICE, reply_rate=REPLY_RATE, held_out=held_out), encoding="utf-8"
     )
-    make_held_out(out)
+    kokoro.fetch(model)
+    make_held_out(out, model)
     hours = {"reply": reply_hours, "user": user_hours, "open": open_hours, "dialogue": dialogue_hours}
     jobs_by_kind = [
         [
-            (kind, n, out)
+            (kind, n, out, model)
             for n in range(round(hours[kind] * 3600 / MEAN_SECONDS[kind] / (DIALOGUES if kind == "dialogue" else PART)))
         ]
         for kind in hours
@@ -248,7 +264,7 @@ def synthesize(
     seconds = dict.fromkeys(hours, 0.0)
     start = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for (kind, number, _), length in zip(jobs, pool.imap(make_part, jobs), strict=True):
+        for (kind, number, *_), length in zip(jobs, pool.imap(make_part, jobs), strict=True):
             seconds[kind] += length
             total = ", ".join(f"{name} {value / 3600:.2f} h" for name, value in seconds.items())
             print(f"{kind} part {number}: {total}; {time.monotonic() - start:.0f} s", flush=True)
@@ -262,11 +278,13 @@ def main() -> int:
     parser.add_argument("--reply-hours", type=float, default=4.0)
     parser.add_argument("--open-hours", type=float, default=8.0)
     parser.add_argument("--dialogue-hours", type=float, default=2.0, help="users and answers together")
+    parser.add_argument("--kokoro", type=Path, default=Path("out/mini/kokoro/model"), help="folder of Kokoro's network, which speaks the answers")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     try:
         synthesize(
             arguments.out,
+            arguments.kokoro,
             arguments.user_hours,
             arguments.reply_hours,
             arguments.open_hours,
