@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.mini import engines, labels, prepare, synthesize, texts
+from recipes.mini import engines, kokoro, labels, prepare, synthesize, texts
 
 VOICE = labels.VOICES["flite-slt"]
 
@@ -137,3 +137,35 @@ def test_text_to_speech_reads_replies_and_open_sentences_dialogue_only_replies(t
     assert [r["txt"] for r in prepare.read_list(tmp_path / "tts.jsonl")] == [answer, "He worked at home."]
     (talk,) = prepare.read_list(tmp_path / "talk.jsonl")
     assert talk["txt"].endswith(answer)
+
+
+def test_symbols_of_joined_and_weakened_words_find_their_words():
+    words = [list("ɐ"), list("pis"), list("ʌv"), list("ðə"), list("keɪk")]
+    assert kokoro.word_of_each(list("ɐpisəvðəkeɪk"), words) == [0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4]
+    assert kokoro.word_of_each(list("ab"), [["x"], ["y"]]) == [0, 1]  # nothing alike
+    assert kokoro.word_of_each(list("aaa"), [["b", "c", "d"], ["a"], ["e"]]) == [0, 1, 2]
+    with pytest.raises(kokoro.TooShortOrLong):
+        kokoro.word_of_each(["a"], [["a"], ["b"]])
+
+
+def test_times_of_the_reply_voice_come_from_the_duration_of_each_symbol(monkeypatch):
+    spelled = {"so": "sˈoʊ", "sorry,": "sˈɔɹi", "sir": "sˈɜ"}
+    monkeypatch.setattr(engines, "phonemes", lambda text, language: " ".join(spelled[word] for word in text.split()))
+    engine = object.__new__(kokoro.Kokoro)
+    engine._ids = {symbol: 1 for symbol in "soʊɔɹiɜˈ ,"}
+    frames = np.array([12, *[2] * len("sˈoʊ sˈɔɹi, sˈɜ"), 8])
+
+    def speak(symbols, text, voice, speed):
+        assert "".join(symbols) == "sˈoʊ sˈɔɹi, sˈɜ"
+        return np.zeros(frames.sum() * kokoro.FRAME, np.float32), frames
+
+    monkeypatch.setattr(engine, "_speak", speak)
+    spoken = engine.speak_timed("so sorry, sir", "af_sarah")
+    step, lead = 2 * kokoro.FRAME / kokoro.KOKORO_RATE, kokoro.SILENCE
+    assert [word for word, _ in spoken.words] == ["so", "sorry,", "sir"]
+    ends = [end for _, end in spoken.words]
+    assert ends == pytest.approx([lead + 5 * step, lead + 12 * step, len(spoken.samples) / kokoro.KOKORO_RATE], abs=1e-3)
+    assert len(spoken.samples) / kokoro.KOKORO_RATE == pytest.approx(15 * step + 2 * lead)
+    names = [name for name, _ in spoken.phones]
+    assert names == ["pau", "s", "o", "ʊ", "pau", "s", "ɔ", "ɹ", "i", "pau", "s", "ɜ", "pau"]
+    assert [end for _, end in spoken.phones] == sorted(end for _, end in spoken.phones)

@@ -329,3 +329,19 @@ def test_prior_steps_train_the_encoder_and_leave_the_estimator_alone(tmp_path: P
 def test_prior_steps_without_its_weight_are_refused() -> None:
     with pytest.raises(ValueError, match="prior_weight"):
         config.from_dict(flow.FlowTraining, {"data": {"lists": ["x"]}, "prior_steps": 10})
+
+
+def test_flow_and_vocoder_train_on_from_those_of_a_directory(tmp_path: Path, campplus: Path) -> None:
+    first, voice = _flow(tmp_path, campplus), _vocoder(tmp_path)
+    first.train_step(0)
+    voice.train_step(0)
+    first.export()
+    voice.export()
+    with torch.no_grad():
+        before = first.validate(), voice.validate()
+    again = _flow(tmp_path, campplus, init=str(tmp_path)), _vocoder(tmp_path, init=str(tmp_path))
+    with torch.no_grad():
+        assert (again[0].validate(), again[1].validate()) == before
+    assert again[0].train_step(1)["flow"] > 0
+    with pytest.raises(ValueError, match="neither flow.safetensors nor flow.pt"):
+        _flow(tmp_path, campplus, init=str(tmp_path / "nowhere"))

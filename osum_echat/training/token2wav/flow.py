@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from osum_echat.token2wav.checkpoint import load_into, read_weights
 from osum_echat.token2wav.config import FlowConfig
 from osum_echat.token2wav.estimator import Padding
 from osum_echat.token2wav.flow import FlowModel
@@ -36,6 +37,7 @@ class FlowTraining(SpokenTraining):
     """The YAML file of this command."""
 
     target: Path = Path("exp/token2wav/model/flow.pt")
+    init: Path | None = None  # a token2wav directory whose flow, of the same sizes, is trained on: for another voice
     model: FlowConfig = field(default_factory=FlowConfig)
     # Squared distance between mel and regulated tokens; 0 as published, more converges sooner.
     prior_weight: float = 0.0
@@ -55,7 +57,11 @@ class FlowRecipe(SpokenRecipe[FlowTraining]):
     def __init__(self, cfg: FlowTraining) -> None:
         super().__init__(cfg, cfg.model)
         self.flow = FlowModel(cfg.model)
-        self._start_at_mean_mel()
+        if cfg.init is None:
+            self._start_at_mean_mel()
+        else:
+            state, path = read_weights(cfg.init, "flow")
+            load_into(self.flow, state, str(path))
         self.modules = nn.ModuleDict({"flow": self.flow}).to(self.device)
         self.optimizers = {"flow": adamw(self.flow.parameters(), cfg.optim)}
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from osum_echat.audio.features import mel_filter_bank
+from osum_echat.token2wav.checkpoint import load_into, read_weights, vocoder_state
 from osum_echat.token2wav.config import MEL_HOP, SAMPLE_RATE, VocoderConfig
 from osum_echat.token2wav.vocoder import Vocoder
 from osum_echat.training.token2wav.audio import load_22k
@@ -45,6 +46,7 @@ class VocoderTraining(PartTraining):
     """The YAML file of this command."""
 
     target: Path = Path("exp/token2wav/model/hift.pt")
+    init: Path | None = None  # a token2wav directory whose vocoder, of the same sizes, is trained on: for another voice
     model: VocoderConfig = field(default_factory=VocoderConfig)
     critics: CriticConfig = field(default_factory=CriticConfig)
     batch_size: int = 8
@@ -86,7 +88,11 @@ class VocoderRecipe(Recipe[VocoderTraining, Clip]):
         super().__init__(cfg, by_length=False)  # crops
         self.vocoder = Vocoder(cfg.model)
         self.critics = Critics(cfg.critics)
-        self._start_near_speech()
+        if cfg.init is None:
+            self._start_near_speech()
+        else:
+            state, path = read_weights(cfg.init, "hift")
+            load_into(self.vocoder, vocoder_state(state), str(path))
         self.modules = nn.ModuleDict({"vocoder": self.vocoder, "critics": self.critics}).to(self.device)
         self.optimizers = {
             "vocoder": adamw(self.vocoder.parameters(), cfg.optim),
