@@ -75,7 +75,7 @@ def turn_head(part: str) -> tuple[str, ...]:
 
 STEPS = (
     Step("encoder", "Whisper tiny.en's published data, for the encoder", module("recipes.mini.fetch_encoder", "--out", OUT / "whisper")),
-    Step("speech", "say some 20 + 6 + 12 + 4 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--user-hours", 20, "--reply-hours", 6, "--open-hours", 12, "--dialogue-hours", 4)),
+    Step("speech", "say some 20 + 3 + 4 + 3 hours with free synthesisers", module("recipes.mini.synthesize", "--out", DATA, "--kokoro", KOKORO / "model", "--user-hours", 20, "--reply-hours", 3, "--open-hours", 4, "--dialogue-hours", 3)),
     Step("kokoro", "six hours in neural voices", kokoro()),
     Step("people", "people's recordings and neural voices, with variants", module("recipes.mini.people.build", "--kokoro", KOKORO, "--out", DATA), ("kokoro",)),
     Step("text_lists", "sentences to read", module("recipes.mini.prepare", "text", "--out", LISTS)),
