@@ -343,5 +343,5 @@ def test_flow_and_vocoder_train_on_from_those_of_a_directory(tmp_path: Path, cam
     with torch.no_grad():
         assert (again[0].validate(), again[1].validate()) == before
     assert again[0].train_step(1)["flow"] > 0
-    with pytest.raises(ValueError, match="neither flow.safetensors nor flow.pt"):
+    with pytest.raises(ValueError, match=r"neither flow\.safetensors nor flow\.pt"):
         _flow(tmp_path, campplus, init=str(tmp_path / "nowhere"))
