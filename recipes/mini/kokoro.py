@@ -154,7 +154,9 @@ class Kokoro:
         silent = int(frames[-1] + (frames[-2] if symbols[-1] in PUNCTUATION else 0)) * FRAME
         samples = samples[before : len(samples) - max(0, silent - round(SILENCE * KOKORO_RATE))]
         last = round(len(samples) / KOKORO_RATE, 4)
-        ends = np.minimum((np.cumsum(frames)[:-1] * FRAME - before) / KOKORO_RATE, last)  # of the padding before, and of each symbol
+        ends = np.minimum(
+            (np.cumsum(frames)[:-1] * FRAME - before) / KOKORO_RATE, last
+        )  # of the padding before, and of each symbol
         phones: list[tuple[str, float]] = [(PAUSE, float(ends[0]))]
         for symbol, end in zip(symbols, ends[1:].tolist(), strict=True):
             name = PAUSE if not symbol.isalpha() and symbol not in MARKS else symbol

@@ -169,7 +169,9 @@ def make_part(job: tuple[str, int, Path, Path]) -> float:
         made = []
         for index, spoken in enumerate(dialogues.training_dialogues(DIALOGUES, number)):
             voice, said_as = draw_voice(rng, labels.training_voices())
-            made.append(dialogue_record(spoken, voice, said_as, rng, folder / f"dialogue_{number:04d}_{index:02d}", reply_engine(model)))
+            made.append(
+                dialogue_record(spoken, voice, said_as, rng, folder / f"dialogue_{number:04d}_{index:02d}", reply_engine(model))
+            )
         _write_list(list_path, made)
         return sum(record["extra"]["duration"] for record in made)
     wordnet = texts.wordnet_examples()[:-HELD_OUT_WORDNET]
@@ -224,7 +226,11 @@ def make_held_out(out: Path, model: Path, each: int = 220) -> None:
         rng, records = random.Random("held out dialogues"), list[dict[str, Any]]()
         for number, spoken in enumerate(dialogues.held_out_dialogues()):
             voice, said_as = draw_voice(rng, train_voices)
-            records.append(dialogue_record(spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}", reply_engine(model)))
+            records.append(
+                dialogue_record(
+                    spoken, voice, said_as, rng, out / "heldout" / "dialogues" / f"dialogue_{number:03d}", reply_engine(model)
+                )
+            )
         _write_list(path, records)
     path = out / "heldout" / "reply.jsonl"
     if not path.exists():
@@ -242,7 +248,13 @@ def _write_list(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def synthesize(
-    out: Path, model: Path, user_hours: float, reply_hours: float, open_hours: float, dialogue_hours: float = 0.0, processes: int = 2
+    out: Path,
+    model: Path,
+    user_hours: float,
+    reply_hours: float,
+    open_hours: float,
+    dialogue_hours: float = 0.0,
+    processes: int = 2,
 ) -> dict[str, float]:
     """Make what is missing; returns hours by kind. ``model``: the folder of Kokoro's network."""
     out.mkdir(parents=True, exist_ok=True)
@@ -278,7 +290,9 @@ def main() -> int:
     parser.add_argument("--reply-hours", type=float, default=4.0)
     parser.add_argument("--open-hours", type=float, default=8.0)
     parser.add_argument("--dialogue-hours", type=float, default=2.0, help="users and answers together")
-    parser.add_argument("--kokoro", type=Path, default=Path("out/mini/kokoro/model"), help="folder of Kokoro's network, which speaks the answers")
+    parser.add_argument(
+        "--kokoro", type=Path, default=Path("out/mini/kokoro/model"), help="folder of Kokoro's network, which speaks the answers"
+    )
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     try:
