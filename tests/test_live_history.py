@@ -103,6 +103,8 @@ async def test_a_written_answer_that_is_said_tells_what_was_read_of_the_question
     _, said = await answer(speaking, turn, None)
     _, written = await answer(speaking, replace(turn, speak=False), None)
     assert said.codes and said.tokens["read"] == written.tokens["read"]
+    _, short = await answer(speaking, replace(turn, max_tokens=4), None)
+    assert len(short.codes) <= 4 < len(said.codes), "the limit holds for what is said as well"
 
 
 @live

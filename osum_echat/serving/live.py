@@ -385,7 +385,8 @@ class LiveJob:
     def _say(self, text: str) -> Request:
         """What says a written answer."""
         turn = self._turn
-        self._saying = self._model.request(Turn(say=text, voice=turn.voice, seed=turn.seed, temperature=turn.temperature), None)
+        said = Turn(say=text, voice=turn.voice, seed=turn.seed, max_tokens=turn.max_tokens, temperature=turn.temperature)
+        self._saying = self._model.request(said, None)
         return self._saying
 
     def _finish(self, done: Done) -> None:
