@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -91,3 +92,19 @@ def test_wordnet_examples_are_short_normalised_sentences(tmp_path):
         '00001740 03 n 01 entity 0 000 | that which is; "It was full of rackets, balls and things"; "no"; "3 of 5 were lost today"\n'
     )
     assert texts.wordnet_examples(tmp_path) == ["it was full of rackets balls and things"]
+
+
+def test_wide_sentences_are_others_about_the_same_topics_and_never_held_out():
+    wide = texts.wide_sentences(4000)
+    sentences, by_topic = [sentence for sentence, _ in wide], Counter(topic for _, topic in wide)
+    assert len(set(sentences)) == 4000 and set(by_topic) == set(texts.topics())
+    assert max(by_topic.values()) < 1.2 * min(by_topic.values())
+    held_out = {texts.normalise(sentence) for sentence, _ in texts.hand_written("user")} | {
+        s for s, _ in texts.held_out_user_sentences()
+    }
+    assert not held_out & set(sentences)
+    grammar = {word for sentence, _ in texts.training_user_sentences() for word in sentence.split()}
+    assert len({word for sentence in sentences for word in sentence.split()} - grammar) > 700
+    rng = random.Random(0)
+    drawn = [texts.about_a_topic(rng, [("mine", "pet")])[0] == "mine" for _ in range(300)]
+    assert 0.3 < sum(drawn) / len(drawn) < 0.5

@@ -119,10 +119,10 @@ def text_records(count: int, seed: int = 0, wordnet_folder: Path = texts.WORDNET
             continue
         kind = rng.random()
         if kind < 0.12:
-            sentence, about = (_outside(rng, wordnet), None) if kind < 0.04 else rng.choice(grammar)
+            sentence, about = (_outside(rng, wordnet), None) if kind < 0.04 else texts.about_a_topic(rng, grammar)
             yield _text(key, rng.choice((sentence, texts.written(sentence))), texts.plain_reply(about, rng, sentence))
         elif kind < 0.6:
-            sentence, topic = (_outside(rng, wordnet), None) if rng.random() < OUTSIDE else rng.choice(grammar)
+            sentence, topic = (_outside(rng, wordnet), None) if rng.random() < OUTSIDE else texts.about_a_topic(rng, grammar)
             said_as = texts.draw_labels(rng)
             natural = rng.random() < 0.2
             question = f"{'tell: ' if natural else ''}{misheard(sentence, rng, rate)}{bracketed(said_as)}"

@@ -116,7 +116,7 @@ def draw_user(
     if rng.random() < WORDNET_SHARE:
         sentence, topic = rng.choice(wordnet), None
     else:
-        sentence, topic = rng.choice(grammar)
+        sentence, topic = texts.about_a_topic(rng, grammar)
     return sentence, topic, *draw_voice(rng, labels.training_voices())
 
 
@@ -149,7 +149,7 @@ def draw_open(rng: random.Random, grammar: list[tuple[str, str]], wordnet: list[
     kind = rng.random()
     if kind < 0.3:
         return texts.free_sentence(rng)
-    return texts.written(rng.choice(wordnet) if kind < 0.8 else rng.choice(grammar)[0])
+    return texts.written(rng.choice(wordnet) if kind < 0.8 else texts.about_a_topic(rng, grammar)[0])
 
 
 def make_part(job: tuple[str, int, Path, Path]) -> float:

@@ -9,6 +9,7 @@ at the price of a small talk that stays on its rails.
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,6 +127,41 @@ def held_out_user_sentences(count: int = HELD_OUT_SENTENCES) -> tuple[tuple[str,
 def training_user_sentences(held_out: int = HELD_OUT_SENTENCES) -> tuple[tuple[str, str], ...]:
     """All others; never more than `held_out_user_sentences` leaves."""
     return user_sentences()[:-held_out]
+
+
+@functools.cache
+def wide_sentences(count: int = 40_000, seed: int = 0) -> tuple[tuple[str, str], ...]:
+    """``count`` distinct (sentence, topic) pairs of `grammar_wide.yaml`, the topics about equally frequent: other words and other sentences for the same
+    topics, for training alone. None is a sentence that is held out."""
+    shared, wide = _grammar()["shared"], read_yaml(HERE / "grammar_wide.yaml")
+    held_out = {sentence for sentence, _ in (*held_out_user_sentences(), *map(_plain, hand_written("user")))}
+    rng = random.Random(f"wide {seed}")
+    found: dict[str, str] = {}
+    for topic in itertools.cycle(topics()):
+        if len(found) >= count:
+            break
+        rules = wide[topic]
+        for _ in range(20):  # some topics have fewer sentences that are long enough
+            sentence = normalise(_fill(rng.choice(rules["templates"]), shared | rules["slots"], rng))
+            if len(sentence.split()) in WORDS and sentence not in held_out and sentence not in found:
+                found[sentence] = topic
+                break
+    pairs = sorted(found.items())
+    rng.shuffle(pairs)
+    return tuple(pairs)
+
+
+def _plain(pair: tuple[str, str]) -> tuple[str, str]:
+    return normalise(pair[0]), pair[1]
+
+
+WIDE_SHARE = 0.6
+"""Of the sentences about a topic that are trained on."""
+
+
+def about_a_topic(rng: random.Random, grammar: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """A sentence for training and its topic, from `wide_sentences` or ``grammar``."""
+    return rng.choice(wide_sentences() if rng.random() < WIDE_SHARE else grammar)
 
 
 def wordnet_examples(directory: Path = WORDNET) -> list[str]:
