@@ -142,7 +142,10 @@ def wide_sentences(count: int = 40_000, seed: int = 0) -> tuple[tuple[str, str],
             break
         rules = wide[topic]
         for _ in range(20):  # some topics have fewer sentences that are long enough
-            sentence = normalise(_fill(rng.choice(rules["templates"]), shared | rules["slots"], rng))
+            template = rng.choice(rules["templates"])
+            if rng.random() < 0.4 and not template.startswith("{lead}"):
+                template = "{lead} " + template
+            sentence = normalise(_fill(template, shared | rules["slots"], rng))
             if len(sentence.split()) in WORDS and sentence not in held_out and sentence not in found:
                 found[sentence] = topic
                 break
