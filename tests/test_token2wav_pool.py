@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from osum_echat.token2wav import Speaker, Token2Wav
 from osum_echat.token2wav.pool import PooledVoice, StreamPool
@@ -64,6 +66,34 @@ def test_replies_in_company_sound_as_alone_and_share_calls(model: Token2Wav, spe
         alone = list(model.stream(reply, speaker, seed=i))
         expected = np.concatenate([np.zeros(0, dtype=np.float32), *alone])
         assert np.abs(sound(heard) - expected).max(initial=0) < 2e-3 and len(sound(heard)) == len(expected)
+
+
+def test_windows_of_one_length_go_through_each_network_together(
+    model: Token2Wav, speaker: Speaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: dict[str, list[int]] = {"encode": [], "length_regulator": [], "recorded_decode": []}
+
+    def counted(name: str, network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(first: Tensor, *more: Tensor) -> Tensor:
+            rows[name].append(len(first))
+            return network(first, *more)
+
+        return call
+
+    monkeypatch.setattr(model.flow, "encode", counted("encode", model.flow.encode))
+    monkeypatch.setattr(model.flow.length_regulator, "forward", counted("length_regulator", model.flow.length_regulator.forward))
+    monkeypatch.setattr(model.vocoder, "recorded_decode", counted("recorded_decode", model.vocoder.recorded_decode))
+    pool = StreamPool(model)
+    for seed in range(3):
+        voice, _ = listen(pool, speaker, seed)
+        voice.push(codes(90, seed))
+        voice.finish()
+    odd, _ = listen(pool, speaker, 7)
+    odd.push(codes(10, 7))
+    odd.finish()
+    calls = work(pool)
+    for name, found in rows.items():
+        assert found.count(3) >= calls - 1 and found.count(1) == 1 and set(found) == {1, 3}, (name, found)
 
 
 def test_codes_that_come_late_and_pauses_change_nothing(model: Token2Wav, speaker: Speaker) -> None:
