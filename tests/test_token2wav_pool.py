@@ -8,10 +8,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from osum_echat.token2wav import Speaker, Token2Wav
 from osum_echat.token2wav.pool import PooledVoice, StreamPool
+from osum_echat.token2wav.vocoder_stream import alike_together
 from tests.token2wav_case import write_directory
 
 
@@ -22,8 +24,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Token2Wav:
 
 @pytest.fixture(scope="module")
 def speaker(model: Token2Wav) -> Speaker:
-    import torch
-
     return Speaker(
         tokens=torch.zeros(0, dtype=torch.int64),
         mel=torch.zeros(0, model.config.flow.output_size),
@@ -184,3 +184,16 @@ def test_a_reply_that_has_ended_holds_no_state_of_the_networks(model: Token2Wav,
         assert heard[-1] is None and [state() for state in states] == [None, None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("few_shapes", "sizes"), [(False, [11, 2]), (True, [8, 2, 1, 2])])
+def test_inputs_of_one_shape_go_in_one_call_or_in_few_shapes(few_shapes: bool, sizes: list[int]) -> None:
+    called = []
+
+    def twice(x: Tensor) -> Tensor:
+        called.append(len(x))
+        return 2 * x
+
+    inputs = [torch.full((3 if n in (4, 9) else 2,), float(n)) for n in range(13)]
+    made = alike_together(twice, inputs, few_shapes=few_shapes)
+    assert called == sizes and all(torch.equal(found, 2 * given) for found, given in zip(made, inputs, strict=True))

@@ -97,22 +97,28 @@ class VocoderStream:
 
 
 def decode(vocoder: Vocoder, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Settled samples [S] of each piece; pieces of one length are decoded in one call."""
+    """Settled samples [S] of each piece; pieces of one length are decoded in one call (in 8, 4, 2 or 1 where calls are
+    recorded by their shape, so that there are few shapes)."""
     mels, sources = [piece.mel_TM.T for piece in pieces], [piece.source_1S for piece in pieces]
-    waves = alike_together(vocoder.recorded_decode, mels, sources)
+    few_shapes = devices.records(vocoder.conv_pre.weight.device)
+    waves = alike_together(vocoder.recorded_decode, mels, sources, few_shapes=few_shapes)
     return [wave_S[piece.settled] for wave_S, piece in zip(waves, pieces, strict=True)]
 
 
-def alike_together(network: Callable[..., Tensor], *inputs: Sequence[Tensor]) -> list[Tensor]:
+def alike_together(network: Callable[..., Tensor], *inputs: Sequence[Tensor], few_shapes: bool = False) -> list[Tensor]:
     """What a network of rows makes of each input (of each of several arguments); inputs of one shape go in one call, so
-    that nothing is padded and every row is what it would be alone, to rounding."""
+    that nothing is padded and every row is what it would be alone, to rounding. ``few_shapes``: 8, 4, 2 or 1 in a
+    call."""
     alike: dict[torch.Size, list[int]] = {}
     for index, tensor in enumerate(inputs[0]):
         alike.setdefault(tensor.shape, []).append(index)
     found: dict[int, Tensor] = {}
-    for rows in alike.values():
-        made = network(*(torch.stack([tensors[i] for i in rows]) for tensors in inputs))
-        found |= dict(zip(rows, made, strict=True))
+    for waiting in alike.values():
+        while waiting:
+            size = min(8, 1 << (len(waiting).bit_length() - 1)) if few_shapes else len(waiting)
+            rows, waiting = waiting[:size], waiting[size:]
+            made = network(*(torch.stack([tensors[i] for i in rows]) for tensors in inputs))
+            found |= dict(zip(rows, made, strict=True))
     return [found[index] for index in range(len(inputs[0]))]
 
 
