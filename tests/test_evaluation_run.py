@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from osum_echat import config as config_io
 from osum_echat.audio.io import AudioError
@@ -186,7 +185,7 @@ def test_a_turn_that_is_too_long_for_its_session_is_refused(tmp_path: Path):
     rows = [{"id": f"d/{n}", "wav": wav, "text": "x", "answer": "1", "dialogue_id": "d", "turn": n} for n in (1, 2)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     echat = Talker(lambda ask, n: Reply("1"))
-    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
+    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml")
     echat.session = lambda: EChat(weights, tokenizer).session(max_tokens=20)  # type: ignore[assignment,return-value]
     suite = plain("contains", count_refusals=True)
     report = run_suite(Plan(suite, str(tmp_path / "d.jsonl"), tmp_path / "out"), echat)

@@ -110,11 +110,11 @@ class FastConv:
         block = min(length, unit * max(1, BLOCK // unit))
         together = max(1, BLOCK // block)
         out_BTC = x_BTC.new_empty(batch, length, channels) if out_BTC is None else out_BTC
-        for pieces in range(0, batch, together):
+        for piece in range(0, batch, together):
             for start in range(0, length, block):
-                out = out_BTC[pieces : pieces + together, start : start + block]
+                out = out_BTC[piece : piece + together, start : start + block]
                 h_BTC = scratch.take("snake", len(out), out.shape[1] + reach, channels)
-                self._snake(x_BTC[pieces : pieces + together], start - reach // 2, h_BTC)
+                self._snake(x_BTC[piece : piece + together], start - reach // 2, h_BTC)
                 self._tiles(h_BTC, out, scratch)
         return out_BTC[:, :frames]
 

@@ -111,6 +111,12 @@ class TooShortOrLong(ValueError):
 DURATIONS = "/encoder/Clip_output_0"
 """Inside the graph: frames of each symbol, [1, L]."""
 FRAME = 600  # samples of a frame of the duration predictor
+CLAUSE = re.compile(r"\S.*?(?:[,.;:!?](?=\s|$)|$)")
+PUNCTUATION = ",.;:!?"
+SILENCE = 0.1
+PAUSE = "pau"
+MARKS = "\u02c8\u02cc\u02d0"
+"""Primary and secondary stress, length."""
 
 
 class Kokoro:
@@ -156,26 +162,12 @@ class Kokoro:
         last = round(len(samples) / KOKORO_RATE, 4)
         ends = np.minimum(
             (np.cumsum(frames)[:-1] * FRAME - before) / KOKORO_RATE, last
-        )  # of the padding before, and of each symbol
-        phones: list[tuple[str, float]] = [(PAUSE, float(ends[0]))]
-        for symbol, end in zip(symbols, ends[1:].tolist(), strict=True):
-            name = PAUSE if not symbol.isalpha() and symbol not in MARKS else symbol
-            if symbol in MARKS or name == PAUSE == phones[-1][0]:
-                name = phones.pop()[0]  # a stress or length mark lengthens what it stands behind
-            phones.append((name, round(end, 4)))
-        if phones[-1][1] < last:
-            phones.append((PAUSE, last))
+        ).tolist()  # of the padding before, and of each symbol
+        timed = [(symbol, round(end, 4)) for symbol, end in zip(symbols, ends[1:], strict=True)]
         said = text.split()
-        spelled = [[s for s in self._symbols(word, voice, None) if s.isalpha() and s not in MARKS] for word in said]
-        word_of = word_of_each([s for s in symbols if s.isalpha() and s not in MARKS], spelled)
-        word_ends, letters = [0.0] * len(said), iter(word_of)
-        word = 0
-        for symbol, end in zip(symbols, ends[1:].tolist(), strict=True):
-            if symbol.isalpha() and symbol not in MARKS:
-                word = next(letters)
-            word_ends[word] = round(end, 4)
-        word_ends[-1] = last
-        return Spoken(samples, KOKORO_RATE, phones, list(zip(said, word_ends, strict=True)))
+        spelled = [[symbol for symbol in self._symbols(word, voice, None) if is_phone(symbol)] for word in said]
+        words = list(zip(said, word_ends(timed, spelled, last), strict=True))
+        return Spoken(samples, KOKORO_RATE, phone_ends(ends[0], timed, last), words)
 
     def _symbols(self, text: str, voice: str, language: str | None) -> list[str]:
         language = language or ("en" if voice[0] == "b" else "en-us")  # espeak-ng's plain English is British
@@ -192,12 +184,33 @@ class Kokoro:
         return np.asarray(speech, dtype=np.float32).reshape(-1), np.asarray(frames).reshape(-1).astype(np.int64)
 
 
-CLAUSE = re.compile(r"\S.*?(?:[,.;:!?](?=\s|$)|$)")
-PUNCTUATION = ",.;:!?"
-SILENCE = 0.1
-PAUSE = "pau"
-MARKS = "\u02c8\u02cc\u02d0"
-"""Primary and secondary stress, length."""
+def is_phone(symbol: str) -> bool:
+    """Not punctuation, nor a mark of another phone."""
+    return symbol.isalpha() and symbol not in MARKS
+
+
+def phone_ends(begin: float, timed: Sequence[tuple[str, float]], last: float) -> list[tuple[str, float]]:
+    """Phones and pauses with their ends, from symbols with theirs. ``begin``: where the first symbol begins; ``last``: the end of all."""
+    phones = [(PAUSE, begin)]
+    for symbol, end in timed:
+        name = symbol if is_phone(symbol) else PAUSE
+        if symbol in MARKS or name == PAUSE == phones[-1][0]:
+            name = phones.pop()[0]  # a stress or length mark lengthens what it stands behind
+        phones.append((name, end))
+    if phones[-1][1] < last:
+        phones.append((PAUSE, last))
+    return phones
+
+
+def word_ends(timed: Sequence[tuple[str, float]], spelled: Sequence[Sequence[str]], last: float) -> list[float]:
+    """The end of each word (``spelled`` as phones, see `word_of_each`), from symbols with theirs; what follows a word belongs to it."""
+    words = iter(word_of_each([symbol for symbol, _ in timed if is_phone(symbol)], spelled))
+    ends, word = [0.0] * len(spelled), 0
+    for symbol, end in timed:
+        if is_phone(symbol):
+            word = next(words)
+        ends[word] = end
+    return [*ends[:-1], last]
 
 
 def word_of_each(symbols: Sequence[str], words: Sequence[Sequence[str]]) -> list[int]:
@@ -209,29 +222,21 @@ def word_of_each(symbols: Sequence[str], words: Sequence[Sequence[str]]) -> list
     Raises:
         TooShortOrLong: where there are fewer symbols than words.
     """
+    import jiwer
+
     if len(symbols) < len(words):
         raise TooShortOrLong(f"{len(symbols)} phonemes for {len(words)} words")
     spelled = [(symbol, number) for number, word in enumerate(words) for symbol in word]
-    rows, columns = len(symbols), len(spelled)
-    cost = np.zeros((rows + 1, columns + 1), dtype=np.int64)
-    cost[:, 0], cost[0, :] = np.arange(rows + 1), np.arange(columns + 1)
-    for i in range(1, rows + 1):
-        for j in range(1, columns + 1):
-            change = cost[i - 1, j - 1] + (symbols[i - 1] != spelled[j - 1][0])
-            cost[i, j] = min(change, cost[i - 1, j] + 1, cost[i, j - 1] + 1)
-    found, i, j = [0] * rows, rows, columns
-    while i:
-        found[i - 1] = spelled[j - 1][1] if j else 0
-        if j and cost[i, j] == cost[i - 1, j - 1] + (symbols[i - 1] != spelled[j - 1][0]):
-            i, j = i - 1, j - 1
-        elif j and cost[i, j] == cost[i, j - 1] + 1:
-            j -= 1
-        else:
-            i -= 1
-    for i in range(1, rows):  # no word is left out
+    alignment = jiwer.process_words(" ".join(symbol for symbol, _ in spelled), " ".join(symbols)).alignments[0]
+    found = [0] * len(symbols)
+    for part in alignment:
+        for i in range(part.hyp_start_idx, part.hyp_end_idx):
+            at = part.ref_start_idx - 1 if part.type == "insert" else part.ref_start_idx + i - part.hyp_start_idx
+            found[i] = spelled[max(at, 0)][1]
+    for i in range(1, len(found)):  # no word is left out
         found[i] = min(found[i], found[i - 1] + 1)
-    for i in range(rows - 1, -1, -1):
-        found[i] = max(found[i], len(words) - (rows - i))
+    for i, number in enumerate(range(len(words) - len(found), len(words))):
+        found[i] = max(found[i], number)
     return found
 
 

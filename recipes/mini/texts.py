@@ -134,7 +134,9 @@ def wide_sentences(count: int = 40_000, seed: int = 0) -> tuple[tuple[str, str],
     """``count`` distinct (sentence, topic) pairs of `grammar_wide.yaml`, the topics about equally frequent: other words and other sentences for the same
     topics, for training alone. None is a sentence that is held out."""
     shared, wide = _grammar()["shared"], read_yaml(HERE / "grammar_wide.yaml")
-    held_out = {sentence for sentence, _ in (*held_out_user_sentences(), *map(_plain, hand_written("user")))}
+    held_out = {sentence for sentence, _ in held_out_user_sentences()} | {
+        normalise(sentence) for sentence, _ in hand_written("user")
+    }
     rng = random.Random(f"wide {seed}")
     found: dict[str, str] = {}
     for topic in itertools.cycle(topics()):
@@ -152,10 +154,6 @@ def wide_sentences(count: int = 40_000, seed: int = 0) -> tuple[tuple[str, str],
     pairs = sorted(found.items())
     rng.shuffle(pairs)
     return tuple(pairs)
-
-
-def _plain(pair: tuple[str, str]) -> tuple[str, str]:
-    return normalise(pair[0]), pair[1]
 
 
 WIDE_SHARE = 0.6
