@@ -9,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import EngineLimits
-from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import EChat
 from osum_echat.serving.backend import Ended, Exchange, Heard, Refused, Text, Turn
 from osum_echat.serving.live import LiveMemory, LiveModel
 from osum_echat.serving.shared import SharedEChat
 from osum_echat.token2wav import Token2Wav
-from tests.generation_case import DATA
+from tests.generation_case import tiny
 from tests.live_case import at_rest, live
 from tests.token2wav_case import recorded_speaker, write_directory
 
@@ -29,7 +27,7 @@ SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max
 
 @pytest.fixture
 def model() -> Iterator[LiveModel]:
-    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
+    weights, tokenizer, _ = tiny()
     made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT)))
     yield made
     made.close()
@@ -89,7 +87,7 @@ async def test_a_checkpoint_that_has_learnt_no_past_answers_from_the_turn_alone_
 @pytest.fixture
 def speaking(tmp_path: Path) -> Iterator[LiveModel]:
     """With a token2wav."""
-    weights, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
+    weights, tokenizer, _ = tiny()
     token2wav = Token2Wav.load(write_directory(tmp_path / "tiny"), device="cpu")
     made = LiveModel(SharedEChat(EChat(weights, tokenizer, SHORT, token2wav, recorded_speaker())))
     yield made

@@ -17,7 +17,6 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import torch
 import uvicorn
 
 from osum_echat.dialogue.dialect import Learnt
@@ -25,7 +24,6 @@ from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.dialogue.think import Think
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.locations import find_recordings
-from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import MODES, Ask, EChat
 from osum_echat.serving.page import feedback, menu, picture
 from osum_echat.serving.page.app import Page, PageOptions, demo_examples, make_app
@@ -35,7 +33,7 @@ from osum_echat.serving.page.messages import Turn, chips
 from osum_echat.serving.page.texts import language_of, tables, text
 from osum_echat.serving.shared import SharedEChat
 from osum_echat.token2wav import Token2Wav
-from tests.generation_case import DATA
+from tests.generation_case import DATA, tiny
 from tests.token2wav_case import recorded_speaker, write_directory
 
 SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=12) for name in OUTPUTS})
@@ -49,7 +47,7 @@ def without_ffmpeg(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedEChat]:
-    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
+    model, tokenizer, _ = tiny()
     folder = tmp_path_factory.mktemp("token2wav")
     write_directory(folder)
     found = SharedEChat(EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker())).start()

@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from osum_echat.dialogue.tasks import OUTPUTS
 from osum_echat.generation.config import GenerationConfig
 from osum_echat.generation.engine import EngineFull
 from osum_echat.generation.events import Done, SpeechToken, TextDelta
-from osum_echat.model.checkpoint import load_model
 from osum_echat.pipeline import Ask, EChat
 from osum_echat.pipeline.ask import AudioChunk, StreamEvent
 from osum_echat.serving.shared import Answer, Saying, SharedEChat, Voice
 from osum_echat.token2wav import Token2Wav
-from tests.generation_case import DATA
+from tests.generation_case import tiny
 from tests.token2wav_case import recorded_speaker, write_directory
 
 SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max_new=10) for name in OUTPUTS})
@@ -26,7 +24,7 @@ SHORT = GenerationConfig(modes={name: replace(GenerationConfig().mode(name), max
 
 @pytest.fixture(scope="module")
 def echat(tmp_path_factory: pytest.TempPathFactory) -> EChat:
-    model, tokenizer = load_model(DATA / "tiny.safetensors", DATA / "tiny_config.yaml", dtype=torch.float32)
+    model, tokenizer, _ = tiny()
     folder = write_directory(tmp_path_factory.mktemp("token2wav") / "tiny")
     return EChat(model, tokenizer, SHORT, Token2Wav.load(folder, device="cpu"), recorded_speaker())
 
